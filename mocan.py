@@ -1,0 +1,344 @@
+"""
+mocan.py: MoCAN, model-based one-shot constrained alignment (arXiv 2405.19544v3).
+
+The problem, for a reward r, safety measures g_j and a reference policy π_ref:
+
+    max_π  E[r(x,y)] − β·KL(π‖π_ref)    subject to    E_π[g_j] − E_ref[g_j] ≥ b_j,   j = 1…m
+
+1. Sample K responses per prompt from π_ref and score them.                              (sample_offline)
+2. Solve the dual for λ* ≥ 0 on those scores: closed form, convex, no policy involved.   (dual.solve)
+3. One policy update: DPO with pairs labelled by s = r + ⟨λ*,g⟩.                         (train_mocan)
+
+Step 3 is all of the training, since π* ∝ π_ref·exp(s/β) is what DPO converges to when P(y_1 ≻ y_0) = σ(s_1 − s_0):
+the constants E_ref[g_j] and b_j of the dual cancel in the difference.
+
+    symbol    variable         shape            symbol           variable        shape
+    r         score            (N, K)           ln π(y|x)        logp            (B, 2)
+    g_j       constraint       (m, N, K)        ln π_ref(y|x)    ref_logp        (N, K), (B, 2)
+    λ         lam              (m,)             P(y_1 ≻ y_0)     p_1             (B,)
+
+Deleted from the usual algorithms: no value model, no online sampling, no dual variable that is updated in training, no
+reference model in memory while the policy trains. Different from the paper: labels are the exact probability p_1, not
+one Bernoulli draw of it (the same minimiser, less noise; --labels sampled draws it), and every step pairs two fresh
+ones of the K samples (the data set's own two responses: --pairs data).
+
+Read next: pecan.py, the same without score models.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from data import WORLD_SCORES, Pool, decode, encode_prompts, preference_tensors
+from model import sequence_logprob
+
+
+# ---- the losses: tensors in, tensors out
+
+def bradley_terry(score_0, score_1):
+    """P(y_1 ≻ y_0) = σ(s(y_1) − s(y_0)), elementwise. Paper: MoCAN, pseudo-preference."""
+    return torch.sigmoid(score_1 - score_0)
+
+
+def preference_loss(logp_0, logp_1, ref_logp_0, ref_logp_1, p_1, beta):
+    """DPO with a soft label; all (B,), log-probabilities in nats, p_1 = P(y_1 ≻ y_0) in [0, 1], beta > 0 -> (B,).
+
+    With ρ_i = β·ln π(y_i|x)/π_ref(y_i|x):  −p_1·ln σ(ρ_1 − ρ_0) − (1 − p_1)·ln σ(ρ_0 − ρ_1). It is the expectation of
+    DPO's loss over the paper's Bernoulli label, and is DPO's loss at p_1 = 1 (chosen y_1, rejected y_0).
+    """
+    margin = beta * ((logp_1 - ref_logp_1) - (logp_0 - ref_logp_0))
+    return F.binary_cross_entropy_with_logits(margin, p_1, reduction="none")
+
+
+def score_loss(chosen, rejected, chosen_sign=None, rejected_sign=None):
+    """Bradley–Terry loss of a score model: (B,), (B,) scores of the preferred and the other response -> (B,).
+
+    −ln σ(chosen − rejected); for a safety model also −ln σ(sign·score) of each response, which puts the zero between
+    safe (+1) and unsafe (−1); sign 0 means not labelled. Source: Safe RLHF's cost model, with g = −cost.
+    """
+    loss = -F.logsigmoid(chosen - rejected)
+    if chosen_sign is not None:
+        for score, sign in ((chosen, chosen_sign), (rejected, rejected_sign)):
+            loss = loss - sign.abs() * F.logsigmoid(sign * score)
+    return loss
+
+
+# ---- step 1: responses of π_ref
+
+def sample_pool(policy, prompts, K, c, eos, generator, log):
+    """Step 1: K responses y ~ π(·|x) to each prompt (a list of N id lists) -> Pool, logp (N, K) in nats."""
+    repeated = [prompt for prompt in prompts for _ in range(K)]
+    tokens, masks, logps = [], [], []
+    for at in range(0, len(repeated), c.sample_batch):
+        batch = policy.generate(repeated[at:at + c.sample_batch], c.max_new_tokens, eos=eos, generator=generator)
+        for store, x in zip((tokens, masks, logps), batch):
+            store.append(x.cpu())
+        log(min(at + c.sample_batch, len(repeated)), len(repeated))
+    T = max(x.size(1) for x in tokens)
+    tokens, masks = (torch.cat([F.pad(x, (0, T - x.size(1))) for x in xs]).view(len(prompts), K, T)
+                     for xs in (tokens, masks))
+    return Pool(tokens, masks), torch.cat(logps).view(len(prompts), K)
+
+
+@torch.no_grad()
+def map_pool(function, pool, c):
+    """function(tokens (B, T), response_mask (B, T)) -> (B,) on every response of the pool -> (N, K) float32, on the CPU.
+    Reference log-probabilities, π_r's and π_g's, and the score models' scores are computed so, once."""
+    lengths, device = pool.lengths().flatten(), torch.device(c.device)
+    tokens, mask = pool.tokens.flatten(0, 1), pool.response_mask.flatten(0, 1)
+    out = torch.empty(len(lengths))
+    for rows in lengths.argsort(stable=True).split(c.sample_batch):
+        used = int(lengths[rows].max())
+        with torch.autocast(device.type, dtype=getattr(torch, c.dtype), enabled=c.dtype != "float32"):
+            out[rows] = function(tokens[rows, :used].to(device), mask[rows, :used].to(device)).float().cpu()
+    return out.view(pool.tokens.shape[:2])
+
+
+def logprobs(policy, pool, c):
+    """ln π(y|x) of every response of the pool -> (N, K)."""
+    return map_pool(lambda tokens, mask: sequence_logprob(policy, tokens, mask), pool, c)
+
+
+# ---- what every training loop shares
+
+def lr_at(step, steps, warmup):
+    """The learning rate's factor: 1) linear warm-up, 2) cosine from 1 down to 0.1."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+def mixed_precision(model, lr, dtype):
+    """AdamW, the autocast context and the loss scaler, which does nothing except for float16."""
+    device = next(model.parameters()).device.type
+    dtype = getattr(torch, dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+    return optimizer, autocast, torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+
+
+def pair_batches(lengths, size, generator):
+    """Yield batches forever: prompts n (B,) and two different ones k (B, 2) of their K responses; lengths (N, K).
+
+    An epoch visits every prompt once, with a fresh pair. It is shuffled, then sorted by length within pools of 8
+    batches, so that little of a batch is padding.
+    """
+    N, K = lengths.shape
+    while True:
+        first = torch.randint(K, (N,), generator=generator)
+        second = (first + torch.randint(1, K, (N,), generator=generator)) % K
+        k = torch.stack([first, second], dim=1)  # (N, 2)
+        longest = lengths.gather(1, k).amax(dim=1)
+        order = torch.randperm(N, generator=generator)
+        batches = [n for pool in order.split(8 * size) for n in pool[longest[pool].argsort()].split(size)]
+        for i in torch.randperm(len(batches), generator=generator):
+            yield batches[i], k[batches[i]]
+
+
+def gather_pairs(pool, n, k, device):
+    """The responses k (B, 2) to prompts n (B,) -> tokens (2B, T), response_mask (2B, T), cut to the longest."""
+    rows = n[:, None], k
+    tokens, mask = pool.tokens[rows].flatten(0, 1), pool.response_mask[rows].flatten(0, 1)
+    used = int(mask.any(dim=0).nonzero().max()) + 1
+    return tokens[:, :used].to(device), mask[:, :used].to(device)
+
+
+def check_finite(loss, stage, step):
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{stage}: the loss is {loss} at step {step}; earlier artifacts are kept. "
+                                 "Lower the learning rate, raise --warmup, or use --dtype float32")
+
+
+# ---- before MoCAN: the reference policy and the score models
+
+def train_reference(model, pool, c, generator, log):
+    """Supervised fine-tuning: maximise the mean log-probability of the response tokens of `pool`."""
+    optimizer, autocast, scaler = mixed_precision(model, c.sft_lr, c.dtype)
+    batches = pair_batches(pool.lengths(), c.batch, generator)
+    for step in range(c.sft_steps):
+        optimizer.param_groups[0]["lr"] = c.sft_lr * lr_at(step, c.sft_steps, c.warmup)
+        tokens, mask = gather_pairs(pool, *next(batches), c.device)
+        with autocast:
+            loss = -sequence_logprob(model, tokens, mask).sum() / mask.sum()
+        check_finite(loss.item(), "reference", step)
+        update(model, optimizer, scaler, loss, c.clip)
+        log(step + 1, c.sft_steps, loss=loss.item())
+
+
+def train_score(model, pool, prefers, safe, c, generator, log):
+    """A reward or safety model: pool of pairs (N, 2, T), prefers (N,) the preferred one's index, safe (N, 2) its sign
+    of safety, +1, −1 or 0 where it is not labelled."""
+    optimizer, autocast, scaler = mixed_precision(model, c.score_lr, c.dtype)
+    batches = pair_batches(pool.lengths(), c.batch, generator)
+    for step in range(c.score_steps):
+        optimizer.param_groups[0]["lr"] = c.score_lr * lr_at(step, c.score_steps, c.warmup)
+        n, _ = next(batches)
+        k = torch.stack([prefers[n], 1 - prefers[n]], dim=1)  # (B, 2) chosen, rejected
+        tokens, mask = gather_pairs(pool, n, k, c.device)
+        with autocast:
+            chosen, rejected = model.score(tokens, mask).view(-1, 2).unbind(dim=1)  # (B,), (B,)
+        sign = safe[n[:, None], k].to(c.device)
+        loss = score_loss(chosen, rejected, sign[:, 0], sign[:, 1]).mean()
+        check_finite(loss.item(), "scores", step)
+        update(model, optimizer, scaler, loss, c.clip)
+        log(step + 1, c.score_steps, loss=loss.item())
+
+
+def update(model, optimizer, scaler, loss, clip):
+    """One optimizer step of the two plain loops above."""
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def learn_score(model, tok, train, held_out, name, c, generator, log):
+    """Train a score model of preference `name`, and print how well it predicts that preference."""
+    train_score(model, *preference_tensors(tok, train, name, c), c, generator, log)
+    for what, pairs in (("training", train), ("held-out", held_out)):
+        pool, prefers, _ = preference_tensors(tok, pairs, name, c)
+        score = map_pool(model.score, pool, c)
+        right = (score.argmax(dim=1) == prefers).float().mean().item()
+        print(f"  {name}: accuracy {right:.1%} ± {1.96 * math.sqrt(right * (1 - right) / len(prefers)):.1%} on "
+              f"{len(prefers)} {what} pairs; standard deviation of the score {score.std():.2f}")
+
+
+def score_pool(judges, names, prompts, pool, tok, c):
+    """r, g_1 … g_m of every response -> (1+m, N, K): by the score models, or by the world's functions if there are none.
+    prompts: N strings. Offline samples, data pairs and evaluation all pass here, so no version can differ."""
+    if judges:
+        return torch.stack([map_pool(judges[name].score, pool, c) for name in ("helpful", *names)])
+    texts, K = decode(tok, pool.tokens.flatten(0, 1), pool.response_mask.flatten(0, 1)), pool.tokens.shape[1]
+    return torch.tensor([[WORLD_SCORES[name](prompts[i // K], text) for i, text in enumerate(texts)]
+                         for name in ("helpful", *names)]).view(1 + len(names), -1, K)
+
+
+# ---- step 3: the policy update
+
+def train_mocan(policy, pool, ref_logp, score, constraint, lam, c, generators, log):
+    """Step 3: DPO on pairs of `pool` (N, K, T), labelled by s = r + ⟨λ*,g⟩.
+
+    policy: starts as a copy of the reference; ref_logp, score (N, K); constraint (m, N, K); lam (m,). `generators`
+    are two, for the choice of pairs and for sampled labels. Raises FloatingPointError on a non-finite loss.
+    """
+    s = score + torch.einsum("m,mnk->nk", lam.to(score), constraint)  # (N, K)
+    optimizer, autocast, scaler = mixed_precision(policy, c.lr, c.dtype)
+    batches = pair_batches(pool.lengths(), c.batch, generators[0])
+    for step in range(c.steps):
+        optimizer.param_groups[0]["lr"] = c.lr * lr_at(step, c.steps, c.warmup)
+        mean_loss = 0.0
+        for _ in range(c.accumulate):
+            n, k = next(batches)  # (B,) prompts, (B, 2) two of the K responses to each
+            s_0, s_1 = s[n[:, None], k].to(c.device).unbind(dim=1)  # (B,)
+            p_1 = bradley_terry(s_0, s_1)  # pseudo-preference; β does not enter here, it does in the loss
+            if c.labels == "sampled":  # as the paper does
+                p_1 = torch.bernoulli(p_1.cpu(), generator=generators[1]).to(c.device)
+            tokens, mask = gather_pairs(pool, n, k, c.device)  # (2B, T)
+            with autocast:
+                logp_0, logp_1 = sequence_logprob(policy, tokens, mask).view(-1, 2).unbind(dim=1)  # (B,)
+            ref_logp_0, ref_logp_1 = ref_logp[n[:, None], k].to(c.device).unbind(dim=1)
+            loss = preference_loss(logp_0, logp_1, ref_logp_0, ref_logp_1, p_1, c.beta).mean()
+            check_finite(loss.item(), "mocan", step)
+            scaler.scale(loss / c.accumulate).backward()
+            mean_loss += loss.item() / c.accumulate
+        scaler.unscale_(optimizer)  # so that clipping sees true gradients
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), c.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        log(step + 1, c.steps, loss=mean_loss)
+
+
+# ---- what came of it
+
+def mean_interval(x):
+    """x (N,), one value a prompt -> [mean, low, high], the 95 % interval of the mean over prompts."""
+    half = 1.96 * x.std().item() / math.sqrt(len(x))
+    return [x.mean().item(), x.mean().item() - half, x.mean().item() + half]
+
+
+def compare(scores, ref_scores):
+    """A policy's scores against the reference's on the same prompts, both (1+m, N, K) -> gains and win rates, each a
+    list over r, g_1 … g_m of [mean, low, high]. A win rate counts every pair of a prompt's K × K; a tie is half a win."""
+    gains = (scores.mean(dim=2) - ref_scores.mean(dim=2)).unbind(dim=0)  # (N,) each: paired by prompt
+    lead = scores[:, :, :, None] - ref_scores[:, :, None, :]  # (1+m, N, K, K)
+    wins = ((lead > 0).double() + 0.5 * (lead == 0)).mean(dim=(2, 3)).unbind(dim=0)
+    return [mean_interval(x) for x in gains], [mean_interval(x) for x in wins]
+
+
+def measure(policy, reference, ref_scores, judges, names, prompts, tok, c, generator, log):
+    """Fresh responses of a policy to held-out prompts -> scores (1+m, N, K), measurements (as results.json has them), texts.
+
+    ref_scores: the reference's own on the same prompts, or None for the reference itself. KL is E_π[ln π − ln π_ref].
+    """
+    ids, _ = encode_prompts(tok, prompts, c.block_size - c.max_new_tokens)
+    pool, logp = sample_pool(policy, ids, c.eval_responses, c, tok.end, generator, log)
+    ref_logp = logprobs(reference, pool, c)
+    scores = score_pool(judges, names, prompts, pool, tok, c).double()
+    (r, *g), (r_win, *g_win) = compare(scores, scores if ref_scores is None else ref_scores)
+    return scores, {
+        "reward": scores[0].mean().item(), "constraint": scores[1:].mean(dim=(1, 2)).tolist(),
+        "reward_gain": r[0], "reward_gain_ci": r[1:],
+        "constraint_gain": [x[0] for x in g], "constraint_gain_ci": [x[1:] for x in g],
+        "kl": (logp - ref_logp).mean().item(),
+        "reward_win_rate": r_win[0], "reward_win_rate_ci": r_win[1:],
+        "constraint_win_rate": [x[0] for x in g_win], "constraint_win_rate_ci": [x[1:] for x in g_win],
+    }, decode(tok, pool.tokens.flatten(0, 1), pool.response_mask.flatten(0, 1))
+
+
+def print_table(names, margin, rows):
+    """rows {policy: measurements}; the row of the closed-form optimum has no intervals: it is the dual's prediction."""
+    def cell(x, ci):
+        return f"{x:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
+
+    def holds(gain, ci, b):  # as far as the sample can tell
+        return "yes" if gain >= b - 1e-6 else "within error" if ci and ci[1] >= b else "no"
+
+    table = [["", "reward gain", *(x for n in names for x in (f"{n} gain", "holds")), "KL", "win r",
+              *(f"win {n}" for n in names), "λ*", "steps", "seconds"]]
+    for policy, row in rows.items():
+        gains = zip(row["constraint_gain"], row.get("constraint_gain_ci") or [None] * len(names), margin)
+        wins = [row.get("reward_win_rate"), *row.get("constraint_win_rate", [None] * len(names))]
+        table.append([policy, cell(row["reward_gain"], row.get("reward_gain_ci")),
+                      *(x for g, ci, b in gains for x in (cell(g, ci), "" if policy == "reference" else holds(g, ci, b))),
+                      f"{row['kl']:.3f}", *("" if w is None else f"{w:.1%}" for w in wins),
+                      ", ".join(f"{x:.3f}" for x in row.get("lam", [])), str(row.get("steps", "")),
+                      f"{row['seconds']:.0f}" if "seconds" in row else ""])
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    print("\n" + "\n".join("  ".join([x[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(x[1:], widths[1:]))]) for x in table))
+
+
+def svg(path, title, x_title, y_title, curves, points):
+    """A line chart. curves: {label: [(x, y), …]}; points: {label: [(x, y, (x_low, x_high), (y_low, y_high)), …]}. Text and
+    axes take a mid gray and the series four strong hues, so that it reads on light and on dark pages."""
+    W, H, left, right, top, bottom = 640, 400, 70, 20, 70, 60
+    every = [p for c in curves.values() for p in c] + [q for ps in points.values() for x, y, xs, ys in ps
+                                                       for q in ((xs[0], ys[0]), (xs[1], ys[1]))]
+    (x0, x1), (y0, y1) = ((lo - 0.06 * (hi - lo or 1), hi + 0.06 * (hi - lo or 1)) for lo, hi in
+                          ((min(v), max(v)) for v in zip(*every)))
+    X, Y = (lambda x: left + (x - x0) / (x1 - x0) * (W - left - right)), (lambda y: H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom))
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {W} {H}" font-family="sans-serif" font-size="13" fill="#888">',
+           f'<text x="{left}" y="22" font-size="16">{title}</text>',
+           f'<text x="{(left + W - right) / 2}" y="{H - 14}" text-anchor="middle">{x_title}</text>',
+           f'<text transform="translate(18 {(top + H - bottom) / 2}) rotate(-90)" text-anchor="middle">{y_title}</text>']
+    for lo, hi, place in ((x0, x1, 0), (y0, y1, 1)):
+        step = next(s for e in range(-6, 7) for s in (10.0 ** e, 2 * 10.0 ** e, 5 * 10.0 ** e) if (hi - lo) / s <= 8)
+        for i in range(math.ceil(lo / step), math.floor(hi / step) + 1):
+            v, text = i * step, f"{i * step:g}"
+            line, at = ((f"M{X(v):.1f} {top}V{H - bottom}", f'x="{X(v):.1f}" y="{H - bottom + 18}" text-anchor="middle"') if place == 0
+                        else (f"M{left} {Y(v):.1f}H{W - right}", f'x="{left - 8}" y="{Y(v) + 4:.1f}" text-anchor="end"'))
+            out += [f'<path d="{line}" stroke="#888" stroke-opacity=".25"/>', f"<text {at}>{text}</text>"]
+    for i, (label, series) in enumerate([*curves.items(), *points.items()]):
+        color, at = ("#3b82f6", "#e8590c", "#2b9e4f", "#b04ad8", "#c9a000", "#d6336c")[i % 6], left + 175 * (i % 3)
+        if i < len(curves):
+            out.append(f'<path d="M{" L".join(f"{X(x):.1f} {Y(y):.1f}" for x, y in series)}" fill="none" stroke="{color}" stroke-width="2"/>')
+        for x, y, xs, ys in series if i >= len(curves) else ():
+            out.append(f'<path d="M{X(xs[0]):.1f} {Y(y):.1f}H{X(xs[1]):.1f}M{X(x):.1f} {Y(ys[0]):.1f}V{Y(ys[1]):.1f}" stroke="{color}"/>'
+                       f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="4" fill="{color}"/>')
+        out.append(f'<rect x="{at}" y="{34 + 17 * (i // 3)}" width="12" height="4" fill="{color}"/>'
+                   f'<text x="{at + 18}" y="{41 + 17 * (i // 3)}">{label}</text>')
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join([*out, "</svg>\n"]))

@@ -1,0 +1,400 @@
+"""
+train.py: the whole job, from preferences to an aligned policy and a table that says what came of it.
+
+    python train.py                           the built-in world, every policy, a few minutes on two CPU cores
+    python train.py --data FILE               real preferences
+    python train.py --from mocan --lr 5e-4    the same run again from that stage on, with what changed
+
+Stages, in order; each leaves its artifact in --out:
+
+    reference   supervised fine-tuning                      reference.pt, tokenizer.json
+    scores      reward and safety models                    scores.pt        (the world's own are exact functions)
+    offline     K responses per prompt from π_ref, scored   offline.pt
+    dual        λ*, and what it predicts                    dual.json
+    mocan       one policy update                           mocan.pt
+    prealign    PeCAN: one DPO policy per preference        prealign_*.pt, tuples.pt
+    pecan       one policy update                           pecan.pt
+    evaluate    fresh responses on held-out prompts         results.json, samples.jsonl, tradeoff.svg, dual.svg
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import torch
+
+import data
+import dual
+import mocan
+import pecan
+from model import GPT, GPTConfig, from_checkpoint, sequence_logprob, to_checkpoint
+
+STAGES = ("reference", "scores", "offline", "dual", "mocan", "prealign", "pecan", "evaluate")
+
+
+def setting(default, stage, help, choices=None, flag=None):
+    """A field of Config. `stage` is the first stage that it changes; None: it may change at any stage."""
+    return field(default=default, metadata={"stage": stage, "help": help, "choices": choices, "flag": flag})
+
+
+@dataclass(frozen=True)
+class Config:
+    start: str = setting("reference", None, "reuse the artifacts of earlier stages and run from this one", STAGES, "from")
+    out: str = setting("out", None, "folder of all artifacts")
+    quick: bool = setting(False, "reference", "shrink every stage: a run of seconds, to see that everything works")
+    algo: str = setting("all", None, "which policies to train", ("mocan", "pecan", "all"))
+    seed: int = setting(0, "reference", "seeds every random stream")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", None, "cpu, cuda, cuda:1, …")
+    dtype: str = setting("bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else
+                         "float16" if torch.cuda.is_available() else "float32", None,
+                         "arithmetic of the trunk under autocast; logits and losses stay float32",
+                         ("float32", "bfloat16", "float16"))
+    # text
+    data: tuple = setting((), "reference", "preference files, FILE or NAME=FILE, one or more; none: the built-in world")
+    world_pairs: int = setting(8000, "reference", "preference pairs that the built-in world writes")
+    held_out: float = setting(0.2, "reference", "share of the prompts kept for evaluation")
+    tokenizer: str = setting("vocab", "reference", "vocab: built from the training text; gpt2: GPT-2's", ("vocab", "gpt2"))
+    vocab_size: int = setting(4096, "reference", "largest size of the vocab tokenizer")
+    max_new_tokens: int = setting(96, "reference", "longest response; a prompt may fill the rest of block_size")
+    # model
+    n_layer: int = setting(2, "reference", "blocks")
+    n_head: int = setting(4, "reference", "attention heads")
+    n_embd: int = setting(128, "reference", "width")
+    block_size: int = setting(192, "reference", "longest prompt and response together, in tokens")
+    # training
+    batch: int = setting(32, None, "pairs per micro-batch")
+    accumulate: int = setting(1, None, "micro-batches per policy update step")
+    warmup: int = setting(20, None, "steps of linear warm-up, then cosine to a tenth")
+    clip: float = setting(1.0, None, "largest gradient norm")
+    sft_steps: int = setting(300, "reference", "gradient steps of the reference policy")
+    sft_lr: float = setting(3e-3, "reference", "its learning rate")
+    scores: str = setting("", "scores", "exact: the world's own functions; learned: trained on preferences "
+                          "(default: exact in the world, learned on data)", ("", "exact", "learned"))
+    score_steps: int = setting(150, "scores", "gradient steps of each learned score model")
+    score_lr: float = setting(1e-3, "scores", "its learning rate")
+    # offline samples and the dual
+    prompts: int = setting(512, "offline", "N, training prompts that the reference answers")
+    responses: int = setting(32, "offline", "K, responses to each")
+    sample_batch: int = setting(256, None, "responses sampled or scored at once")
+    beta: float = setting(1.0, "dual", "β, weight of the KL divergence to the reference")
+    margins: str = setting("", None, "a trade-off curve: train one MoCAN policy for each of these margins too, "
+                           "25%%,50%%,75%%; comma separated, several constraints of one margin by ':'")
+    margin: str = setting("50%", "dual", "b, required safety gain over the reference: a number in g's units or a share "
+                          "of the largest reachable one, 50%%; comma separated for several constraints")
+    constraints: str = setting("", "scores", "safety preferences to constrain, comma separated (default: harmless in "
+                               "the world, every one but helpful in data)")
+    # policy
+    lr: float = setting(1e-3, None, "learning rate of every DPO run")
+    steps: int = setting(200, None, "gradient steps of MoCAN's and PeCAN's policy update")
+    labels: str = setting("exact", None, "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw of it, as in the paper",
+                          ("exact", "sampled"))
+    pairs: str = setting("samples", "mocan", "samples: two of the K reference samples, fresh each step; data: the "
+                         "preference file's own two responses, as in the paper", ("samples", "data"))
+    prealign_steps: int = setting(200, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
+    calibrate: bool = setting(True, "prealign", "scale PeCAN's implicit scores by a temperature fitted on held-out pairs")
+    # evaluation
+    eval_prompts: int = setting(240, None, "held-out prompts, at most")
+    eval_responses: int = setting(16, None, "fresh responses to each")
+
+
+QUICK = dict(world_pairs=1500, n_embd=64, sft_steps=120, score_steps=40, prompts=128, responses=16, steps=60,
+             prealign_steps=60, eval_prompts=64, eval_responses=8)
+
+
+def settings(argv):
+    """Defaults, then --quick or the run that --from continues, then the command line. Bad values exit with code 2."""
+    parser = argparse.ArgumentParser(prog="train.py", description="One-shot safety alignment: a dual, then one policy "
+                                     "update.", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in fields(Config):
+        m, flag, shown = f.metadata, "--" + (f.metadata["flag"] or f.name), f"{f.metadata['help']} (default: {f.default})"
+        if isinstance(f.default, bool):
+            parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, help=m["help"])
+        elif isinstance(f.default, tuple):
+            parser.add_argument(flag, dest=f.name, nargs="+", action="extend", help=m["help"])
+        else:
+            choices = m["choices"] and [x for x in m["choices"] if x]
+            parser.add_argument(flag, dest=f.name, type=type(f.default), choices=choices, help=shown)
+    given = vars(parser.parse_args(argv))
+    if "data" in given:
+        given["data"] = tuple(given["data"])
+    base = QUICK if given.get("quick") else {}
+    if given.get("start", STAGES[0]) != STAGES[0]:
+        path = os.path.join(given.get("out", Config.out), "run.json")
+        try:
+            with open(path) as file:
+                base = json.load(file)["config"]
+        except (OSError, ValueError, KeyError):
+            parser.error(f"--from {given['start']} continues a run, but {path} is missing or damaged; drop --from")
+        base["data"] = tuple(base["data"])
+        for f in fields(Config):
+            stage = f.metadata["stage"]
+            if stage and f.name in given and given[f.name] != base[f.name] and reused(stage, given["start"]):
+                parser.error(f"--{f.name} was {base[f.name]} when stage {stage} ran, and --from {given['start']} keeps "
+                             f"that stage; use --from {stage} or drop --{f.name}")
+    c = Config(**{**base, **given})
+    for name in ("world_pairs", "vocab_size", "max_new_tokens", "n_layer", "n_head", "n_embd", "batch", "accumulate",
+                 "sft_steps", "prompts", "sample_batch", "steps", "prealign_steps", "eval_prompts", "eval_responses",
+                 "beta", "lr", "sft_lr", "score_lr", "clip"):
+        if not 0 < getattr(c, name) < math.inf:
+            parser.error(f"--{name} is {getattr(c, name)}; it must be greater than 0")
+    if c.responses < 2 or not 0 < c.held_out < 1 or c.max_new_tokens + 8 > c.block_size or c.vocab_size < 300:
+        parser.error(f"--responses {c.responses} must be ≥ 2, --held_out {c.held_out} within 0 and 1, --max_new_tokens "
+                     f"{c.max_new_tokens} at most --block_size {c.block_size} − 8, --vocab_size {c.vocab_size} ≥ 300")
+    if c.scores == "exact" and c.data:
+        parser.error("--scores exact exists in the built-in world only; use --scores learned with --data")
+    return replace(c, scores=c.scores or ("learned" if c.data else "exact"))
+
+
+def reused(stage, start):
+    return STAGES.index(stage) < STAGES.index(start)
+
+
+def stream(c, purpose, device="cpu"):
+    """A random stream of its own for each purpose: evaluating more often, say, changes no other stage's numbers."""
+    return torch.Generator(device).manual_seed(random.Random(f"{c.seed}/{purpose}").getrandbits(62))
+
+
+def progress(stage):
+    """log(step, steps, loss=…): one refreshing line on a terminal, about ten plain lines in a file."""
+    began, printed = time.time(), [0.0]
+
+    def log(step, steps, **numbers):
+        rate, terminal = step / max(1e-9, time.time() - began), sys.stdout.isatty()
+        if step == steps or (time.time() - printed[0] > 0.2 if terminal else step * 5 // steps > (step - 1) * 5 // steps):
+            printed[0] = time.time()
+            shown = "".join(f"  {name} {value:.4f}" for name, value in numbers.items())
+            print(f"{chr(13) if terminal else ''}  {stage} {step}/{steps}{shown}  {rate:.1f}/s  "
+                  f"{time.time() - began:.0f} s elapsed, {(steps - step) / rate:.0f} s left   ",
+                  end="\n" if step == steps or not terminal else "", flush=True)
+    return log
+
+
+# ---- the stages
+
+def write(path, text):
+    """Whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def artifact(c, seconds, stage, name, make, headline):
+    """The file `name` of a stage: read where --from starts later, else made, a dict of tensors, and kept."""
+    path = os.path.join(c.out, name)
+    if reused(stage, c.start):
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises half a dozen kinds for a damaged file
+            raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); make it with --from {stage}") from None
+    else:
+        print(f"\n{stage}: {headline}", flush=True)
+        began = time.time()
+        saved = make()
+        saved["seconds"] = time.time() - began
+        torch.save(saved, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    seconds[stage] = seconds.get(stage, 0) + saved["seconds"]
+    return saved
+
+
+def new_model(c, config, purpose):
+    torch.manual_seed(random.Random(f"{c.seed}/{purpose}").getrandbits(62))
+    return GPT(config).to(c.device)
+
+
+def parse_margin(text, separator, reach):
+    """"50%" or "0.3", one or one per constraint -> (m,) margins in g's units; reach (m,) is the largest reachable."""
+    parts = text.split(separator)
+    parts = parts * len(reach) if len(parts) == 1 else parts
+    try:
+        b = [float(p[:-1]) / 100 * largest if p.endswith("%") else float(p) for p, largest in zip(parts, reach.tolist())]
+    except ValueError:
+        raise ValueError(f"margin {text!r}: expected a number in g's units, 0.3, or a share of the largest reachable "
+                         f"margin, 50%, separated by {separator!r}") from None
+    if len(parts) != len(reach):
+        raise ValueError(f"margin {text!r} has {len(parts)} values for {len(reach)} constraints")
+    return torch.tensor(b, dtype=torch.float64)
+
+
+
+
+def dual_numbers(c, names, margin, found, unit):
+    """Print λ* and what it predicts, keep it in dual.json; `unit` turns PeCAN's log-ratios into the units of r and g."""
+    for j, name in enumerate(names):
+        print(f"  λ*_{name} = {found.lam[j]:.4f} ± {1.96 * found.lam_se[j]:.4f} for a margin of {margin[j]:.3f}; predicted gain "
+              f"{unit * found.constraint_gain[j]:.3f}, {name} of the reference {unit * found.ref[j]:.3f}")
+    print(f"  predicted reward gain {unit * found.score_gain:.3f}, KL {found.kl:.3f}, effective sample size {found.ess:.1f} a "
+          f"prompt (5th percentile {found.ess_p5:.1f}); {found.iterations} evaluations")
+    numbers = {"margin": margin.tolist(), "lam": found.lam.tolist(), "score_gain": unit * found.score_gain,
+               "constraint_gain": (unit * found.constraint_gain).tolist(), "kl": found.kl, "ess": found.ess,
+               "iterations": found.iterations}
+    write(os.path.join(c.out, "dual.json"), json.dumps(numbers, indent=1))
+    return numbers
+
+
+def draw(c, names, score, constraint, margins, solutions, policies):
+    """tradeoff.svg: the predicted frontier and every realised policy; dual.svg: D(λ) and its minimum per margin."""
+    low = dual.margin_of(score, constraint, torch.zeros(len(names)), c.beta)  # at λ = 0: helpfulness alone
+    high = 0.95 * dual.reachable(constraint) if len(names) == 1 else margins["mocan"]
+    sweep = dual.sweep(score, constraint, [low + t / 40 * (high - low) for t in range(41)], c.beta)
+    mocan.svg(os.path.join(c.out, "tradeoff.svg"), "Reward against safety", f"{names[0]} gain over the reference",
+              "reward gain over the reference",
+              {"predicted by the dual": [(x.constraint_gain[0].item(), x.score_gain) for x in sweep]},
+              {name: [(p["constraint_gain"][0], p["reward_gain"], p["constraint_gain_ci"][0], p["reward_gain_ci"])]
+               for name, p in policies.items()})
+    curves, points, h = {}, {}, constraint.double() - constraint.double().mean(dim=(1, 2), keepdim=True)
+    widest = 2 * max(found.lam[0].item() for found in solutions.values()) + 1
+    for name, found in solutions.items():
+        def D(lam_1):  # along λ_1, the other λ_j at their optimum
+            lam = torch.cat([torch.tensor([lam_1], dtype=torch.float64), found.lam[1:].cpu()])
+            z = (score.double() + torch.einsum("m,mnk->nk", lam, h - margins[name][:, None, None])) / c.beta
+            return c.beta * (torch.logsumexp(z, dim=1) - math.log(z.size(1))).mean().item()
+        label = f"b = {margins[name][0]:.3f}"
+        curves[label] = [(t / 60 * widest, D(t / 60 * widest)) for t in range(61)]
+        at = found.lam[0].item()
+        points[f"λ* = {at:.3f}"] = [(at, D(at), (at, at), (D(at), D(at)))]
+    mocan.svg(os.path.join(c.out, "dual.svg"), "The dual function and its minimum", f"λ, price of {names[0]}", "D(λ)", curves, points)
+
+
+# ---- the job
+
+def main():
+    c = settings(sys.argv[1:])
+    os.makedirs(c.out, exist_ok=True)
+    write(os.path.join(c.out, "run.json"), json.dumps({"config": asdict(c)}, indent=1))
+    print(" ".join(f"--{name} {value}" for name, value in asdict(c).items()))
+    seconds = {}  # stage: seconds, of this run or of the run that made the artifact
+    train, held_out, names = data.load(c, random.Random(f"{c.seed}/data"))
+    tok = data.open_tokenizer(c, train, reused("reference", c.start))
+    print(f"\ndata: {len(train)} training and {len(held_out)} held-out pairs from {' '.join(c.data) or 'the world'}, no "
+          f"prompt in both; constraints: {', '.join(names)}; vocabulary {tok.encoding.n_vocab}")
+
+    def make_reference():
+        model = new_model(c, GPTConfig(tok.encoding.n_vocab, c.block_size, c.n_layer, c.n_head, c.n_embd), "reference")
+        pool = data.pair_pool(tok, train, c, "training data")
+        mocan.train_reference(model, pool, c, stream(c, "reference"), progress("reference"))
+        return to_checkpoint(model)
+    saved = artifact(c, seconds, "reference", "reference.pt", make_reference, "supervised fine-tuning")
+    reference = from_checkpoint(saved, c.device)
+
+    judges = {}  # preference: score model; empty where the world's exact functions serve
+    for name in ("helpful", *names) if c.scores == "learned" else ():
+        def make_score():
+            model = new_model(c, replace(reference.config, score_head=True), f"scores/{name}")
+            model.load_state_dict(reference.state_dict(), strict=False)  # the trunk starts as the reference
+            mocan.learn_score(model, tok, train, held_out, name, c, stream(c, f"scores/{name}"), progress("scores"))
+            return to_checkpoint(model)
+        saved = artifact(c, seconds, "scores", f"score_{name}.pt", make_score, f"learning {name} from preferences")
+        judges[name] = from_checkpoint(saved, c.device)
+
+    def make_offline():
+        prompts = data.spread(train, c.prompts)
+        ids, _ = data.encode_prompts(tok, prompts, c.block_size - c.max_new_tokens)
+        pool, ref_logp = mocan.sample_pool(reference, ids, c.responses, c, tok.end, stream(c, "offline", c.device),
+                                           progress("offline"))
+        scores = mocan.score_pool(judges, names, prompts, pool, tok, c)  # (1+m, N, K)
+        r, g = scores[0].flatten(), scores[1].flatten()
+        print(f"  mean helpful {r.mean():.3f}, {names[0]} {g.mean():.3f}, correlation "
+              f"{torch.corrcoef(torch.stack([r, g]))[0, 1]:.2f}")
+        return {"tokens": pool.tokens.int(), "response_mask": pool.response_mask, "ref_logp": ref_logp, "scores": scores}
+    saved = artifact(c, seconds, "offline", "offline.pt", make_offline, f"{c.responses} responses of the reference to "
+                     f"each of at most {c.prompts} training prompts, scored")
+    pool, ref_logp = mocan.Pool(saved["tokens"].long(), saved["response_mask"]), saved["ref_logp"]
+    scores = saved["scores"]
+    score, constraint = scores[0], scores[1:]  # (N, K), (m, N, K)
+
+    policies, rows = {}, {}  # name: model; name: λ*, steps, seconds
+
+    def align(stage, name, lam, steps, train_policy, headline):
+        """One aligned policy as an artifact: train_policy(model) trains a copy of the reference."""
+        def make():
+            policy = copy.deepcopy(reference)
+            train_policy(policy)
+            return to_checkpoint(policy)
+        saved = artifact(c, seconds, stage, f"{name.replace(' ', '_')}.pt", make, headline)
+        policies[name] = from_checkpoint(saved, c.device)
+        rows[name] = {"lam": [float(x) for x in lam], "steps": steps, "seconds": saved["seconds"]}
+
+    results = {"config": asdict(c), "policies": {}}
+    if c.algo != "pecan":  # ---- MoCAN
+        reach = dual.reachable(constraint)  # (m,)
+        margins = {"mocan": parse_margin(c.margin, ",", reach),
+                   **{f"mocan {text}": parse_margin(text, ":", reach) for text in c.margins.split(",") if text}}
+        began = time.time()
+        solutions = {name: dual.solve(score, constraint, b, c.beta) for name, b in margins.items()}
+        seconds["dual"], margin = time.time() - began, margins["mocan"]
+        results["dual"] = dual_numbers(c, names, margin, solutions["mocan"], 1.0)
+        print(f"  the largest reachable margins are {', '.join(f'{x:.3f}' for x in reach)}")
+        pairs, pairs_ref, pairs_scores = pool, ref_logp, scores
+        if c.pairs == "data":  # the preference file's own two responses, scored by the same judges
+            pairs = data.pair_pool(tok, train, c, "pairs")
+            pairs_ref = mocan.logprobs(reference, pairs, c)
+            pairs_scores = mocan.score_pool(judges, names, [pair.prompt for pair in train], pairs, tok, c)
+        for name, found in solutions.items():
+            align("mocan", name, found.lam, c.steps, lambda policy: mocan.train_mocan(
+                policy, pairs, pairs_ref, pairs_scores[0], pairs_scores[1:], found.lam, c,
+                (stream(c, "mocan"), stream(c, "mocan/labels")), progress(name)),
+                f"{name}: one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
+
+    if c.algo != "mocan":  # ---- PeCAN
+        for name in ("helpful", *names):
+            align("prealign", f"dpo-{name}", (), c.prealign_steps, lambda policy: pecan.prealign(
+                policy, reference, *data.preference_tensors(tok, train, name, c)[:2], c,
+                (stream(c, f"prealign/{name}"), stream(c, f"prealign/{name}/labels")), progress(f"dpo-{name}")),
+                f"DPO on the preference {name}")
+
+        def make_tuples():
+            ratios = []  # ln(π/π_ref) of each pre-aligned policy on the offline pool
+            for name in ("helpful", *names):
+                tau = pecan.temperature(policies[f"dpo-{name}"], reference, name,
+                                        *data.preference_tensors(tok, held_out, name, c)[:2], c)
+                ratios.append((tau if c.calibrate else 1.0) * (mocan.logprobs(policies[f"dpo-{name}"], pool, c) - ref_logp))
+            return {"ratios": torch.stack(ratios)}
+        ratios = artifact(c, seconds, "prealign", "tuples.pt", make_tuples, "log-probability tuples")["ratios"]
+        if c.algo == "pecan":
+            margin = parse_margin(c.margin, ",", c.beta * dual.reachable(ratios[1:]))
+        found = pecan.implicit_dual(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, margin, c.beta)
+        results["dual_pecan"] = dual_numbers(c, names, margin, found, c.beta)
+        pecan.say_miscalibration(names, scores, c.beta * ratios)
+        s = pecan.implicit_score(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, found.lam, c.beta)  # (N, K)
+        align("pecan", "pecan", found.lam, c.steps, lambda policy: pecan.train_pecan(
+            policy, pool, ref_logp, s, c, c.steps, (stream(c, "pecan"), stream(c, "pecan/labels")), progress("pecan")),
+            f"one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
+
+    # ---- what came of it
+    prompts = data.spread(held_out, c.eval_prompts)
+    print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of {len(prompts)} held-out prompts")
+    began, texts, ref_scores = time.time(), {}, None
+    for name, policy in {"reference": reference, **policies}.items():
+        eval_scores, measured, texts[name] = mocan.measure(
+            policy, reference, ref_scores, judges, names, prompts, tok, c, stream(c, "evaluate", c.device), progress(name))
+        ref_scores = eval_scores if ref_scores is None else ref_scores
+        results["policies"][name] = {**measured, **rows.get(name, {})}
+    seconds["evaluate"] = time.time() - began
+    results["seconds"] = {stage: round(s, 2) for stage, s in seconds.items()}
+    K = c.eval_responses
+    write(os.path.join(c.out, "samples.jsonl"), "".join(
+        json.dumps({"instruction": prompts[i // K], "output": text, "generator": name}, ensure_ascii=False) + "\n"
+        for name in texts for i, text in enumerate(texts[name])))
+    write(os.path.join(c.out, "results.json"), json.dumps(results, indent=1))
+    for i in range(min(3, len(prompts))):
+        print(f"\n  {prompts[i]}", *(f"    {name:>14}: {texts[name][i * K]}" for name in texts), sep="\n")
+    optimum = {"optimum (closed form)": results["dual"]} if "dual" in results else {}
+    mocan.print_table(names, margin, {**results["policies"], **optimum})
+    if c.algo != "pecan":
+        draw(c, names, score, constraint, margins, solutions, results["policies"])
+    print(f"\n{sum(seconds.values()):.0f} s in all: " + ", ".join(f"{stage} {s:.0f}" for stage, s in seconds.items()) +
+          f"; everything is in {c.out}/")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FloatingPointError, OSError) as error:  # what a user can mend; a bug keeps its traceback
+        sys.exit(f"error: {error}")
