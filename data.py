@@ -14,6 +14,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from typing import NamedTuple
 
@@ -45,10 +46,10 @@ def load_preferences(paths):
     for spec in paths:
         name, _, path = spec.rpartition("=") if not os.path.exists(spec) else ("", "", spec)
         try:
-            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as lines:
                 rows = [_read_row(line, name, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read as UTF-8 JSONL or JSONL.gz ({error}); check --data") from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: cannot be read as JSONL or JSONL.gz ({error}); check --data") from None
         if not any(pair.prefers for pair in rows):
             raise ValueError(f"{path}: no usable pair in {len(rows)} rows; each needs better_response_id or "
                              "safer_response_id (0 or 1), or chosen and rejected")
@@ -60,7 +61,7 @@ def _read_row(line, name, where):
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: not a JSON object ({error}); one JSON object a line is expected") from None
+        raise ValueError(f"{where}: not a JSON object ({error}); one object a line in UTF-8 is expected") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON {type(row).__name__} where a JSON object is expected")
     fields = ("chosen", "rejected") if "chosen" in row or "rejected" in row else ("prompt", "response_0", "response_1")
@@ -278,7 +279,7 @@ def open_tokenizer(c, train, reuse):
 
 def encode_prompts(tok, prompts, limit):
     """Prompts (str) -> token ids in the chat template, at most `limit` each: a longer prompt loses its beginning.
-    Returns (list of B id lists, how many were truncated)."""
+    Returns (list of B id lists, how many were truncated); the caller says how many."""
     room = limit - len(tok.before) - len(tok.after)
     ids = [tok.encoding.encode_ordinary(" " + prompt) for prompt in prompts]
     return [tok.before + x[-room:] + tok.after for x in ids], sum(len(x) > room for x in ids)

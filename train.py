@@ -8,11 +8,11 @@ train.py: the whole job, from preferences to an aligned policy and a table that 
 Stages, in order; each leaves its artifact in --out:
 
     reference   supervised fine-tuning                      reference.pt, tokenizer.json
-    scores      reward and safety models                    scores.pt        (the world's own are exact functions)
+    scores      reward and safety models                    score_*.pt (none: the built-in world's are exact functions)
     offline     K responses per prompt from π_ref, scored   offline.pt
     dual        λ*, and what it predicts                    dual.json
     mocan       one policy update                           mocan.pt
-    prealign    PeCAN: one DPO policy per preference        prealign_*.pt, tuples.pt
+    prealign    PeCAN: one DPO policy per preference        dpo-*.pt, tuples.pt
     pecan       one policy update                           pecan.pt
     evaluate    fresh responses on held-out prompts         results.json, samples.jsonl, tradeoff.svg, dual.svg
 """
@@ -33,7 +33,7 @@ import data
 import dual
 import mocan
 import pecan
-from model import GPT, GPTConfig, from_checkpoint, sequence_logprob, to_checkpoint
+from model import GPT, GPTConfig, from_checkpoint, to_checkpoint
 
 STAGES = ("reference", "scores", "offline", "dual", "mocan", "prealign", "pecan", "evaluate")
 
@@ -48,7 +48,7 @@ class Config:
     start: str = setting("reference", None, "reuse the artifacts of earlier stages and run from this one", STAGES, "from")
     out: str = setting("out", None, "folder of all artifacts")
     quick: bool = setting(False, "reference", "shrink every stage: a run of seconds, to see that everything works")
-    algo: str = setting("all", None, "which policies to train", ("mocan", "pecan", "all"))
+    algo: str = setting("all", "offline", "which policies to train", ("mocan", "pecan", "all"))
     seed: int = setting(0, "reference", "seeds every random stream")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", None, "cpu, cuda, cuda:1, …")
     dtype: str = setting("bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else
@@ -69,7 +69,7 @@ class Config:
     block_size: int = setting(192, "reference", "longest prompt and response together, in tokens")
     # training
     batch: int = setting(32, None, "pairs per micro-batch")
-    accumulate: int = setting(1, None, "micro-batches per policy update step")
+    accumulate: int = setting(1, "mocan", "micro-batches per policy update step")
     warmup: int = setting(20, None, "steps of linear warm-up, then cosine to a tenth")
     clip: float = setting(1.0, None, "largest gradient norm")
     sft_steps: int = setting(300, "reference", "gradient steps of the reference policy")
@@ -83,16 +83,16 @@ class Config:
     responses: int = setting(32, "offline", "K, responses to each")
     sample_batch: int = setting(256, None, "responses sampled or scored at once")
     beta: float = setting(1.0, "dual", "β, weight of the KL divergence to the reference")
-    margins: str = setting("", None, "a trade-off curve: train one MoCAN policy for each of these margins too, "
+    margins: str = setting("", "mocan", "a trade-off curve: train one MoCAN policy for each of these margins too, "
                            "25%%,50%%,75%%; comma separated, several constraints of one margin by ':'")
     margin: str = setting("50%", "dual", "b, required safety gain over the reference: a number in g's units or a share "
                           "of the largest reachable one, 50%%; comma separated for several constraints")
     constraints: str = setting("", "scores", "safety preferences to constrain, comma separated (default: harmless in "
                                "the world, every one but helpful in data)")
     # policy
-    lr: float = setting(1e-3, None, "learning rate of every DPO run")
-    steps: int = setting(200, None, "gradient steps of MoCAN's and PeCAN's policy update")
-    labels: str = setting("exact", None, "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw of it, as in the paper",
+    lr: float = setting(1e-3, "mocan", "learning rate of every DPO run")
+    steps: int = setting(200, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
+    labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw of it, as in the paper",
                           ("exact", "sampled"))
     pairs: str = setting("samples", "mocan", "samples: two of the K reference samples, fresh each step; data: the "
                          "preference file's own two responses, as in the paper", ("samples", "data"))
@@ -139,13 +139,19 @@ def settings(argv):
                              f"that stage; use --from {stage} or drop --{f.name}")
     c = Config(**{**base, **given})
     for name in ("world_pairs", "vocab_size", "max_new_tokens", "n_layer", "n_head", "n_embd", "batch", "accumulate",
-                 "sft_steps", "prompts", "sample_batch", "steps", "prealign_steps", "eval_prompts", "eval_responses",
+                 "sft_steps", "score_steps", "prompts", "sample_batch", "steps", "prealign_steps", "eval_prompts", "eval_responses",
                  "beta", "lr", "sft_lr", "score_lr", "clip"):
         if not 0 < getattr(c, name) < math.inf:
             parser.error(f"--{name} is {getattr(c, name)}; it must be greater than 0")
+    if c.warmup < 0 or c.eval_prompts < 2:
+        parser.error(f"--warmup {c.warmup} must be ≥ 0 and --eval_prompts {c.eval_prompts} ≥ 2")
     if c.responses < 2 or not 0 < c.held_out < 1 or c.max_new_tokens + 8 > c.block_size or c.vocab_size < 300:
         parser.error(f"--responses {c.responses} must be ≥ 2, --held_out {c.held_out} within 0 and 1, --max_new_tokens "
                      f"{c.max_new_tokens} at most --block_size {c.block_size} − 8, --vocab_size {c.vocab_size} ≥ 300")
+    try:
+        torch.zeros(1, device=c.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {c.device} cannot be used ({str(error).splitlines()[0]}); expected cpu, cuda or cuda:N")
     if c.scores == "exact" and c.data:
         parser.error("--scores exact exists in the built-in world only; use --scores learned with --data")
     return replace(c, scores=c.scores or ("learned" if c.data else "exact"))
@@ -223,9 +229,8 @@ def parse_margin(text, separator, reach):
 
 
 
-
 def dual_numbers(c, names, margin, found, unit):
-    """Print λ* and what it predicts, keep it in dual.json; `unit` turns PeCAN's log-ratios into the units of r and g."""
+    """Print λ* and what it predicts -> the same as a dict; `unit` turns PeCAN's log-ratios into the units of r and g."""
     for j, name in enumerate(names):
         print(f"  λ*_{name} = {found.lam[j]:.4f} ± {1.96 * found.lam_se[j]:.4f} for a margin of {margin[j]:.3f}; predicted gain "
               f"{unit * found.constraint_gain[j]:.3f}, {name} of the reference {unit * found.ref[j]:.3f}")
@@ -234,7 +239,6 @@ def dual_numbers(c, names, margin, found, unit):
     numbers = {"margin": margin.tolist(), "lam": found.lam.tolist(), "score_gain": unit * found.score_gain,
                "constraint_gain": (unit * found.constraint_gain).tolist(), "kl": found.kl, "ess": found.ess,
                "iterations": found.iterations}
-    write(os.path.join(c.out, "dual.json"), json.dumps(numbers, indent=1))
     return numbers
 
 
@@ -298,16 +302,17 @@ def main():
         ids, _ = data.encode_prompts(tok, prompts, c.block_size - c.max_new_tokens)
         pool, ref_logp = mocan.sample_pool(reference, ids, c.responses, c, tok.end, stream(c, "offline", c.device),
                                            progress("offline"))
+        kept = {"tokens": pool.tokens.int(), "response_mask": pool.response_mask, "ref_logp": ref_logp}
+        if c.algo == "pecan":  # preferences alone: nothing is scored before the evaluation
+            return kept
         scores = mocan.score_pool(judges, names, prompts, pool, tok, c)  # (1+m, N, K)
         r, g = scores[0].flatten(), scores[1].flatten()
         print(f"  mean helpful {r.mean():.3f}, {names[0]} {g.mean():.3f}, correlation "
               f"{torch.corrcoef(torch.stack([r, g]))[0, 1]:.2f}")
-        return {"tokens": pool.tokens.int(), "response_mask": pool.response_mask, "ref_logp": ref_logp, "scores": scores}
+        return {**kept, "scores": scores}
     saved = artifact(c, seconds, "offline", "offline.pt", make_offline, f"{c.responses} responses of the reference to "
                      f"each of at most {c.prompts} training prompts, scored")
     pool, ref_logp = mocan.Pool(saved["tokens"].long(), saved["response_mask"]), saved["ref_logp"]
-    scores = saved["scores"]
-    score, constraint = scores[0], scores[1:]  # (N, K), (m, N, K)
 
     policies, rows = {}, {}  # name: model; name: λ*, steps, seconds
 
@@ -316,13 +321,15 @@ def main():
         def make():
             policy = copy.deepcopy(reference)
             train_policy(policy)
-            return to_checkpoint(policy)
+            return {**to_checkpoint(policy), "steps": steps}
         saved = artifact(c, seconds, stage, f"{name.replace(' ', '_')}.pt", make, headline)
         policies[name] = from_checkpoint(saved, c.device)
-        rows[name] = {"lam": [float(x) for x in lam], "steps": steps, "seconds": saved["seconds"]}
+        rows[name] = {"lam": [float(x) for x in lam], "steps": saved["steps"], "seconds": saved["seconds"]}
 
     results = {"config": asdict(c), "policies": {}}
     if c.algo != "pecan":  # ---- MoCAN
+        scores = saved["scores"]
+        score, constraint = scores[0], scores[1:]  # (N, K), (m, N, K)
         reach = dual.reachable(constraint)  # (m,)
         margins = {"mocan": parse_margin(c.margin, ",", reach),
                    **{f"mocan {text}": parse_margin(text, ":", reach) for text in c.margins.split(",") if text}}
@@ -361,11 +368,14 @@ def main():
             margin = parse_margin(c.margin, ",", c.beta * dual.reachable(ratios[1:]))
         found = pecan.implicit_dual(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, margin, c.beta)
         results["dual_pecan"] = dual_numbers(c, names, margin, found, c.beta)
-        pecan.say_miscalibration(names, scores, c.beta * ratios)
+        if c.algo == "all":
+            pecan.say_miscalibration(names, scores, c.beta * ratios)
         s = pecan.implicit_score(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, found.lam, c.beta)  # (N, K)
         align("pecan", "pecan", found.lam, c.steps, lambda policy: pecan.train_pecan(
             policy, pool, ref_logp, s, c, c.steps, (stream(c, "pecan"), stream(c, "pecan/labels")), progress("pecan")),
             f"one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
+
+    write(os.path.join(c.out, "dual.json"), json.dumps({k: results[k] for k in ("dual", "dual_pecan") if k in results}))
 
     # ---- what came of it
     prompts = data.spread(held_out, c.eval_prompts)
@@ -385,7 +395,8 @@ def main():
     write(os.path.join(c.out, "results.json"), json.dumps(results, indent=1))
     for i in range(min(3, len(prompts))):
         print(f"\n  {prompts[i]}", *(f"    {name:>14}: {texts[name][i * K]}" for name in texts), sep="\n")
-    optimum = {"optimum (closed form)": results["dual"]} if "dual" in results else {}
+    optimum = {"optimum (closed form)": {**results["dual"], "reward_gain": results["dual"]["score_gain"]}} \
+        if "dual" in results else {}
     mocan.print_table(names, margin, {**results["policies"], **optimum})
     if c.algo != "pecan":
         draw(c, names, score, constraint, margins, solutions, results["policies"])
