@@ -12,6 +12,7 @@ number of preferences by name: "helpful" is the reward's, every other name is a 
 import base64
 import gzip
 import json
+import math
 import os
 import re
 import zlib
@@ -218,15 +219,14 @@ def world_preferences(count, rng):
     for _ in range(count):
         prompt = rng.choice(WORLD_PROMPTS)
         responses = (write_response(prompt, rng), write_response(prompt, rng))
-        p_1 = {name: torch.sigmoid(torch.tensor(score(prompt, responses[1]) - score(prompt, responses[0]))).item()
-               for name, score in WORLD_SCORES.items()}
-        pairs.append(Pair(prompt, responses, {name: int(rng.random() < p) for name, p in p_1.items()}))
+        lead = {name: score(prompt, responses[1]) - score(prompt, responses[0]) for name, score in WORLD_SCORES.items()}
+        pairs.append(Pair(prompt, responses, {name: int(rng.random() < 1 / (1 + math.exp(-x))) for name, x in lead.items()}))
     return pairs
 
 
 # ---- 3. tokens
 
-# tiktoken's split pattern for GPT-2, and the same in the syntax of `re`, which lacks \p{L} and \p{N}.
+# tiktoken's split pattern for GPT-2, and the same for `re`, which lacks \p{L} and \p{N} (so it takes ½ for a letter).
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLIT_RE = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
 

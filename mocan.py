@@ -66,12 +66,16 @@ def score_loss(chosen, rejected, chosen_sign=None, rejected_sign=None):
 
 # ---- step 1: responses of π_ref
 
-def sample_pool(policy, prompts, K, c, eos, generator, log):
-    """Step 1: K responses y ~ π(·|x) to each prompt (a list of N id lists) -> Pool, logp (N, K) in nats."""
-    repeated = [prompt for prompt in prompts for _ in range(K)]
+def sample_pool(policy, tok, prompts, K, c, generator, log):
+    """Step 1: K responses y ~ π(·|x) to each of N prompts (str) -> Pool, logp (N, K) in nats."""
+    limit = c.block_size - c.max_new_tokens
+    ids, cut = encode_prompts(tok, prompts, limit)
+    if cut:
+        print(f"  {cut} of {len(prompts)} prompts lost their beginning (longer than {limit} tokens)")
+    repeated = [prompt for prompt in ids for _ in range(K)]
     tokens, masks, logps = [], [], []
     for at in range(0, len(repeated), c.sample_batch):
-        batch = policy.generate(repeated[at:at + c.sample_batch], c.max_new_tokens, eos=eos, generator=generator)
+        batch = policy.generate(repeated[at:at + c.sample_batch], c.max_new_tokens, eos=tok.end, generator=generator)
         for store, x in zip((tokens, masks, logps), batch):
             store.append(x.cpu())
         log(min(at + c.sample_batch, len(repeated)), len(repeated))
@@ -103,10 +107,10 @@ def logprobs(policy, pool, c):
 # ---- what every training loop shares
 
 def lr_at(step, steps, warmup):
-    """The learning rate's factor: 1) linear warm-up, 2) cosine from 1 down to 0.1."""
+    """The learning rate's factor: 1) linear warm-up, 2) cosine from 1 down to 0, where the policy's noise ends."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
 def mixed_precision(model, lr, dtype):
@@ -274,8 +278,7 @@ def measure(policy, reference, ref_scores, judges, names, prompts, tok, c, gener
 
     ref_scores: the reference's own on the same prompts, or None for the reference itself. KL is E_π[ln π − ln π_ref].
     """
-    ids, _ = encode_prompts(tok, prompts, c.block_size - c.max_new_tokens)
-    pool, logp = sample_pool(policy, ids, c.eval_responses, c, tok.end, generator, log)
+    pool, logp = sample_pool(policy, tok, prompts, c.eval_responses, c, generator, log)
     ref_logp = logprobs(reference, pool, c)
     scores = score_pool(judges, names, prompts, pool, tok, c).double()
     (r, *g), (r_win, *g_win) = compare(scores, scores if ref_scores is None else ref_scores)
@@ -312,33 +315,32 @@ def print_table(names, margin, rows):
 
 
 def svg(path, title, x_title, y_title, curves, points):
-    """A line chart. curves: {label: [(x, y), …]}; points: {label: [(x, y, (x_low, x_high), (y_low, y_high)), …]}. Text and
-    axes take a mid gray and the series four strong hues, so that it reads on light and on dark pages."""
-    W, H, left, right, top, bottom = 640, 400, 70, 20, 70, 60
-    every = [p for c in curves.values() for p in c] + [q for ps in points.values() for x, y, xs, ys in ps
-                                                       for q in ((xs[0], ys[0]), (xs[1], ys[1]))]
-    (x0, x1), (y0, y1) = ((lo - 0.06 * (hi - lo or 1), hi + 0.06 * (hi - lo or 1)) for lo, hi in
-                          ((min(v), max(v)) for v in zip(*every)))
-    X, Y = (lambda x: left + (x - x0) / (x1 - x0) * (W - left - right)), (lambda y: H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom))
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {W} {H}" font-family="sans-serif" font-size="13" fill="#888">',
-           f'<text x="{left}" y="22" font-size="16">{title}</text>',
-           f'<text x="{(left + W - right) / 2}" y="{H - 14}" text-anchor="middle">{x_title}</text>',
+    """Write a chart. curves: {label: [(x, y), …]}; points: {label: (x, y, (x_low, x_high), (y_low, y_high))}. Text and axes
+    are a mid gray and the series strong hues, so that it reads on light and on dark pages."""
+    W, H, left, right, top, bottom = 640, 440, 70, 20, 100, 55
+    every = [xy for curve in curves.values() for xy in curve] + [xy for p in points.values() for xy in zip(p[2], p[3])]
+    (x0, x1), (y0, y1) = ((min(v) - 0.05 * (max(v) - min(v) or 1), max(v) + 0.05 * (max(v) - min(v) or 1)) for v in zip(*every))
+    X = lambda x: round(left + (x - x0) / (x1 - x0) * (W - left - right), 1)
+    Y = lambda y: round(H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom), 1)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {W} {H}" font-family="sans-serif" font-size="13" '
+           f'fill="#888"><text x="{left}" y="24" font-size="16">{title}</text>',
+           f'<text x="{(left + W - right) / 2}" y="{H - 12}" text-anchor="middle">{x_title}</text>',
            f'<text transform="translate(18 {(top + H - bottom) / 2}) rotate(-90)" text-anchor="middle">{y_title}</text>']
-    for lo, hi, place in ((x0, x1, 0), (y0, y1, 1)):
-        step = next(s for e in range(-6, 7) for s in (10.0 ** e, 2 * 10.0 ** e, 5 * 10.0 ** e) if (hi - lo) / s <= 8)
-        for i in range(math.ceil(lo / step), math.floor(hi / step) + 1):
-            v, text = i * step, f"{i * step:g}"
-            line, at = ((f"M{X(v):.1f} {top}V{H - bottom}", f'x="{X(v):.1f}" y="{H - bottom + 18}" text-anchor="middle"') if place == 0
-                        else (f"M{left} {Y(v):.1f}H{W - right}", f'x="{left - 8}" y="{Y(v) + 4:.1f}" text-anchor="end"'))
-            out += [f'<path d="{line}" stroke="#888" stroke-opacity=".25"/>', f"<text {at}>{text}</text>"]
+    for low, high, horizontal in ((x0, x1, True), (y0, y1, False)):
+        step = next(s * 10.0 ** e for e in range(-6, 7) for s in (1, 2, 5) if (high - low) / (s * 10.0 ** e) <= 8)
+        for i in range(math.ceil(low / step), math.floor(high / step) + 1):
+            line = f"M{X(i * step)} {top}V{H - bottom}" if horizontal else f"M{left} {Y(i * step)}H{W - right}"
+            place = f'x="{X(i * step)}" y="{H - bottom + 18}" text-anchor="middle"' if horizontal else \
+                f'x="{left - 8}" y="{Y(i * step) + 4}" text-anchor="end"'
+            out.append(f'<path d="{line}" stroke="#888" stroke-opacity=".25"/><text {place}>{i * step:g}</text>')
     for i, (label, series) in enumerate([*curves.items(), *points.items()]):
-        color, at = ("#3b82f6", "#e8590c", "#2b9e4f", "#b04ad8", "#c9a000", "#d6336c")[i % 6], left + 175 * (i % 3)
-        if i < len(curves):
-            out.append(f'<path d="M{" L".join(f"{X(x):.1f} {Y(y):.1f}" for x, y in series)}" fill="none" stroke="{color}" stroke-width="2"/>')
-        for x, y, xs, ys in series if i >= len(curves) else ():
-            out.append(f'<path d="M{X(xs[0]):.1f} {Y(y):.1f}H{X(xs[1]):.1f}M{X(x):.1f} {Y(ys[0]):.1f}V{Y(ys[1]):.1f}" stroke="{color}"/>'
-                       f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="4" fill="{color}"/>')
-        out.append(f'<rect x="{at}" y="{34 + 17 * (i // 3)}" width="12" height="4" fill="{color}"/>'
-                   f'<text x="{at + 18}" y="{41 + 17 * (i // 3)}">{label}</text>')
+        color, x, y = ("#3b82f6", "#e8590c", "#2b9e4f", "#b04ad8", "#c9a000", "#d6336c")[i % 6], left + 185 * (i % 3), 46 + 18 * (i // 3)
+        if label in curves:
+            mark = f'<path d="M{" L".join(f"{X(a)} {Y(b)}" for a, b in series)}" fill="none" stroke="{color}" stroke-width="2"/>'
+        else:
+            a, b, (a0, a1), (b0, b1) = series
+            mark = f'<path d="M{X(a0)} {Y(b)}H{X(a1)}M{X(a)} {Y(b0)}V{Y(b1)}" stroke="{color}"/>' \
+                   f'<circle cx="{X(a)}" cy="{Y(b)}" r="4" fill="{color}"/>'
+        out.append(f'{mark}<rect x="{x}" y="{y - 7}" width="12" height="5" fill="{color}"/><text x="{x + 18}" y="{y}">{label}</text>')
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join([*out, "</svg>\n"]))

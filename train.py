@@ -5,11 +5,11 @@ train.py: the whole job, from preferences to an aligned policy and a table that 
     python train.py --data FILE               real preferences
     python train.py --from mocan --lr 5e-4    the same run again from that stage on, with what changed
 
-Stages, in order; each leaves its artifact in --out:
+The stages, and the artifact that each leaves in --out:
 
     reference   supervised fine-tuning                      reference.pt, tokenizer.json
     scores      reward and safety models                    score_*.pt (none: the built-in world's are exact functions)
-    offline     K responses per prompt from π_ref, scored   offline.pt
+    offline     K responses per prompt from π_ref, scored   offline.pt, offline_scores.pt
     dual        λ*, and what it predicts                    dual.json
     mocan       one policy update                           mocan.pt
     prealign    PeCAN: one DPO policy per preference        dpo-*.pt, tuples.pt
@@ -48,7 +48,7 @@ class Config:
     start: str = setting("reference", None, "reuse the artifacts of earlier stages and run from this one", STAGES, "from")
     out: str = setting("out", None, "folder of all artifacts")
     quick: bool = setting(False, "reference", "shrink every stage: a run of seconds, to see that everything works")
-    algo: str = setting("all", "offline", "which policies to train", ("mocan", "pecan", "all"))
+    algo: str = setting("all", None, "which policies to train", ("mocan", "pecan", "all"))
     seed: int = setting(0, "reference", "seeds every random stream")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", None, "cpu, cuda, cuda:1, …")
     dtype: str = setting("bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else
@@ -57,7 +57,7 @@ class Config:
                          ("float32", "bfloat16", "float16"))
     # text
     data: tuple = setting((), "reference", "preference files, FILE or NAME=FILE, one or more; none: the built-in world")
-    world_pairs: int = setting(8000, "reference", "preference pairs that the built-in world writes")
+    world_pairs: int = setting(12000, "reference", "preference pairs that the built-in world writes")
     held_out: float = setting(0.2, "reference", "share of the prompts kept for evaluation")
     tokenizer: str = setting("vocab", "reference", "vocab: built from the training text; gpt2: GPT-2's", ("vocab", "gpt2"))
     vocab_size: int = setting(4096, "reference", "largest size of the vocab tokenizer")
@@ -70,7 +70,7 @@ class Config:
     # training
     batch: int = setting(32, None, "pairs per micro-batch")
     accumulate: int = setting(1, "mocan", "micro-batches per policy update step")
-    warmup: int = setting(20, None, "steps of linear warm-up, then cosine to a tenth")
+    warmup: int = setting(20, None, "steps of linear warm-up, then cosine to 0")
     clip: float = setting(1.0, None, "largest gradient norm")
     sft_steps: int = setting(300, "reference", "gradient steps of the reference policy")
     sft_lr: float = setting(3e-3, "reference", "its learning rate")
@@ -84,19 +84,19 @@ class Config:
     sample_batch: int = setting(256, None, "responses sampled or scored at once")
     beta: float = setting(1.0, "dual", "β, weight of the KL divergence to the reference")
     margins: str = setting("", "mocan", "a trade-off curve: train one MoCAN policy for each of these margins too, "
-                           "25%%,50%%,75%%; comma separated, several constraints of one margin by ':'")
+                           "25%,50%,75%; comma separated, several constraints of one margin by ':'")
     margin: str = setting("50%", "dual", "b, required safety gain over the reference: a number in g's units or a share "
-                          "of the largest reachable one, 50%%; comma separated for several constraints")
+                          "of the largest reachable one, 50%; comma separated for several constraints")
     constraints: str = setting("", "scores", "safety preferences to constrain, comma separated (default: harmless in "
                                "the world, every one but helpful in data)")
     # policy
-    lr: float = setting(1e-3, "mocan", "learning rate of every DPO run")
-    steps: int = setting(200, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
+    lr: float = setting(5e-4, "mocan", "learning rate of every DPO run")
+    steps: int = setting(600, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
     labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw of it, as in the paper",
                           ("exact", "sampled"))
     pairs: str = setting("samples", "mocan", "samples: two of the K reference samples, fresh each step; data: the "
                          "preference file's own two responses, as in the paper", ("samples", "data"))
-    prealign_steps: int = setting(200, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
+    prealign_steps: int = setting(300, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
     calibrate: bool = setting(True, "prealign", "scale PeCAN's implicit scores by a temperature fitted on held-out pairs")
     # evaluation
     eval_prompts: int = setting(240, None, "held-out prompts, at most")
@@ -112,17 +112,16 @@ def settings(argv):
     parser = argparse.ArgumentParser(prog="train.py", description="One-shot safety alignment: a dual, then one policy "
                                      "update.", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        m, flag, shown = f.metadata, "--" + (f.metadata["flag"] or f.name), f"{f.metadata['help']} (default: {f.default})"
+        m, flag = f.metadata, "--" + (f.metadata["flag"] or f.name)
+        shown = f"{m['help']} (default: {f.default})".replace("%", "%%")
         if isinstance(f.default, bool):
-            parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, help=m["help"])
+            parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, help=shown)
         elif isinstance(f.default, tuple):
-            parser.add_argument(flag, dest=f.name, nargs="+", action="extend", help=m["help"])
+            parser.add_argument(flag, dest=f.name, nargs="+", action="extend", help=shown)
         else:
             choices = m["choices"] and [x for x in m["choices"] if x]
             parser.add_argument(flag, dest=f.name, type=type(f.default), choices=choices, help=shown)
     given = vars(parser.parse_args(argv))
-    if "data" in given:
-        given["data"] = tuple(given["data"])
     base = QUICK if given.get("quick") else {}
     if given.get("start", STAGES[0]) != STAGES[0]:
         path = os.path.join(given.get("out", Config.out), "run.json")
@@ -131,23 +130,21 @@ def settings(argv):
                 base = json.load(file)["config"]
         except (OSError, ValueError, KeyError):
             parser.error(f"--from {given['start']} continues a run, but {path} is missing or damaged; drop --from")
-        base["data"] = tuple(base["data"])
+        base["out"] = Config.out
         for f in fields(Config):
             stage = f.metadata["stage"]
             if stage and f.name in given and given[f.name] != base[f.name] and reused(stage, given["start"]):
                 parser.error(f"--{f.name} was {base[f.name]} when stage {stage} ran, and --from {given['start']} keeps "
                              f"that stage; use --from {stage} or drop --{f.name}")
-    c = Config(**{**base, **given})
-    for name in ("world_pairs", "vocab_size", "max_new_tokens", "n_layer", "n_head", "n_embd", "batch", "accumulate",
-                 "sft_steps", "score_steps", "prompts", "sample_batch", "steps", "prealign_steps", "eval_prompts", "eval_responses",
-                 "beta", "lr", "sft_lr", "score_lr", "clip"):
-        if not 0 < getattr(c, name) < math.inf:
-            parser.error(f"--{name} is {getattr(c, name)}; it must be greater than 0")
-    if c.warmup < 0 or c.eval_prompts < 2:
-        parser.error(f"--warmup {c.warmup} must be ≥ 0 and --eval_prompts {c.eval_prompts} ≥ 2")
-    if c.responses < 2 or not 0 < c.held_out < 1 or c.max_new_tokens + 8 > c.block_size or c.vocab_size < 300:
-        parser.error(f"--responses {c.responses} must be ≥ 2, --held_out {c.held_out} within 0 and 1, --max_new_tokens "
-                     f"{c.max_new_tokens} at most --block_size {c.block_size} − 8, --vocab_size {c.vocab_size} ≥ 300")
+    c = Config(**{**base, **given, "data": tuple(given.get("data", base.get("data", ())))})
+    least = {"seed": 0, "warmup": 0, "responses": 2, "eval_prompts": 2, "vocab_size": 300}  # others: greater than 0
+    for f in fields(Config):
+        value = getattr(c, f.name)
+        if type(f.default) in (int, float) and not least.get(f.name, 1e-300) <= value < math.inf:
+            parser.error(f"--{f.name} is {value}; it must be {f'at least {least[f.name]}' if f.name in least else '> 0'}")
+    if c.held_out >= 1 or c.max_new_tokens + 8 > c.block_size:
+        parser.error(f"--held_out {c.held_out} must be < 1, --max_new_tokens {c.max_new_tokens} at most --block_size "
+                     f"{c.block_size} − 8")
     try:
         torch.zeros(1, device=c.device)
     except (RuntimeError, AssertionError) as error:
@@ -228,7 +225,6 @@ def parse_margin(text, separator, reach):
     return torch.tensor(b, dtype=torch.float64)
 
 
-
 def dual_numbers(c, names, margin, found, unit):
     """Print λ* and what it predicts -> the same as a dict; `unit` turns PeCAN's log-ratios into the units of r and g."""
     for j, name in enumerate(names):
@@ -236,34 +232,31 @@ def dual_numbers(c, names, margin, found, unit):
               f"{unit * found.constraint_gain[j]:.3f}, {name} of the reference {unit * found.ref[j]:.3f}")
     print(f"  predicted reward gain {unit * found.score_gain:.3f}, KL {found.kl:.3f}, effective sample size {found.ess:.1f} a "
           f"prompt (5th percentile {found.ess_p5:.1f}); {found.iterations} evaluations")
-    numbers = {"margin": margin.tolist(), "lam": found.lam.tolist(), "score_gain": unit * found.score_gain,
-               "constraint_gain": (unit * found.constraint_gain).tolist(), "kl": found.kl, "ess": found.ess,
-               "iterations": found.iterations}
-    return numbers
+    return {"margin": margin.tolist(), "lam": found.lam.tolist(), "score_gain": unit * found.score_gain, "kl": found.kl,
+            "constraint_gain": (unit * found.constraint_gain).tolist(), "ess": found.ess, "iterations": found.iterations}
 
 
 def draw(c, names, score, constraint, margins, solutions, policies):
     """tradeoff.svg: the predicted frontier and every realised policy; dual.svg: D(λ) and its minimum per margin."""
-    low = dual.margin_of(score, constraint, torch.zeros(len(names)), c.beta)  # at λ = 0: helpfulness alone
+    low = dual.margin_of(score, constraint, torch.zeros(len(names)), c.beta)  # helpfulness alone, λ = 0
     high = 0.95 * dual.reachable(constraint) if len(names) == 1 else margins["mocan"]
     sweep = dual.sweep(score, constraint, [low + t / 40 * (high - low) for t in range(41)], c.beta)
     mocan.svg(os.path.join(c.out, "tradeoff.svg"), "Reward against safety", f"{names[0]} gain over the reference",
               "reward gain over the reference",
-              {"predicted by the dual": [(x.constraint_gain[0].item(), x.score_gain) for x in sweep]},
-              {name: [(p["constraint_gain"][0], p["reward_gain"], p["constraint_gain_ci"][0], p["reward_gain_ci"])]
+              {"predicted": [(x.constraint_gain[0].item(), x.score_gain) for x in sweep]},
+              {name: (p["constraint_gain"][0], p["reward_gain"], p["constraint_gain_ci"][0], p["reward_gain_ci"])
                for name, p in policies.items()})
-    curves, points, h = {}, {}, constraint.double() - constraint.double().mean(dim=(1, 2), keepdim=True)
-    widest = 2 * max(found.lam[0].item() for found in solutions.values()) + 1
+    curves, points, widest = {}, {}, 2 * max(found.lam[0].item() for found in solutions.values()) + 1
     for name, found in solutions.items():
-        def D(lam_1):  # along λ_1, the other λ_j at their optimum
-            lam = torch.cat([torch.tensor([lam_1], dtype=torch.float64), found.lam[1:].cpu()])
-            z = (score.double() + torch.einsum("m,mnk->nk", lam, h - margins[name][:, None, None])) / c.beta
-            return c.beta * (torch.logsumexp(z, dim=1) - math.log(z.size(1))).mean().item()
-        label = f"b = {margins[name][0]:.3f}"
-        curves[label] = [(t / 60 * widest, D(t / 60 * widest)) for t in range(61)]
-        at = found.lam[0].item()
-        points[f"λ* = {at:.3f}"] = [(at, D(at), (at, at), (D(at), D(at)))]
-    mocan.svg(os.path.join(c.out, "dual.svg"), "The dual function and its minimum", f"λ, price of {names[0]}", "D(λ)", curves, points)
+        h = constraint.double() - constraint.double().mean(dim=(1, 2), keepdim=True) - margins[name][:, None, None]
+        for x in (*(t / 60 * widest for t in range(61)), found.lam[0].item()):  # along λ_1, the other λ_j at their optimum
+            z = score + x * h[0] + torch.einsum("m,mnk->nk", found.lam[1:], h[1:])
+            D = c.beta * (torch.logsumexp(z / c.beta, dim=1) - math.log(z.size(1))).mean().item()  # D(λ), dual function
+            curves.setdefault(f"b = {margins[name][0]:.3f}", []).append((x, D))
+        points[f"λ* = {x:.3f}"] = x, D, (x, x), (D, D)
+        curves[f"b = {margins[name][0]:.3f}"].pop()
+    mocan.svg(os.path.join(c.out, "dual.svg"), "The dual function and its minimum", f"λ, the price of {names[0]}", "D(λ)",
+              curves, points)
 
 
 # ---- the job
@@ -287,35 +280,30 @@ def main():
     saved = artifact(c, seconds, "reference", "reference.pt", make_reference, "supervised fine-tuning")
     reference = from_checkpoint(saved, c.device)
 
-    judges = {}  # preference: score model; empty where the world's exact functions serve
-    for name in ("helpful", *names) if c.scores == "learned" else ():
-        def make_score():
-            model = new_model(c, replace(reference.config, score_head=True), f"scores/{name}")
-            model.load_state_dict(reference.state_dict(), strict=False)  # the trunk starts as the reference
-            mocan.learn_score(model, tok, train, held_out, name, c, stream(c, f"scores/{name}"), progress("scores"))
-            return to_checkpoint(model)
-        saved = artifact(c, seconds, "scores", f"score_{name}.pt", make_score, f"learning {name} from preferences")
-        judges[name] = from_checkpoint(saved, c.device)
+    def open_judges():
+        """{preference: score model}; empty where the world's exact functions serve."""
+        judges = {}
+        for name in ("helpful", *names) if c.scores == "learned" else ():
+            def make_score():
+                model = new_model(c, replace(reference.config, score_head=True), f"scores/{name}")
+                model.load_state_dict(reference.state_dict(), strict=False)  # the trunk starts as the reference
+                mocan.learn_score(model, tok, train, held_out, name, c, stream(c, f"scores/{name}"), progress("scores"))
+                return to_checkpoint(model)
+            saved = artifact(c, seconds, "scores", f"score_{name}.pt", make_score, f"learning {name} from preferences")
+            judges[name] = from_checkpoint(saved, c.device)
+        return judges
+    judges = open_judges() if c.algo != "pecan" else None
+    prompts = data.spread(train, c.prompts)
 
     def make_offline():
-        prompts = data.spread(train, c.prompts)
-        ids, _ = data.encode_prompts(tok, prompts, c.block_size - c.max_new_tokens)
-        pool, ref_logp = mocan.sample_pool(reference, ids, c.responses, c, tok.end, stream(c, "offline", c.device),
+        pool, ref_logp = mocan.sample_pool(reference, tok, prompts, c.responses, c, stream(c, "offline", c.device),
                                            progress("offline"))
-        kept = {"tokens": pool.tokens.int(), "response_mask": pool.response_mask, "ref_logp": ref_logp}
-        if c.algo == "pecan":  # preferences alone: nothing is scored before the evaluation
-            return kept
-        scores = mocan.score_pool(judges, names, prompts, pool, tok, c)  # (1+m, N, K)
-        r, g = scores[0].flatten(), scores[1].flatten()
-        print(f"  mean helpful {r.mean():.3f}, {names[0]} {g.mean():.3f}, correlation "
-              f"{torch.corrcoef(torch.stack([r, g]))[0, 1]:.2f}")
-        return {**kept, "scores": scores}
-    saved = artifact(c, seconds, "offline", "offline.pt", make_offline, f"{c.responses} responses of the reference to "
-                     f"each of at most {c.prompts} training prompts, scored")
+        return {"tokens": pool.tokens.int(), "response_mask": pool.response_mask, "ref_logp": ref_logp}
+    saved = artifact(c, seconds, "offline", "offline.pt", make_offline,
+                     f"{c.responses} responses of the reference to each of {len(prompts)} training prompts")
     pool, ref_logp = mocan.Pool(saved["tokens"].long(), saved["response_mask"]), saved["ref_logp"]
 
-    policies, rows = {}, {}  # name: model; name: λ*, steps, seconds
-
+    policies, rows, results = {}, {}, {"config": asdict(c), "policies": {}}
     def align(stage, name, lam, steps, train_policy, headline):
         """One aligned policy as an artifact: train_policy(model) trains a copy of the reference."""
         def make():
@@ -326,18 +314,19 @@ def main():
         policies[name] = from_checkpoint(saved, c.device)
         rows[name] = {"lam": [float(x) for x in lam], "steps": saved["steps"], "seconds": saved["seconds"]}
 
-    results = {"config": asdict(c), "policies": {}}
     if c.algo != "pecan":  # ---- MoCAN
-        scores = saved["scores"]
+        scores = artifact(c, seconds, "offline", "offline_scores.pt", lambda: {
+            "scores": mocan.score_pool(judges, names, prompts, pool, tok, c)}, "their scores")["scores"]
         score, constraint = scores[0], scores[1:]  # (N, K), (m, N, K)
         reach = dual.reachable(constraint)  # (m,)
+        print(f"\ndual: the largest reachable margins are {', '.join(f'{x:.3f}' for x in reach)}; correlation of helpful and "
+              f"{names[0]} under the reference {torch.corrcoef(scores[:2].flatten(1))[0, 1]:.2f}")
         margins = {"mocan": parse_margin(c.margin, ",", reach),
                    **{f"mocan {text}": parse_margin(text, ":", reach) for text in c.margins.split(",") if text}}
         began = time.time()
         solutions = {name: dual.solve(score, constraint, b, c.beta) for name, b in margins.items()}
         seconds["dual"], margin = time.time() - began, margins["mocan"]
         results["dual"] = dual_numbers(c, names, margin, solutions["mocan"], 1.0)
-        print(f"  the largest reachable margins are {', '.join(f'{x:.3f}' for x in reach)}")
         pairs, pairs_ref, pairs_scores = pool, ref_logp, scores
         if c.pairs == "data":  # the preference file's own two responses, scored by the same judges
             pairs = data.pair_pool(tok, train, c, "pairs")
@@ -378,6 +367,7 @@ def main():
     write(os.path.join(c.out, "dual.json"), json.dumps({k: results[k] for k in ("dual", "dual_pecan") if k in results}))
 
     # ---- what came of it
+    judges = open_judges() if judges is None else judges
     prompts = data.spread(held_out, c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of {len(prompts)} held-out prompts")
     began, texts, ref_scores = time.time(), {}, None
@@ -388,16 +378,15 @@ def main():
         results["policies"][name] = {**measured, **rows.get(name, {})}
     seconds["evaluate"] = time.time() - began
     results["seconds"] = {stage: round(s, 2) for stage, s in seconds.items()}
-    K = c.eval_responses
-    write(os.path.join(c.out, "samples.jsonl"), "".join(
-        json.dumps({"instruction": prompts[i // K], "output": text, "generator": name}, ensure_ascii=False) + "\n"
+    write(os.path.join(c.out, "samples.jsonl"), "".join(json.dumps(
+        {"instruction": prompts[i // c.eval_responses], "output": text, "generator": name}, ensure_ascii=False) + "\n"
         for name in texts for i, text in enumerate(texts[name])))
     write(os.path.join(c.out, "results.json"), json.dumps(results, indent=1))
     for i in range(min(3, len(prompts))):
-        print(f"\n  {prompts[i]}", *(f"    {name:>14}: {texts[name][i * K]}" for name in texts), sep="\n")
-    optimum = {"optimum (closed form)": {**results["dual"], "reward_gain": results["dual"]["score_gain"]}} \
-        if "dual" in results else {}
-    mocan.print_table(names, margin, {**results["policies"], **optimum})
+        print(f"\n  {prompts[i]}", *(f"    {name:>14}: {texts[name][i * c.eval_responses]}" for name in texts), sep="\n")
+    optimum = results.get("dual", results.get("dual_pecan"))
+    mocan.print_table(names, margin, {**results["policies"], "optimum (closed form)":
+                                      {**optimum, "reward_gain": optimum["score_gain"]}})
     if c.algo != "pecan":
         draw(c, names, score, constraint, margins, solutions, results["policies"])
     print(f"\n{sum(seconds.values()):.0f} s in all: " + ", ".join(f"{stage} {s:.0f}" for stage, s in seconds.items()) +
