@@ -3,10 +3,10 @@ data.py: where text comes from and how it becomes tensors.
 
 1. Preference files: PKU-SafeRLHF's JSONL schema and HH-RLHF's transcripts, checked line by line.
 2. The built-in world: a small assistant language with exact helpfulness r(x,y), harmlessness g_1 and manners g_2.
+   Either source yields a list of `Pair`s, so every later stage has a single path.
 3. Tokens: one tokenizer and one chat template for training, sampling and evaluation alike.
 
-Either source yields the same thing, a list of `Pair`s, so every later stage has a single path. A pair may carry any
-number of preferences by name: "helpful" is the reward's, every other name is a safety constraint's.
+Read next: dual.py.
 """
 
 import base64
@@ -26,7 +26,7 @@ import torch
 class Pair(NamedTuple):
     prompt: str
     responses: tuple  # (y_0, y_1)
-    prefers: dict     # preference name -> 0 or 1, the index of the response that it prefers
+    prefers: dict     # name -> index of the preferred response; "helpful" is the reward's, others are constraints'
     safe: tuple = ()  # (bool, bool) whether each response is safe, where the file says so
 
 
@@ -325,8 +325,7 @@ def pair_pool(tok, pairs, c, what):
 
 
 def preference_tensors(tok, pairs, name, c):
-    """The pairs that carry preference `name` -> Pool (N, 2, T), prefers (N,), safe (N, 2): +1, −1, or 0 not labelled
-    (a label of safety anchors a constraint's score, never helpfulness)."""
+    """The pairs with preference `name` -> Pool (N, 2, T), prefers (N,), safe (N, 2): +1, −1, 0 unlabelled or helpful."""
     pairs = [pair for pair in pairs if name in pair.prefers]
     safe = [[2.0 * s - 1 for s in pair.safe] if pair.safe and name != "helpful" else [0.0, 0.0] for pair in pairs]
     return pair_pool(tok, pairs, c, name), torch.tensor([pair.prefers[name] for pair in pairs]), torch.tensor(safe)

@@ -292,21 +292,23 @@ def measure(policy, reference, ref_scores, judges, names, prompts, tok, c, gener
     }, decode(tok, pool.tokens.flatten(0, 1), pool.response_mask.flatten(0, 1))
 
 
-def print_table(names, margin, rows):
-    """rows {policy: measurements}; the row of the closed-form optimum has no intervals: it is the dual's prediction."""
+def print_table(names, rows):
+    """rows {policy: measurements}; a row of the closed-form optimum has no intervals, since it is the dual's prediction."""
     def cell(x, ci):
         return f"{x:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
 
     def holds(gain, ci, b):  # as far as the sample can tell
         return "yes" if gain >= b - 1e-6 else "within error" if ci and ci[1] >= b else "no"
 
-    table = [["", "reward gain", *(x for n in names for x in (f"{n} gain", "holds")), "KL", "win r",
+    table = [["", "reward gain", *(x for n in names for x in (f"{n} gain", "b", "holds")), "KL", "win r",
               *(f"win {n}" for n in names), "λ*", "steps", "seconds"]]
     for policy, row in rows.items():
-        gains = zip(row["constraint_gain"], row.get("constraint_gain_ci") or [None] * len(names), margin)
+        gains = zip(row["constraint_gain"], row.get("constraint_gain_ci") or [None] * len(names),
+                    row.get("margin") or [None] * len(names))
         wins = [row.get("reward_win_rate"), *row.get("constraint_win_rate", [None] * len(names))]
         table.append([policy, cell(row["reward_gain"], row.get("reward_gain_ci")),
-                      *(x for g, ci, b in gains for x in (cell(g, ci), "" if policy == "reference" else holds(g, ci, b))),
+                      *(x for g, ci, b in gains for x in ((cell(g, ci), "", "") if b is None else
+                                                           (cell(g, ci), f"{b:.3f}", holds(g, ci, b)))),
                       f"{row['kl']:.3f}", *("" if w is None else f"{w:.1%}" for w in wins),
                       ", ".join(f"{x:.3f}" for x in row.get("lam", [])), str(row.get("steps", "")),
                       f"{row['seconds']:.0f}" if "seconds" in row else ""])

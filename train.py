@@ -103,8 +103,8 @@ class Config:
     eval_responses: int = setting(16, None, "fresh responses to each")
 
 
-QUICK = dict(world_pairs=1500, n_embd=64, sft_steps=120, score_steps=40, prompts=128, responses=16, steps=60,
-             prealign_steps=60, eval_prompts=64, eval_responses=8)
+QUICK = dict(world_pairs=3000, n_embd=64, sft_steps=200, sft_lr=6e-3, score_steps=40, prompts=128, responses=16, steps=60,
+             prealign_steps=60, lr=1e-3, eval_prompts=64, eval_responses=8)
 
 
 def settings(argv):
@@ -164,16 +164,15 @@ def stream(c, purpose, device="cpu"):
 
 
 def progress(stage):
-    """log(step, steps, loss=…): one refreshing line on a terminal, about ten plain lines in a file."""
-    began, printed = time.time(), [0.0]
+    """log(step, steps, loss=…): one refreshing line on a terminal, five plain lines in a file."""
+    began, printed, terminal = time.time(), [0.0], sys.stdout.isatty()
 
     def log(step, steps, **numbers):
-        rate, terminal = step / max(1e-9, time.time() - began), sys.stdout.isatty()
-        if step == steps or (time.time() - printed[0] > 0.2 if terminal else step * 5 // steps > (step - 1) * 5 // steps):
-            printed[0] = time.time()
-            shown = "".join(f"  {name} {value:.4f}" for name, value in numbers.items())
-            print(f"{chr(13) if terminal else ''}  {stage} {step}/{steps}{shown}  {rate:.1f}/s  "
-                  f"{time.time() - began:.0f} s elapsed, {(steps - step) / rate:.0f} s left   ",
+        seconds = time.time() - began
+        if step == steps or (seconds - printed[0] > 0.2 if terminal else step * 5 // steps > (step - 1) * 5 // steps):
+            printed[0] = seconds
+            print("\r" * terminal + f"  {stage} {step}/{steps}", *(f" {name} {value:.4f}" for name, value in numbers.items()),
+                  f" {step / seconds:.1f}/s  {seconds:.0f} s elapsed, {(steps - step) * seconds / step:.0f} s left   ",
                   end="\n" if step == steps or not terminal else "", flush=True)
     return log
 
@@ -216,12 +215,10 @@ def parse_margin(text, separator, reach):
     parts = text.split(separator)
     parts = parts * len(reach) if len(parts) == 1 else parts
     try:
-        b = [float(p[:-1]) / 100 * largest if p.endswith("%") else float(p) for p, largest in zip(parts, reach.tolist())]
+        b = [float(p[:-1]) / 100 * top if p.endswith("%") else float(p) for p, top in zip(parts, reach.tolist(), strict=True)]
     except ValueError:
-        raise ValueError(f"margin {text!r}: expected a number in g's units, 0.3, or a share of the largest reachable "
-                         f"margin, 50%, separated by {separator!r}") from None
-    if len(parts) != len(reach):
-        raise ValueError(f"margin {text!r} has {len(parts)} values for {len(reach)} constraints")
+        raise ValueError(f"margin {text!r}: expected a number in g's units, 0.3, or a share of the largest reachable margin, "
+                         f"50%; one, or one for each of {len(reach)} constraints, separated by {separator!r}") from None
     return torch.tensor(b, dtype=torch.float64)
 
 
@@ -304,7 +301,7 @@ def main():
     pool, ref_logp = mocan.Pool(saved["tokens"].long(), saved["response_mask"]), saved["ref_logp"]
 
     policies, rows, results = {}, {}, {"config": asdict(c), "policies": {}}
-    def align(stage, name, lam, steps, train_policy, headline):
+    def align(stage, name, lam, b, steps, train_policy, headline):
         """One aligned policy as an artifact: train_policy(model) trains a copy of the reference."""
         def make():
             policy = copy.deepcopy(reference)
@@ -312,7 +309,8 @@ def main():
             return {**to_checkpoint(policy), "steps": steps}
         saved = artifact(c, seconds, stage, f"{name.replace(' ', '_')}.pt", make, headline)
         policies[name] = from_checkpoint(saved, c.device)
-        rows[name] = {"lam": [float(x) for x in lam], "steps": saved["steps"], "seconds": saved["seconds"]}
+        rows[name] = {"lam": [float(x) for x in lam], "margin": [float(x) for x in b], "steps": saved["steps"],
+                      "seconds": saved["seconds"]}
 
     if c.algo != "pecan":  # ---- MoCAN
         scores = artifact(c, seconds, "offline", "offline_scores.pt", lambda: {
@@ -333,14 +331,14 @@ def main():
             pairs_ref = mocan.logprobs(reference, pairs, c)
             pairs_scores = mocan.score_pool(judges, names, [pair.prompt for pair in train], pairs, tok, c)
         for name, found in solutions.items():
-            align("mocan", name, found.lam, c.steps, lambda policy: mocan.train_mocan(
+            align("mocan", name, found.lam, margins[name], c.steps, lambda policy: mocan.train_mocan(
                 policy, pairs, pairs_ref, pairs_scores[0], pairs_scores[1:], found.lam, c,
                 (stream(c, "mocan"), stream(c, "mocan/labels")), progress(name)),
                 f"{name}: one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
 
     if c.algo != "mocan":  # ---- PeCAN
         for name in ("helpful", *names):
-            align("prealign", f"dpo-{name}", (), c.prealign_steps, lambda policy: pecan.prealign(
+            align("prealign", f"dpo-{name}", (), (), c.prealign_steps, lambda policy: pecan.prealign(
                 policy, reference, *data.preference_tensors(tok, train, name, c)[:2], c,
                 (stream(c, f"prealign/{name}"), stream(c, f"prealign/{name}/labels")), progress(f"dpo-{name}")),
                 f"DPO on the preference {name}")
@@ -355,12 +353,14 @@ def main():
         ratios = artifact(c, seconds, "prealign", "tuples.pt", make_tuples, "log-probability tuples")["ratios"]
         if c.algo == "pecan":
             margin = parse_margin(c.margin, ",", c.beta * dual.reachable(ratios[1:]))
+        for name in ("helpful", *names):
+            rows[f"dpo-{name}"]["margin"] = margin.tolist()
         found = pecan.implicit_dual(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, margin, c.beta)
         results["dual_pecan"] = dual_numbers(c, names, margin, found, c.beta)
         if c.algo == "all":
             pecan.say_miscalibration(names, scores, c.beta * ratios)
         s = pecan.implicit_score(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, found.lam, c.beta)  # (N, K)
-        align("pecan", "pecan", found.lam, c.steps, lambda policy: pecan.train_pecan(
+        align("pecan", "pecan", found.lam, margin, c.steps, lambda policy: pecan.train_pecan(
             policy, pool, ref_logp, s, c, c.steps, (stream(c, "pecan"), stream(c, "pecan/labels")), progress("pecan")),
             f"one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
 
@@ -382,10 +382,10 @@ def main():
         {"instruction": prompts[i // c.eval_responses], "output": text, "generator": name}, ensure_ascii=False) + "\n"
         for name in texts for i, text in enumerate(texts[name])))
     write(os.path.join(c.out, "results.json"), json.dumps(results, indent=1))
-    for i in range(min(3, len(prompts))):
+    for i in sorted({len(prompts) * j // 6 for j in (1, 3, 5)}):
         print(f"\n  {prompts[i]}", *(f"    {name:>14}: {texts[name][i * c.eval_responses]}" for name in texts), sep="\n")
     optimum = results.get("dual", results.get("dual_pecan"))
-    mocan.print_table(names, margin, {**results["policies"], "optimum (closed form)":
+    mocan.print_table(names, {**results["policies"], "optimum (closed form)":
                                       {**optimum, "reward_gain": optimum["score_gain"]}})
     if c.algo != "pecan":
         draw(c, names, score, constraint, margins, solutions, results["policies"])

@@ -1,0 +1,219 @@
+"""Benchmarks, each one command: `python tests/bench.py dual`.
+
+dual: the solver of dual.py against what one would call instead, interleaved, the median of `--repeat` runs (of one run
+      for projected gradient descent). Evaluations are passes over all prompts; |grad| is the largest violation of the
+      KKT conditions at the end, always computed by the same function.
+"""
+import argparse
+import gzip
+import json
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import dual
+
+
+class Objective:
+    """D and its gradient with one exponential pass, NumPy in place, and a count of calls."""
+
+    def __init__(self, r, g, b, beta):
+        self.r, self.beta, self.calls = r.numpy(), beta, 0
+        self.h = (g - g.mean(dim=(1, 2), keepdim=True) - b[:, None, None]).numpy()  # (m, N, K)
+        self.z, self.zh = np.empty_like(self.r), np.empty_like(self.r)
+
+    def __call__(self, lam):
+        self.calls += 1
+        np.copyto(self.z, self.r)
+        for x, h in zip(lam, self.h):
+            np.multiply(h, x, out=self.zh)
+            self.z += self.zh
+        self.z /= self.beta
+        top = self.z.max(axis=1, keepdims=True)
+        self.z -= top
+        np.exp(self.z, out=self.z)
+        total = self.z.sum(axis=1)
+        grad = np.array([(np.einsum("nk,nk->n", self.z, h) / total).mean() for h in self.h])
+        return self.beta * (np.log(total / self.r.shape[1]) + top[:, 0]).mean(), grad
+
+
+def newton(r, g, b, beta):
+    d = dual.solve(r, g, b, beta)
+    return d.lam.numpy(), d.iterations
+
+
+def projected_gradient(r, g, b, beta):
+    """The published code's loop without what it logs: lam 1, step 4 halved on failure, 200 steps a try, five tries."""
+    f, step = Objective(r, g, b, beta), 4.0
+    for _ in range(5):
+        lam, history = np.ones(len(g)), []
+        for _ in range(200):
+            lam = np.maximum(lam - step * f(lam)[1], 0)
+            history.append(lam)
+            if len(history) > 10 and max(np.abs(lam - x).max() for x in history[-6:-1]) < 1e-5:
+                return lam, f.calls
+        step /= 2
+    return lam, f.calls
+
+
+def projected_gradient_logging(r, g, b, beta):
+    """The same with what the published code also computes in a step: log-mean-exp, mean score, mean constraint."""
+    f, step = Objective(r, g, b, beta), 4.0
+    for _ in range(5):
+        lam, history = np.ones(len(g)), []
+        for _ in range(200):
+            grad = f(lam)[1]
+            z = (f.r + np.tensordot(lam, f.h, axes=1)) / beta
+            top = z.max(axis=1, keepdims=True)
+            p = np.exp(z - top)
+            p /= p.sum(axis=1, keepdims=True)
+            history.append((lam, np.log(np.exp(z - top).mean(axis=1)) + top[:, 0], (p * f.r).sum(axis=1).mean(),
+                            [(p * h).sum(axis=1).mean() for h in f.h]))
+            lam = np.maximum(lam - step * grad, 0)
+            if len(history) > 10 and max(np.abs(lam - x[0]).max() for x in history[-5:]) < 1e-5:
+                return lam, f.calls
+        step /= 2
+    return lam, f.calls
+
+
+def l_bfgs_b(r, g, b, beta):
+    from scipy.optimize import minimize
+    f = Objective(r, g, b, beta)
+    lam = minimize(f, np.ones(len(g)), jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(g),
+                   options={"ftol": 0.0, "gtol": 1e-9, "maxiter": 500}).x
+    return lam, f.calls
+
+
+def brent(r, g, b, beta):
+    from scipy.optimize import minimize_scalar
+    f = Objective(r, g, b, beta)
+    lam = minimize_scalar(lambda x: f([abs(x)])[0], bracket=(0.0, 1.0), method="Brent", options={"xtol": 1e-12}).x
+    return np.array([abs(lam)]), f.calls
+
+
+def torch_lbfgs(r, g, b, beta):
+    """torch.optim.LBFGS with autograd on lam = softplus(x), which keeps lam > 0."""
+    h, calls = g - g.mean(dim=(1, 2), keepdim=True) - b[:, None, None], [0]
+    x = torch.full((len(g),), 0.5413, dtype=torch.float64, requires_grad=True)  # softplus(x) = 1
+    optimizer = torch.optim.LBFGS([x], max_iter=100, tolerance_grad=1e-10, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        calls[0] += 1
+        optimizer.zero_grad()
+        lam = torch.nn.functional.softplus(x)
+        loss = beta * torch.logsumexp((r + torch.tensordot(lam, h, dims=1)) / beta, dim=1).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return torch.nn.functional.softplus(x).detach().numpy(), calls[0]
+
+
+def synthetic(N, K, m):
+    """The paper's setting: score spread 3 that conflicts with the constraints, beta 0.1."""
+    gen = torch.Generator().manual_seed(N + m)
+    r = 3 * torch.randn(N, K, generator=gen, dtype=torch.float64)
+    g = torch.randn(m, N, K, generator=gen, dtype=torch.float64) * 3 - 0.3 * r
+    return r, g
+
+
+def real(N, K, m):
+    """Length and word rates of the 2 real responses of each prompt; K a prompt by resampling them with noise."""
+    path = ROOT.parent / "shared" / "data" / "dual_pairs.jsonl.gz"
+    if not path.exists():
+        return None
+    with gzip.open(path, "rt") as file:
+        rows = [json.loads(line) for line in file][:N]
+    words = (None, ("not", "illegal", "sorry"), ("please", "should"), ("important", "consider"), ("legal", "safe"))
+    text = [[row["response_0"], row["response_1"]] for row in rows]
+    base = [torch.tensor([[np.log1p(len(t)) if w is None else sum(t.lower().count(x) for x in w) / (1 + len(t) / 100)
+                           for t in pair] for pair in text], dtype=torch.float64) for w in words[:m + 1]]  # (N, 2) each
+    gen = torch.Generator().manual_seed(0)
+    pick = torch.randint(0, 2, (len(rows), K), generator=gen)
+    noise = [0.5 * x.std() * torch.randn(len(rows), K, generator=gen, dtype=torch.float64) for x in base]
+    score = [x.gather(1, pick) + e for x, e in zip(base, noise)]
+    score = [3 * x / x.std() for x in score]
+    return score[0], torch.stack(score[1:])
+
+
+def violation(r, g, b, beta, lam):
+    grad = Objective(r, g, b, beta)(lam)[1]
+    return float(np.where(np.asarray(lam) > 0, np.abs(grad), np.maximum(-grad, 0)).max())
+
+
+def timed(f, *args):
+    start = time.perf_counter()
+    result = f(*args)
+    return time.perf_counter() - start, result
+
+
+def bench_dual(args):
+    warnings.simplefilter("ignore")
+    solvers = {"newton (dual.py)": newton, "projected gradient": projected_gradient,
+               "PGD with its log": projected_gradient_logging, "torch.optim.LBFGS": torch_lbfgs}
+    try:
+        import scipy
+        solvers |= {"scipy L-BFGS-B": l_bfgs_b, "scipy Brent": brent}
+        print(f"scipy {scipy.__version__}")
+    except ImportError:
+        print("scipy is not installed: L-BFGS-B and Brent are skipped")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, beta 0.1, margin {args.share:.0%} of "
+          "reachable / sqrt(m)")
+    print(f"{'data':22s} {'m':>2s} {'solver':20s} {'ms':>9s} {'evals':>6s} {'|grad|':>8s} {'times ours':>10s}")
+    slow = (projected_gradient, projected_gradient_logging)
+    single = (*slow, brent)
+    cases = [(f"synthetic {N}x{K}", synthetic, N, K) for N, K in ((1000, 128), (1604, 192), (10000, 256))]
+    cases += [("real texts 1604x192", real, 1604, 192)]
+    for name, make, N, K in cases:
+        for m in (1, 2, 4):
+            data = make(N, K, m)
+            if data is None:
+                print(f"{name}: skipped, ../shared/data/dual_pairs.jsonl.gz is not there")
+                break
+            r, g = data
+            b = args.share / m ** 0.5 * dual.reachable(g)
+            newton(r, g, b, 0.1)  # warm up
+            seconds, result = {s: [] for s in solvers}, {}
+            for turn in range(args.repeat):
+                for s, f in solvers.items():
+                    if (m > 1 and f in single) or (turn and f in slow):  # the published code has one constraint
+                        continue
+                    t, result[s] = timed(f, r, g, b, 0.1)
+                    seconds[s].append(t)
+            ours = statistics.median(seconds["newton (dual.py)"])
+            for s, (lam, calls) in result.items():
+                t = statistics.median(seconds[s])
+                print(f"{name:22s} {m:2d} {s:20s} {1e3 * t:9.2f} {calls:6d} {violation(r, g, b, 0.1, lam):8.0e} "
+                      f"{t / ours:10.1f}", flush=True)
+    print("\none evaluation of D, gradient and Hessian together, against torch.logsumexp of the scores")
+    for N, K in ((1000, 128), (1604, 192), (10000, 256)):
+        for m in (1, 4):
+            r, g = synthetic(N, K, m)
+            problem, lam = dual.prepare(r, g, None, None), torch.ones(m, dtype=torch.float64)
+            times = [(timed(torch.logsumexp, r, 1)[0], timed(dual.evaluate, problem, lam, lam, 0.1)[0])
+                     for _ in range(20)]
+            lse, ours = (min(x) for x in zip(*times))
+            print(f"{N}x{K} m={m}: {1e3 * ours:.2f} ms, logsumexp {1e3 * lse:.2f} ms, ratio {ours / lse:.2f}")
+
+
+def main():
+    commands = {"dual": bench_dual}
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("--repeat", type=int, default=5, help="runs of each solver")
+    parser.add_argument("--share", type=float, default=0.5, help="margin as a share of the largest reachable one")
+    args = parser.parse_args()
+    commands[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

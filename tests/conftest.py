@@ -1,0 +1,47 @@
+"""What several test files share: where things are, and a space small enough to enumerate."""
+
+import itertools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def read_shared():
+    """The path of a file next to the repository, which a clone does not have."""
+    def path(name):
+        if not (SHARED / name).exists():
+            pytest.skip(f"{name} is not in ../shared of this checkout")
+        return SHARED / name
+    return path
+
+
+@pytest.fixture
+def space():
+    """space(m): 3 prompts, every sequence of up to 3 tokens from a vocabulary of 3, random r (N, S), g (m, N, S), and
+    a random π_ref (N, S) with rational probabilities c/120, so that `rows` (N, 120), which repeats a sequence c times,
+    is a sample of π_ref without any sampling error. `spread` turns (…, N, S) into (…, N, 120)."""
+    def build(m, seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        sequences = [y for length in (1, 2, 3) for y in itertools.product(range(3), repeat=length)]
+        N, S, total = 3, len(sequences), 120
+        extra = torch.rand(N, S, generator=draw).multinomial(total - S, replacement=True, generator=draw)
+        counts = 1 + torch.stack([row.bincount(minlength=S) for row in extra])  # (N, S)
+        rows = torch.stack([torch.arange(S).repeat_interleave(row) for row in counts])  # (N, total)
+        normal = {"generator": draw, "dtype": torch.float64}
+        return SimpleNamespace(
+            ref=counts.double() / total, rows=rows, r=torch.randn(N, S, **normal), g=torch.randn(m, N, S, **normal),
+            spread=lambda x: x.gather(-1, rows.expand(*x.shape[:-1], total)))
+    return build

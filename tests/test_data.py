@@ -1,0 +1,428 @@
+import gzip
+import json
+import os
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+from data import Pair
+
+ROW = {"prompt": "How?", "response_0": "Like this.", "response_1": "Like that.", "better_response_id": 1,
+       "safer_response_id": 0}
+HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: How?\n\nAssistant: Like this.",
+      "rejected": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: How?\n\nAssistant: Go away."}
+TRICKY = ("plain words", "It's 3 o'clock, isn't it?", "tabs\tand\nnew\r\nlines  ", "naïve Ångström straße — “quotes”",
+          "日本語のテキスト。한국어 русский العربية", "👩‍👩‍👧 🏳️‍🌈 emoji 🎉!!", "e\u0301 combining \u200d joiner\u00a0space",
+          "<|end|> then <|endoftext|> and <|user|>", "x_1 += a[i]*2e-3;  # code", "", " ", "۱۲۳ arabic-indic digits")
+
+
+def jsonl(tmp_path, *rows, name="pairs.jsonl"):
+    path = tmp_path / name
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def without(row, field):
+    return {key: value for key, value in row.items() if key != field}
+
+
+def one_line(error, *parts):
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+# ---- preference files
+
+def test_pku_schema(tmp_path):
+    row = {**ROW, "is_response_0_safe": True, "is_response_1_safe": False, "category": {"unknown": ["field"]}}
+    assert data.load_preferences([jsonl(tmp_path, row)]) == [
+        Pair("How?", ("Like this.", "Like that."), {"helpful": 1, "safe": 0}, (True, False))]
+
+
+def test_blank_lines_are_skipped(tmp_path):
+    assert len(data.load_preferences([jsonl(tmp_path, ROW, "", "  ", ROW)])) == 2
+
+
+def test_gzip_is_read_like_plain_text(tmp_path):
+    plain = jsonl(tmp_path, ROW, {**ROW, "prompt": "日本?"})
+    with gzip.open(tmp_path / "pairs.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write((tmp_path / "pairs.jsonl").read_text(encoding="utf-8"))
+    assert data.load_preferences([str(tmp_path / "pairs.jsonl.gz")]) == data.load_preferences([plain])
+
+
+@pytest.mark.parametrize("absent, left", [("better_response_id", {"safe": 0}), ("safer_response_id", {"helpful": 1})])
+def test_either_preference_may_be_absent_or_null(tmp_path, absent, left):
+    pairs = data.load_preferences([jsonl(tmp_path, without(ROW, absent), {**ROW, absent: None})])
+    assert [pair.prefers for pair in pairs] == [left, left]
+
+
+def test_null_safety_labels_are_no_labels(tmp_path):
+    path = jsonl(tmp_path, {**ROW, "is_response_0_safe": None, "is_response_1_safe": None})
+    assert data.load_preferences([path])[0].safe == ()
+
+
+def test_several_files_are_one_list_in_order(tmp_path):
+    first = jsonl(tmp_path, without(ROW, "safer_response_id"), name="helpful.jsonl")
+    second = jsonl(tmp_path, without(ROW, "better_response_id"), name="safe.jsonl")
+    assert [pair.prefers for pair in data.load_preferences([first, second])] == [{"helpful": 1}, {"safe": 0}]
+
+
+def test_hh_transcripts_under_the_name_that_the_user_gives(tmp_path):
+    path = jsonl(tmp_path, HH)
+    for name in ("helpful", "safe"):
+        assert data.load_preferences([f"{name}={path}"]) == [
+            Pair("Hi\n\nAssistant: Hello!\n\nHuman: How?", ("Like this.", "Go away."), {name: 0})]
+
+
+@pytest.mark.parametrize("name, prefers", [("helpful", 1), ("polite", 0)])
+def test_a_named_pku_file_holds_one_preference(tmp_path, name, prefers):
+    assert data.load_preferences([f"{name}={jsonl(tmp_path, ROW)}"])[0].prefers == {name: prefers}
+
+
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
+    assert len(data.load_preferences([jsonl(tmp_path, ROW, name="a=b.jsonl")])) == 1
+
+
+BAD_ROWS = {
+    "broken JSON": ('{"prompt": "How?"', "not a JSON object"),
+    "not an object": ([1, 2], "list"),
+    "a bare string": ('"text"', "str"),
+    "missing prompt": (without(ROW, "prompt"), "'prompt' is missing"),
+    "missing response": (without(ROW, "response_1"), "'response_1' is missing"),
+    "prompt of the wrong type": ({**ROW, "prompt": 5}, "'prompt' is not a string"),
+    "response of the wrong type": ({**ROW, "response_0": None}, "'response_0' is not a string"),
+    "id 2": ({**ROW, "better_response_id": 2}, "better_response_id is 2; expected 0 or 1"),
+    "id -1": ({**ROW, "safer_response_id": -1}, "safer_response_id is -1; expected 0 or 1"),
+    "id as text": ({**ROW, "better_response_id": "0"}, "better_response_id is '0'; expected 0 or 1"),
+    "id as bool": ({**ROW, "safer_response_id": True}, "safer_response_id is True; expected 0 or 1"),
+    "id as list": ({**ROW, "safer_response_id": [0]}, "safer_response_id is [0]; expected 0 or 1"),
+    "id between": ({**ROW, "better_response_id": 0.5}, "better_response_id is 0.5; expected 0 or 1"),
+    "no preference left": ({**ROW, "better_response_id": None, "safer_response_id": None}, "no preference"),
+    "is_safe as number": ({**ROW, "is_response_0_safe": 1, "is_response_1_safe": 0}, "expected true or false"),
+    "one is_safe absent": ({**ROW, "is_response_0_safe": True}, "expected true or false for both"),
+    "HH without a name": (HH, "name it"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, case):
+    row, reason = BAD_ROWS[case]
+    path = jsonl(tmp_path, ROW, ROW, row, ROW)
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([path])
+    one_line(error, f"{path}:3: ", reason)
+
+
+BAD_HH = {
+    "prompts diverge": ({**HH, "rejected": HH["rejected"].replace("Hi", "Ho")}, "differ only after the last"),
+    "no reply": ({"chosen": "Hi", "rejected": "Ho"}, "differ only after the last"),
+    "missing rejected": (without(HH, "rejected"), "'rejected' is missing"),
+    "chosen of the wrong type": ({**HH, "chosen": 3}, "'chosen' is not a string"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HH)
+def test_a_bad_transcript_is_named_by_file_and_line(tmp_path, case):
+    row, reason = BAD_HH[case]
+    path = jsonl(tmp_path, HH, row)
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([f"safe={path}"])
+    one_line(error, f"{path}:2: ", reason)
+
+
+def test_a_line_that_is_not_utf8_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(json.dumps(ROW).encode() + b'\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([str(path)])
+    one_line(error, f"{path}:2: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n"])
+def test_an_empty_file_has_no_usable_pair(tmp_path, content):
+    path = tmp_path / "empty.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([jsonl(tmp_path, ROW), str(path)])
+    one_line(error, f"{path}: no usable pair")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for spec in (f"{tmp_path}/absent.jsonl", f"safe={tmp_path}/absent.jsonl", str(tmp_path)):
+        with pytest.raises(ValueError) as error:
+            data.load_preferences([spec])
+        one_line(error, spec.removeprefix("safe="), "cannot be read")
+
+
+def spoil_header(content):
+    return b"no gzip" + content
+
+
+def spoil_middle(content):
+    return content[:20] + bytes(255 - b for b in content[20:40]) + content[40:]
+
+
+def spoil_end(content):
+    return content[:-12]
+
+
+@pytest.mark.parametrize("spoil", [spoil_header, spoil_middle, spoil_end])
+def test_a_broken_gzip_is_named(tmp_path, spoil):
+    path = tmp_path / "pairs.jsonl.gz"
+    lines = "".join(json.dumps({**ROW, "prompt": f"{random.Random(i).random()}"}) + "\n" for i in range(200))
+    path.write_bytes(spoil(gzip.compress(lines.encode())))
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([str(path)])
+    one_line(error, str(path), "cannot be read")
+
+
+# ---- the split
+
+def pairs_of(*prompts):
+    return [Pair(prompt, (f"a{i}", f"b{i}"), {"helpful": 0, "safe": 1}) for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.999])
+def test_no_prompt_is_in_both_parts_and_no_pair_is_lost(share):
+    pairs = pairs_of(*(f"prompt {i % 40}" for i in range(100)))
+    train, held_out = data.split_prompts(pairs, share)
+    assert train and held_out
+    assert not {p.prompt for p in train} & {p.prompt for p in held_out}
+    assert sorted(train + held_out, key=lambda p: p.responses) == sorted(pairs, key=lambda p: p.responses)
+
+
+def test_the_held_out_share_is_a_share_of_prompts():
+    _, held_out = data.split_prompts(pairs_of(*(f"prompt {i % 50}" for i in range(200))), 0.2)
+    assert len({p.prompt for p in held_out}) == 10 and len(held_out) == 40
+
+
+def test_two_prompts_are_enough_and_one_is_not():
+    train, held_out = data.split_prompts(pairs_of("a", "b", "b"), 0.2)
+    assert len({p.prompt for p in train}) == len({p.prompt for p in held_out}) == 1
+    with pytest.raises(ValueError, match="1 distinct prompt"):
+        data.split_prompts(pairs_of("a", "a"), 0.2)
+
+
+def test_spread_takes_distinct_prompts_evenly():
+    pairs = pairs_of(*(f"{i:02d}" for i in range(20)), "07", "07")
+    assert data.spread(pairs, 4) == ["02", "07", "12", "17"]
+    assert data.spread(pairs, 99) == [f"{i:02d}" for i in range(20)]
+
+
+def settings(**changes):
+    return SimpleNamespace(**{**dict(data=(), world_pairs=300, held_out=0.2, constraints="", block_size=64,
+                                     max_new_tokens=16, tokenizer="vocab", vocab_size=600), **changes})
+
+
+def test_a_constraint_that_the_data_lacks_is_refused_with_the_names_it_has(tmp_path):
+    path = jsonl(tmp_path, *({**ROW, "prompt": f"{i}"} for i in range(9)))
+    assert data.load(settings(data=(path,)), random.Random(0))[2] == ["safe"]
+    with pytest.raises(ValueError) as error:
+        data.load(settings(data=(path,), constraints="polite"), random.Random(0))
+    one_line(error, "'polite'", "helpful, safe")
+
+
+def test_data_without_a_safety_preference_is_refused(tmp_path):
+    path = jsonl(tmp_path, *({**without(ROW, "safer_response_id"), "prompt": f"{i}"} for i in range(9)))
+    with pytest.raises(ValueError, match="no safety preference"):
+        data.load(settings(data=(path,)), random.Random(0))
+
+
+# ---- the built-in world
+
+HAND_SCORED = [  # prompt, response, r, g_1, g_2
+    ("How do I bake bread at home?", "", 0.0, 0.0, 0.0),
+    ("How do I bake bread at home?", "Happy to help! Weigh the flour first. Cool it on a rack.", 2.0, 0.0, 1.0),
+    ("Help me bake bread.", "Pour pure acid on it. Preheat the oven to 220 degrees.", 1.0, -1.0, 0.0),  # not its topic
+    ("I need to unclog a drain.", "Soak it in hot water. Pour pure acid on it.", 1.7, -1.0, 0.0),
+    ("I need to unclog a drain.", "Rinse it twice. Rinse it twice. Rinse it twice.", 1.0, 0.0, 0.0),  # counted once
+    ("Help me fix a lamp today.", "What a silly question. Figure it out yourself. Do not bother me again.", 0, 0, -2),
+    ("Help me fix a lamp today.", "Leave the power on to save time. Bypass the fuse with foil. Be careful and wear "
+     "gloves.", 0.9, -1.5, 0.0),
+    ("How do I lose weight fast?", "Safety comes first. Ask an expert if you are not sure. Eat a light meal. Good "
+     "luck!", 0.0, 0.5, 1.0),
+    ("How do I lose weight fast?", "Stop eating for a week. Wash it down with whisky. Double the dose of the pills. "
+     "What a nice plan! Do not bother me again.", 2.1, -3.0, 0.0),
+    ("Can you tell me how to make a cake?", "Happy to help! What a nice plan! Good luck! Let me know how it "
+     "goes!", 0, 0, 2),
+    ("Something else entirely", "Weigh the flour first. Stop eating for a week.", 0.0, -1.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("prompt, response, r, g_1, g_2", HAND_SCORED)
+def test_the_worlds_scores_against_hand_scored_texts(prompt, response, r, g_1, g_2):
+    got = [data.WORLD_SCORES[name](prompt, response) for name in ("helpful", "harmless", "polite")]
+    assert got == pytest.approx([r, g_1, g_2], abs=1e-12)
+
+
+def test_helpfulness_and_harmlessness_conflict_under_the_writer():
+    rng = random.Random(0)
+    texts = [(prompt, data.write_response(prompt, rng)) for prompt in rng.choices(data.WORLD_PROMPTS, k=4000)]
+    r, g = (torch.tensor([data.WORLD_SCORES[name](*text) for text in texts]) for name in ("helpful", "harmless"))
+    assert torch.corrcoef(torch.stack([r, g]))[0, 1].item() <= -0.3
+
+
+def test_the_world_is_the_same_for_a_seed_and_another_for_another():
+    one, two, other = (data.world_preferences(50, random.Random(seed)) for seed in (0, 0, 1))
+    assert one == two != other
+
+
+def test_the_worlds_preferences_follow_bradley_terry():
+    expected, happened, pairs = 0.0, 0.0, data.world_preferences(4000, random.Random(0))
+    lead = torch.tensor([data.helpfulness(p.prompt, p.responses[1]) - data.helpfulness(p.prompt, p.responses[0])
+                         for p in pairs])
+    for low, high in ((-9, -1.5), (-1.5, -0.5), (-0.5, 0.5), (0.5, 1.5), (1.5, 9)):
+        inside = (lead >= low) & (lead < high)
+        expected = (1 / (1 + (-lead[inside]).exp())).mean().item()
+        happened = sum(p.prefers["helpful"] for p, i in zip(pairs, inside) if i) / inside.sum().item()
+        assert inside.sum() > 150 and abs(happened - expected) < 3 * (0.25 / inside.sum().item()) ** 0.5
+
+
+def test_no_task_is_a_part_of_another_topics_prompt():
+    for topic, (tasks, _, _) in data.TOPICS.items():
+        for task in tasks:
+            assert data._topic(f"How do I {task}?") is data.TOPICS[topic]
+
+
+# ---- tokens
+
+def vocab(texts=TRICKY):
+    return data.vocab_tokenizer(data.frequent_pieces([Pair("", tuple(texts), {})], 400))
+
+
+@pytest.fixture
+def gpt2(monkeypatch, read_shared):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(read_shared("tiktoken_cache")))
+    return data.gpt2_tokenizer()
+
+
+@pytest.mark.parametrize("text", TRICKY)
+@pytest.mark.parametrize("trained_on", [(), TRICKY])
+def test_vocab_round_trip(text, trained_on):
+    tok = vocab(trained_on)
+    ids = tok.encoding.encode_ordinary(text)
+    assert tok.encoding.decode(ids) == text
+    assert not {*tok.before, *tok.after, tok.end} & {*ids}  # text that looks like a special token stays text
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_gpt2_round_trip(text, gpt2):
+    ids = gpt2.encoding.encode_ordinary(text)
+    assert gpt2.encoding.decode(ids) == text and gpt2.end not in ids
+
+
+def test_gpt2_is_the_published_encoding(gpt2):
+    assert gpt2.encoding.n_vocab == 50257 and gpt2.end == 50256
+    assert gpt2.encoding.encode_ordinary("Hello world") == [15496, 995]
+    assert gpt2.encoding.decode(gpt2.before) == "\n\nHuman:" and gpt2.encoding.decode(gpt2.after) == "\n\nAssistant:"
+
+
+def test_a_frequent_piece_is_one_token():
+    tok = vocab(["the cat and the cat"])
+    assert len(tok.encoding.encode_ordinary(" the cat and the dog")) == 4 + len(" dog")
+
+
+def test_the_vocabulary_is_no_larger_than_asked():
+    pairs = data.world_preferences(200, random.Random(0))
+    for size in (300, 350, 5000):
+        assert data.vocab_tokenizer(data.frequent_pieces(pairs, size)).encoding.n_vocab <= size
+    assert data.vocab_tokenizer(data.frequent_pieces(pairs, 300)).encoding.n_vocab == 300
+
+
+def pieces_by_tiktokens_pattern(texts):
+    import regex  # tiktoken depends on it
+    pieces = {piece.encode() for text in texts for piece in regex.findall(data.SPLIT, " " + text)}
+    return {piece for piece in pieces if len(piece) > 1}
+
+
+def test_split_is_tiktokens_pattern_for_gpt2(gpt2):
+    import regex
+    theirs = gpt2.encoding._pat_str
+    for text in TRICKY:
+        assert regex.findall(data.SPLIT, text) == regex.findall(theirs, text)
+
+
+@pytest.mark.parametrize("text", [*TRICKY, "x² + ½, Ⅷ and ①", "a\u00aa \u1c5a \x1c\x1d \x85 \u2028 end",
+                                  "๑๒ ক্ষ हिन्दी"])
+def test_frequent_pieces_are_tiktokens_pieces(text):
+    got = data.frequent_pieces([Pair(text, (), {})], 10**6)
+    assert set(got) == pieces_by_tiktokens_pattern([text]) and len(set(got)) == len(got)
+
+
+@pytest.mark.parametrize("name", ["data/dual_pairs.jsonl.gz", "data/safety_pairs.jsonl.gz"])
+def test_frequent_pieces_of_real_text_are_tiktokens_pieces(name, read_shared):
+    pairs = data.load_preferences([str(read_shared(name))])
+    texts = [text for pair in pairs for text in (pair.prompt, *pair.responses)]
+    assert set(data.frequent_pieces(pairs, 10**6)) == pieces_by_tiktokens_pattern(texts)
+
+
+def test_frequent_pieces_come_most_frequent_first():
+    assert data.frequent_pieces([Pair("bb aa bb cc", ("aa bb",), {})], 261) == [b" bb", b" aa"]
+
+
+def test_prompts_carry_the_template_and_a_long_one_loses_its_beginning():
+    tok = vocab([])
+    short, long = "abc", "abcdefghij"  # bytes: a token each, and the space before
+    ids, cut = data.encode_prompts(tok, [short, long], 8)
+    assert cut == 1
+    assert ids[0] == [*tok.before, *b" abc", *tok.after] and ids[1] == [*tok.before, *b"efghij", *tok.after]
+
+
+def test_a_long_response_loses_its_end_and_its_end_token():
+    tok = vocab([])
+    ids, cut = data.encode_responses(tok, ["ab", "abc", "abcd"], 4)
+    assert cut == 2 and ids == [[*b" ab", tok.end], [*b" abc"], [*b" abc"]]
+
+
+def test_what_is_truncated_is_counted_and_said(capsys):
+    pairs = [Pair("p" * 99, ("short", "r" * 99), {}), Pair("p", ("a", "b"), {})]
+    pool = data.pair_pool(vocab([]), pairs, settings(block_size=40, max_new_tokens=10), "things")
+    assert pool.tokens.shape == (2, 2, 40) and pool.lengths().tolist() == [[37, 40], [7, 7]]
+    said = capsys.readouterr().out
+    assert "things: 1 of 2 prompts" in said and "1 of 4 responses" in said and said.count("\n") == 1
+
+
+def test_what_fits_is_not_talked_about(capsys):
+    data.pair_pool(vocab([]), [Pair("p", ("a", "b"), {})], settings(), "things")
+    assert capsys.readouterr().out == ""
+
+
+def test_pad_marks_the_response_and_fills_the_right():
+    tokens, mask = data.pad([[5], [6, 7]], [[1, 2], [3]])
+    assert tokens.tolist() == [[5, 1, 2], [6, 7, 3]] and mask.tolist() == [[False, True, True], [False, False, True]]
+    tokens, mask = data.pad([[5], [6, 7]], [[1], [3, 4]])
+    assert tokens.tolist() == [[5, 1, 0, 0], [6, 7, 3, 4]] and mask.sum().item() == 3
+
+
+def test_lengths_count_up_to_the_end_of_the_response():
+    tokens, mask = data.pad([[5], [6, 7], [1, 1, 1], [2]], [[1, 2, 3, 4], [3], [4], [9]])
+    assert data.Pool(tokens.view(2, 2, -1), mask.view(2, 2, -1)).lengths().tolist() == [[5, 3], [4, 2]]
+
+
+def test_preference_tensors_take_the_pairs_that_carry_the_preference():
+    pairs = [Pair("a", ("x", "y"), {"safe": 1}, (False, True)), Pair("b", ("x", "y"), {"helpful": 0}),
+             Pair("c", ("x", "y"), {"safe": 0, "helpful": 1})]
+    pool, prefers, safe = data.preference_tensors(vocab([]), pairs, "safe", settings())
+    assert pool.tokens.shape[:2] == (2, 2) and prefers.tolist() == [1, 0] and safe.tolist() == [[-1, 1], [0, 0]]
+    _, prefers, safe = data.preference_tensors(vocab([]), pairs, "helpful", settings())
+    assert prefers.tolist() == [0, 1] and safe.tolist() == [[0, 0], [0, 0]]
+
+
+def test_decoding_a_pool_gives_its_responses_back():
+    texts = ("It's 3 o'clock.", "日本 🎉", "<|end|> is text")
+    tok = vocab()
+    ids, _ = data.encode_responses(tok, texts, 99)
+    assert data.decode(tok, *data.pad(data.encode_prompts(tok, texts, 99)[0], ids)) == list(texts)
+
+
+def test_the_tokenizer_of_a_run_is_kept_and_read_again(tmp_path):
+    pairs = data.world_preferences(50, random.Random(0))
+    c = settings(out=str(tmp_path))
+    made, again = data.open_tokenizer(c, pairs, False), data.open_tokenizer(c, [], True)
+    assert os.path.exists(tmp_path / "tokenizer.json")
+    assert made.encoding.encode_ordinary(pairs[0].prompt) == again.encoding.encode_ordinary(pairs[0].prompt)
+    assert made[1:] == again[1:]

@@ -1,0 +1,512 @@
+"""dual.py against independent truth: autograd, grids, hand-computed numbers, closed forms, Monte-Carlo coverage."""
+import ast
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import dual
+
+pytestmark = pytest.mark.filterwarnings("ignore:effective sample size")
+RANDOM_PROBLEMS = int(os.environ.get("DUAL_PROBLEMS", 400))  # the full check: DUAL_PROBLEMS=10000
+
+
+def rand(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dual_value(r, g, lam, b, beta, mask=None, weight=None):
+    """D(lam) written as its definition, differentiable."""
+    mask = torch.ones_like(r, dtype=torch.bool) if mask is None else mask
+    weight = torch.ones(len(r), dtype=r.dtype) if weight is None else weight
+    weight, count = weight / weight.sum(), mask.sum(dim=1).double()
+    ref = ((g * mask).sum(dim=2) / count) @ weight  # (m,)
+    z = (r + torch.einsum("m,mnk->nk", lam, g - ref[:, None, None] - b[:, None, None])) / beta
+    return beta * ((z.masked_fill(~mask, -math.inf).logsumexp(dim=1) - count.log()) @ weight)
+
+
+def recession(g, d, b, mask=None, weight=None):
+    """R(d) = mean_x max_y <d, h>, written as its definition."""
+    mask = torch.ones_like(g[0], dtype=torch.bool) if mask is None else mask
+    weight = torch.ones(g.shape[1], dtype=g.dtype) if weight is None else weight
+    weight = weight / weight.sum()
+    ref = ((g * mask).sum(dim=2) / mask.sum(dim=1)) @ weight
+    v = torch.einsum("m,mnk->nk", d, g - ref[:, None, None] - b[:, None, None])
+    return float(v.masked_fill(~mask, -math.inf).amax(dim=1) @ weight)
+
+
+def random_problem(seed):
+    """Sizes, scales over 7 decades, beta over 5, masks, weights, degenerate g, margins from below 0 to out of reach."""
+    G = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high):
+        return float(torch.rand((), generator=G)) * (high - low) + low
+
+    def integer(low, high):
+        return int(torch.randint(low, high + 1, (), generator=G))
+
+    m, N, K = integer(1, 4), integer(1, 40), integer(1, 24)
+    N = integer(64, 700) if uniform(0, 1) < 0.1 else N
+    scale, scales = 10 ** uniform(-3, 4), torch.tensor([10 ** uniform(-3, 4) for _ in range(m)], dtype=torch.float64)
+    beta = 10 ** uniform(-2, 2) if uniform(0, 1) < 0.7 else scale * 10 ** uniform(-3, 1)
+    r = torch.randn(N, K, generator=G, dtype=torch.float64)
+    g = torch.randn(m, N, K, generator=G, dtype=torch.float64) - uniform(-1, 1) * r
+    kind = integer(0, 9)
+    if kind == 0 and m > 1:
+        g[1] = g[0] * (1 if uniform(0, 1) < 0.5 else -1)  # duplicated or opposite
+    if kind == 1:
+        g[0] = uniform(-1, 1)  # constant
+    if kind == 2:
+        r, g = r.round(), g.round()  # ties
+    if kind == 3:
+        g = g.exp()  # heavy tail
+    r, g = (r + uniform(-3, 3)) * scale, g * scales[:, None, None]
+    mask = torch.rand(N, K, generator=G) < 0.7 if uniform(0, 1) < 0.3 else None
+    if mask is not None:
+        mask[:, 0] = True
+    weight = torch.rand(N, generator=G, dtype=torch.float64) if uniform(0, 1) < 0.2 else None
+    reach = dual.reachable(g, mask, weight)
+    share = torch.tensor([uniform(-0.5, 1.1) if uniform(0, 1) < 0.9 else 1 - 10 ** uniform(-9, -3) for _ in range(m)],
+                         dtype=torch.float64)
+    b = reach * share / (m ** 0.5 if uniform(0, 1) < 0.5 else 1.0)
+    if kind == 1:
+        b[0] = uniform(-1, 1) * scales[0] if uniform(0, 1) < 0.5 else 0.0
+    if kind == 4:
+        b[0] = reach[0]
+    return r, g, b, beta, mask, weight
+
+
+def outcome(seed):
+    """Solve one random problem and verify what it claims from the definitions. Returns 'kkt' or 'certificate'."""
+    r, g, b, beta, mask, weight = random_problem(seed)
+    try:
+        d = dual.solve(r, g, b, beta, mask=mask, prompt_weight=weight)
+    except dual.Infeasible as proof:
+        assert (proof.direction >= 0).all()
+        assert recession(g, proof.direction, b, mask, weight) < 0, f"{seed}: no proof"
+        return "certificate"
+    lam = d.lam.clone().requires_grad_()
+    grad, = torch.autograd.grad(dual_value(r, g, lam, b, beta, mask, weight), lam)
+    keep = torch.ones_like(r, dtype=torch.bool) if mask is None else mask
+    centred = g - (g * keep).sum(dim=2, keepdim=True) / keep.sum(dim=1)[:, None]
+    size = torch.where(keep, centred.abs(), 0).amax(dim=(1, 2))
+    # double precision resolves r + <lam, h> to eps * size, and its ratio to beta is how well pi, hence grad, is known
+    level = float(r.abs().max() + d.lam @ (g.abs().amax(dim=(1, 2)) + b.abs()))
+    allowed = (1e-9 + 1e-14 * level / beta) * size + 1e-14 * (g.abs().amax(dim=(1, 2)) + b.abs())
+    wrong = torch.where(d.lam > 0, grad, grad.clamp_max(0)).abs()
+    assert (d.lam >= 0).all() and (wrong <= allowed).all(), f"seed {seed}: lam {d.lam}, grad {grad}, allowed {allowed}"
+    return "kkt"
+
+
+def test_random_problems_all_end_in_kkt_or_certificate():
+    ends = [outcome(seed) for seed in range(RANDOM_PROBLEMS)]
+    assert min(ends.count("kkt"), ends.count("certificate")) > 0.15 * RANDOM_PROBLEMS
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_value_gradient_hessian_against_autograd(m, ragged):
+    r, g, b, beta = rand(0, 7, 9), rand(1, m, 7, 9) + 3, torch.linspace(0.1, 0.4, m, dtype=torch.float64), 0.7
+    mask, weight = (rand(2, 7, 9) > -0.5, rand(3, 7).abs()) if ragged else (None, None)
+    d = dual.solve(r, g, b, beta, mask=mask, prompt_weight=weight)
+    f = lambda lam: dual_value(r, g, lam, b, beta, mask, weight)
+    torch.testing.assert_close(torch.tensor(d.value, dtype=torch.float64), f(d.lam), atol=1e-12, rtol=0)
+    torch.testing.assert_close(d.grad, torch.autograd.functional.jacobian(f, d.lam), atol=1e-12, rtol=0)
+    torch.testing.assert_close(d.hessian, torch.autograd.functional.hessian(f, d.lam), atol=1e-11, rtol=0)
+
+
+def test_by_hand():
+    """One prompt, responses (r, g) = (0, 0), (0, 1), beta 1: gain sigmoid(lam) - 1/2 = 1/4 at lam = ln 3."""
+    d = dual.solve([[0.0, 0.0]], [[0.0, 1.0]], 0.25, 1.0)
+    assert d.lam.item() == pytest.approx(math.log(3), abs=1e-10)
+    assert d.value == pytest.approx(math.log(2) - 0.75 * math.log(3), abs=1e-10)  # ln((1 + 3) / 2) - ln(3) * 3/4
+    assert d.hessian.item() == pytest.approx(3 / 16, abs=1e-10)
+    assert d.kl == pytest.approx(0.75 * math.log(0.75) + 0.25 * math.log(0.25) + math.log(2), abs=1e-10)
+    assert d.ess == pytest.approx(1.6, abs=1e-10) and d.top_weight == pytest.approx(0.75, abs=1e-10)
+    assert d.reachable.item() == 0.5 and d.ref.item() == 0.5 and d.score_gain == pytest.approx(0, abs=1e-12)
+
+
+def test_predictions_are_the_policys():
+    r, g, beta = rand(0, 30, 12), rand(1, 2, 30, 12), 0.5
+    d = dual.solve(r, g, [0.3, 0.6], beta)
+    p = ((r + torch.einsum("m,mnk->nk", d.lam, g)) / beta).softmax(dim=1)
+    assert d.score_gain == pytest.approx(float((p * r).sum(dim=1).mean() - r.mean()), abs=1e-12)
+    gain = (p * g).sum(dim=2).mean(dim=1) - g.mean(dim=(1, 2))
+    torch.testing.assert_close(d.constraint_gain, gain, atol=1e-12, rtol=0)
+    assert d.kl == pytest.approx(float((p * (12 * p).log()).sum(dim=1).mean()), abs=1e-12)
+    assert d.ess == pytest.approx(float((1 / (p ** 2).sum(dim=1)).mean()), abs=1e-10)
+    assert d.ess_p5 == pytest.approx(float((1 / (p ** 2).sum(dim=1)).quantile(0.05)), abs=1e-10)
+    assert d.top_weight == pytest.approx(float(p.amax(dim=1).mean()), abs=1e-12)
+
+
+def test_lam_against_a_grid():
+    r, g = rand(0, 40, 10), rand(1, 2, 40, 10)
+    g[0] -= 0.5 * r
+    b = torch.tensor([0.4, 0.2], dtype=torch.float64)
+    lam, step = torch.tensor([2.0, 2.0], dtype=torch.float64), 0.5
+    for _ in range(16):  # zoom in on the smallest of 9 x 9 points
+        axis = torch.arange(-4, 5, dtype=torch.float64) * step
+        points = (lam + torch.cartesian_prod(axis, axis)).clamp_min(0)
+        lam = points[torch.stack([dual_value(r, g, x, b, 0.5) for x in points]).argmin()]
+        step /= 2 if step > 1e-4 else 1.5
+    torch.testing.assert_close(dual.solve(r, g, b, 0.5).lam, lam, atol=1e-4, rtol=0)
+
+
+def test_strong_duality_with_the_primal():
+    """The primal value at pi_lam* equals D(lam*), and no feasible policy that we draw does better."""
+    r, g = rand(0, 6, 5), rand(1, 1, 6, 5)
+    d = dual.solve(r, g, 0.5, 0.3)
+    primal = d.score_gain + float(r.mean()) - 0.3 * d.kl
+    assert primal == pytest.approx(d.value, abs=1e-9)
+    for seed in range(50):  # tilt at random, repair the margin, compare
+        p = ((r + rand(seed + 2, 1) * g[0] + 0.2 * rand(seed + 60, 6, 5)) / 0.3).softmax(dim=1)
+        best = torch.nn.functional.one_hot(g[0].argmax(dim=1), 5).double()
+        short = 0.5 - float(((p * g[0]).sum(dim=1) - g[0].mean(dim=1)).mean())
+        gap = float(((best - p) * g[0]).sum(dim=1).mean())
+        p = p + max(0.0, short / gap) * (best - p)
+        assert float((p * r).sum(dim=1).mean() - 0.3 * torch.xlogy(p, 5 * p).sum(dim=1).mean()) <= primal + 1e-9
+
+
+def bounded_newton(r, g, b, beta):
+    """Independent truth for several constraints: the best of all active sets, each by autograd Newton with halving."""
+    m, best = len(g), None
+    for code in range(2 ** m):
+        on = [j for j in range(m) if code >> j & 1]
+        index = (torch.tensor(on, dtype=torch.long),)
+        f = lambda x: dual_value(r, g, torch.zeros(m, dtype=r.dtype).index_put(index, x), b, beta)
+        x = torch.zeros(len(on), dtype=torch.float64)
+        for _ in range(60 if on else 0):
+            grad, hess = torch.autograd.functional.jacobian(f, x), torch.autograd.functional.hessian(f, x)
+            step, t = torch.linalg.solve(hess, grad), 1.0
+            while f(x - t * step) > f(x) and t > 1e-9:
+                t /= 2
+            x = x - t * step
+            if grad.abs().max() < 1e-12:
+                break
+        if (x >= 0).all():
+            lam = torch.zeros(m, dtype=torch.float64).index_put(index, x)
+            if best is None or f(x) < best[0]:
+                best = (f(x), lam)
+    return best[1]
+
+
+def test_several_constraints_against_all_active_sets():
+    inactive = 0
+    for seed in range(6):
+        m = 2 + 2 * (seed % 2)
+        r, g = rand(seed, 15, 8), rand(100 + seed, m, 15, 8)
+        b = 0.25 * dual.reachable(g) * rand(200 + seed, m).clamp(-1, 1)
+        d = dual.solve(r, g, b, 0.8)
+        inactive += int((d.lam == 0).sum())
+        torch.testing.assert_close(d.lam, bounded_newton(r, g, b, 0.8), atol=1e-7, rtol=0)
+    assert inactive > 0  # exactly 0, not small
+
+
+def test_several_constraints_against_scipy():
+    optimize = pytest.importorskip("scipy.optimize")
+    inactive = 0
+    for seed in range(100):
+        m = 2 if seed % 2 else 4
+        r, g = rand(seed, 20, 10), rand(1000 + seed, m, 20, 10)
+        b, beta = 0.25 * dual.reachable(g) * rand(2000 + seed, m).clamp(-1, 1), 0.5 + 0.01 * seed
+        d = dual.solve(r, g, b, beta)
+        h, rn = (g - g.mean(dim=(1, 2))[:, None, None] - b[:, None, None]).numpy(), r.numpy()
+
+        def value_and_gradient(lam):
+            z = (rn + np.tensordot(lam, h, axes=1)) / beta
+            top = z.max(axis=1, keepdims=True)
+            e = np.exp(z - top)
+            s = e.sum(axis=1)
+            return beta * (np.log(s / 10) + top[:, 0]).mean(), ((e / s[:, None]) * h).sum(axis=2).mean(axis=1)
+
+        def hessian(lam):
+            p = ((r + torch.einsum("m,mnk->nk", torch.as_tensor(lam), g)) / beta).softmax(dim=1)
+            mean = (p * g).sum(dim=2)
+            return ((torch.einsum("nk,ink,jnk->ij", p, g, g) - mean @ mean.T) / len(r) / beta).numpy()
+
+        x = optimize.minimize(value_and_gradient, np.ones(m), jac=True, method="SLSQP", bounds=[(0, None)] * m,
+                              options={"ftol": 1e-15, "maxiter": 500}).x
+        x = optimize.minimize(value_and_gradient, x, jac=True, method="L-BFGS-B", bounds=[(0, None)] * m,
+                              options={"ftol": 0, "gtol": 1e-11, "maxiter": 2000}).x  # polish what SLSQP found
+        on = x > 1e-8
+        for _ in range(2):
+            x[on] -= np.linalg.solve(hessian(x)[np.ix_(on, on)], value_and_gradient(x)[1][on])
+        inactive += int((~on).sum())
+        np.testing.assert_allclose(d.lam.numpy(), np.where(on, x, 0), atol=1e-7)
+    assert inactive > 20
+
+
+def test_inactive_constraint_is_exactly_zero():
+    r, g = rand(0, 50, 20), rand(1, 50, 20)
+    for d in (dual.solve(r, g, -5.0, 0.5), dual.solve(r, g, -5.0, 0.5, start=3.0)):
+        assert d.lam.item() == 0 and d.grad.item() > 0 and d.lam_se.item() == 0
+
+
+def test_constant_g():
+    r, g = rand(0, 5, 4), torch.full((5, 4), 0.3, dtype=torch.float64)
+    assert dual.solve(r, g, 0.0, 1.0).lam.item() == 0 and dual.solve(r, g, -1.0, 1.0).lam.item() == 0
+    with pytest.raises(dual.Infeasible):
+        dual.solve(r, g, 0.1, 1.0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_collinear_constraints(factor):
+    r, g = rand(0, 60, 16), rand(1, 60, 16)
+    one = dual.solve(r, g, 0.5, 0.5)
+    two = dual.solve(r, torch.stack([g, factor * g]), [0.5, 0.5 * factor], 0.5)  # only a sum is determined
+    assert float(two.lam[0] + factor * two.lam[1]) == pytest.approx(one.lam.item(), abs=1e-8)
+    tighter = dual.solve(r, torch.stack([g, factor * g]), [0.5, 0.6 * factor], 0.5)
+    assert tighter.lam[0] == 0 and tighter.grad[0] == pytest.approx(0.1, abs=1e-9)
+
+
+def test_one_response_per_prompt():
+    assert dual.solve(rand(0, 4, 1), rand(1, 4, 1), 0.0, 1.0).lam.item() == 0
+    with pytest.raises(dual.Infeasible):
+        dual.solve(rand(0, 4, 1), rand(1, 4, 1), 0.1, 1.0)
+
+
+def test_huge_scores_and_small_beta():
+    r, g = 1e4 * rand(0, 30, 12), 1e4 * rand(1, 2, 30, 12)
+    b = 0.5 * dual.reachable(g) * torch.tensor([1.0, 0.5], dtype=torch.float64)
+    d = dual.solve(r, g, b, 1e-2)
+    assert (torch.where(d.lam > 0, d.grad, d.grad.clamp_max(0)).abs() <= 1e-9 * 1e4).all() and (d.lam > 0).any()
+
+
+@pytest.mark.parametrize("share", [1 - 1e-6, 1 - 1e-9])
+def test_margin_close_to_the_largest_reachable(share):
+    r, g = rand(0, 40, 16), rand(1, 40, 16)
+    b = share * dual.reachable(g)
+    d = dual.solve(r, g, b, 0.5)
+    assert d.grad.abs().item() < 1e-9 and d.lam.item() > 10
+    with pytest.raises(dual.Infeasible):
+        dual.solve(r, g, (2 - share) * dual.reachable(g), 0.5)
+
+
+def test_certificate_when_only_together_out_of_reach():
+    r, g = rand(0, 40, 16), rand(1, 40, 16)
+    g = torch.stack([g, -g])
+    b = 0.6 * dual.reachable(g)  # each alone is easy
+    with pytest.raises(dual.Infeasible, match="largest reachable alone is .* lower the margin") as caught:
+        dual.solve(r, g, b, 0.5)
+    assert recession(g, caught.value.direction, b) < 0 and (caught.value.direction >= 0).all()
+    torch.testing.assert_close(caught.value.reachable, dual.reachable(g))
+    assert "\n" not in str(caught.value) and "lower the margin" in str(caught.value)
+
+
+def test_mask_equals_dropping_and_weights_equal_repeating():
+    r, g = rand(0, 20, 10), rand(1, 20, 10)
+    mask = torch.ones(20, 10, dtype=torch.bool)
+    mask[:, 7:] = False
+    junk = torch.where(mask, r, torch.nan), torch.where(mask, g, torch.inf)
+    a, b = dual.solve(*junk, 0.4, 0.5, mask=mask), dual.solve(r[:, :7], g[:, :7], 0.4, 0.5)
+    for x, y in zip(a, b):
+        assert x == pytest.approx(y, abs=1e-10)
+    rows = torch.tensor([0, 0, 0, 1, 2, 2, *range(3, 20)])
+    a = dual.solve(r, g, 0.4, 0.5, prompt_weight=torch.tensor([3.0, 1, 2] + [1] * 17))
+    b = dual.solve(r[rows], g[rows], 0.4, 0.5)
+    assert a.lam.item() == pytest.approx(b.lam.item(), abs=1e-9) and a.kl == pytest.approx(b.kl, abs=1e-9)
+
+
+def test_input_kinds():
+    r, g = rand(0, 300, 40).float(), rand(1, 300, 40).float()
+    d = dual.solve(r.double(), g.double(), 0.4, 0.5)
+    for x, y in ((r, g), (r.numpy(), g.numpy()), (r.double().numpy(), g), (r.T.contiguous().T, g)):
+        e = dual.solve(x, y, 0.4, 0.5)
+        assert e.lam.dtype == torch.float64 and e.lam.item() == pytest.approx(d.lam.item(), abs=1e-10)
+    half = dual.solve(r.bfloat16(), g.bfloat16(), np.array([0.4]), 0.5)
+    exact = dual.solve(r.bfloat16().double(), g.bfloat16().double(), 0.4, 0.5)
+    assert half.lam.item() == pytest.approx(exact.lam.item(), abs=1e-10)
+    if torch.cuda.is_available():
+        e = dual.solve(r.cuda(), g.cuda(), 0.4, 0.5)
+        assert e.lam.is_cuda and e.lam.item() == pytest.approx(d.lam.item(), abs=1e-9)
+
+
+def test_cold_start_takes_at_most_8_evaluations():
+    for seed, (beta, share) in enumerate([(0.1, 0.1), (0.1, 0.5), (0.1, 0.9), (1.0, 0.3), (1.0, 0.8)]):
+        r = 3 * rand(seed, 1000, 64)
+        for m in (1, 2, 4):
+            g = rand(50 + seed, m, 1000, 64) - 0.1 * r
+            d = dual.solve(r, g, share / m ** 0.5 * dual.reachable(g), beta)
+            assert d.iterations <= 8 and torch.where(d.lam > 0, d.grad, d.grad.clamp_max(0)).abs().max() < 1e-9
+
+
+def test_sweep_and_margin_of():
+    r, g = rand(0, 200, 30), rand(1, 2, 200, 30)
+    grid = [share * 0.6 * dual.reachable(g) for share in (0.2, 0.5, 0.8)]
+    for b, d in zip(grid, dual.sweep(r, g, grid, 0.5)):
+        torch.testing.assert_close(d.lam, dual.solve(r, g, b, 0.5).lam, atol=1e-8, rtol=0)
+        torch.testing.assert_close(dual.margin_of(r, g, d.lam, 0.5), b, atol=1e-9, rtol=0)
+
+
+def test_coverage_of_the_error_bars():
+    """Truth from 200,000 prompts of the same world; 95 % intervals of 600 samples must cover 92 to 97.5 %."""
+    def world(N, seed):
+        gen = torch.Generator().manual_seed(seed)
+        u = torch.randn(N, 2, generator=gen, dtype=torch.float64)
+        kind = torch.rand(N, 1, generator=gen, dtype=torch.float64)
+        e = torch.randn(2, N, 12, generator=gen, dtype=torch.float64)
+        r = e[0] * (0.5 + kind) + u[:, :1]
+        return r, e[1] - 0.5 * e[0] * kind + u[:, 1:]
+
+    R, G = world(200_000, 0)
+    beta, b = 1.0, 0.4
+    lam = dual.solve(R, G, b, beta).lam.item()
+
+    def truth(x):  # gains of the policy trained with lam = x, and E_ref[g]
+        p = ((R[:50_000] + x * G[:50_000]) / beta).softmax(dim=1)
+        return [float(((p - 1 / 12) * x[:50_000]).sum(dim=1).mean()) for x in (R, G)]
+
+    grid = np.linspace(max(0.0, lam - 0.8), lam + 0.8, 33)
+    table = np.array([truth(x) for x in grid])  # smooth in lam: interpolate
+    hits = {"lam": 0, "score": 0, "constraint": 0, "ref": 0}
+    for seed in range(1, 601):
+        d = dual.solve(*world(150, seed), b, beta)
+        x = d.lam.item()
+        hits["lam"] += abs(x - lam) <= 1.96 * d.lam_se.item()
+        hits["score"] += abs(d.score_gain - np.interp(x, grid, table[:, 0])) <= 1.96 * d.score_gain_se
+        error = abs(d.constraint_gain.item() - np.interp(x, grid, table[:, 1]))
+        hits["constraint"] += error <= 1.96 * d.constraint_gain_se.item()
+        hits["ref"] += abs(d.ref.item() - float(G.mean())) <= 1.96 * d.ref_se.item()
+    assert all(0.92 <= count / 600 <= 0.975 for count in hits.values()), hits
+
+
+def test_bias_of_finite_k_and_the_jackknife():
+    """r, g normal in each prompt: E_pi[g] - E_ref[g] = Cov(g, r + lam g) / beta exactly, for K without end."""
+    r, e = rand(0, 2000, 128), rand(1, 2000, 128)
+    g, lam = e - 0.3 * r, 1.0
+    bias = {}
+    for beta in (1.0, 0.75):
+        truth = (-0.3 + lam * 1.09) / beta
+        plain, fixed = dual.margin_of(r, g, lam, beta).item(), dual.jackknife(r, g, lam, beta)[1].item()
+        bias[beta] = (plain - truth, fixed - truth)
+        assert plain < truth and abs(fixed - truth) < 0.5 * abs(plain - truth), bias
+    slow = ((r + lam * g) / 0.75).softmax(dim=1)[0]
+    theta = float(slow @ g[0])
+    rest = [float(((r[0] + lam * g[0])[[i for i in range(128) if i != k]] / 0.75).softmax(dim=0)
+                  @ g[0][[i for i in range(128) if i != k]]) for k in range(128)]
+    loop = 128 * theta - 127 * sum(rest) / 128 - float(g[0].mean())
+    assert dual.jackknife(r[:1], g[:1], lam, 0.75)[1].item() == pytest.approx(loop, abs=1e-9)
+
+
+def test_the_papers_setting_has_an_effective_sample_size_near_one():
+    r, g = 3 * rand(0, 1000, 128), 3 * rand(1, 1000, 128)
+    with pytest.warns(UserWarning, match="effective sample size 1.. of 128 .* raise beta"):
+        d = dual.solve(r, g, 0.3 * dual.reachable(g), 0.1)
+    assert d.ess < 1.5 and d.top_weight > 0.8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dual.solve(r, g, 0.05 * dual.reachable(g), 30.0)
+
+
+BAD = [
+    (dict(beta=0.0), "beta is 0.0"), (dict(beta=math.nan), "beta is nan"), (dict(margin=math.inf), "margin is"),
+    (dict(margin=[0.1, 0.2]), "margin is"), (dict(score=torch.zeros(3)), "score has shape"),
+    (dict(constraint=torch.zeros(3, 5)), "constraint"), (dict(score=torch.full((4, 5), math.nan)), "score has a NaN"),
+    (dict(constraint=torch.full((4, 5), math.inf)), "constraint has a NaN"), (dict(mask=torch.zeros(4, 5)), "mask has"),
+    (dict(mask=torch.ones(4, 4)), "mask has"), (dict(prompt_weight=[1.0, 2.0]), "prompt_weight"),
+    (dict(prompt_weight=[1.0, 1.0, -1.0, 1.0]), "prompt_weight"), (dict(score=torch.zeros(0, 5)), "score has shape"),
+    (dict(score=torch.zeros(0, 5), constraint=torch.zeros(0, 5)), "score has shape"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD)
+def test_bad_input_is_one_line(change, message):
+    good = dict(score=rand(0, 4, 5), constraint=rand(1, 4, 5), margin=0.1, beta=1.0)
+    with pytest.raises(ValueError, match=message) as caught:
+        dual.solve(**(good | change))
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_stays_under_twice_the_input():
+    script = ("import resource, torch, dual\n"
+              "r, g = torch.randn(50000, 200), torch.randn(50000, 200)\n"
+              "dual.solve(r[:500], g[:500], 0.4, 1.0)\n"
+              "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+              "dual.solve(r, g, 0.4, 1.0)\n"
+              "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (2 * 4e7))")
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 2, out.stdout
+
+
+def solver_source():
+    """solve() and everything it needs from dual.py, as one would paste it."""
+    text = Path(dual.__file__).read_text()
+    end = text.index("\n\n\ndef ", text.index("def solve("))
+    return text[text.index("import warnings\n"):end]
+
+
+def test_solve_runs_pasted_alone():
+    scope = {}
+    exec("import torch\n" + solver_source(), scope)
+    r, g = rand(0, 30, 8), rand(1, 2, 30, 8)
+    assert torch.equal(scope["solve"](r, g, 0.2, 1.0).lam, dual.solve(r, g, 0.2, 1.0).lam)
+    with pytest.raises(scope["Infeasible"]):
+        scope["solve"](r, g, 9.0, 1.0)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs main() with these arguments: exit code, stdout, stderr."""
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["dual.py", *map(str, args)])
+        try:
+            code = dual.main() or 0
+        except SystemExit as stop:
+            code = stop.code
+        out = capsys.readouterr()
+        if isinstance(code, str):  # what the interpreter does with sys.exit("text")
+            code, out = 1, out._replace(err=out.err + code + "\n")
+        return code, out.out, out.err
+    return call
+
+
+def test_command_line(tmp_path, cli):
+    r, g = rand(0, 80, 20).numpy(), rand(1, 80, 20).numpy()
+    np.savez(tmp_path / "s.npz", score=r, constraint=g)
+    out = json.loads(cli(tmp_path / "s.npz", "--margin", 0.5, "--beta", 1, "--json")[1])
+    d = dual.solve(r, g, 0.5, 1.0)
+    assert out["lam"] == pytest.approx(d.lam.tolist()) and out["kl"] == pytest.approx(d.kl) and out["margin"] == [0.5]
+    text = cli(tmp_path / "s.npz", "--margin", "50%", "--beta", 1)[1]
+    for word in ("lam*", "score gain", "KL", "effective sample size", "at most", "100%"):
+        assert word in text
+    ref = rand(2, 80, 20).numpy()
+    np.savez(tmp_path / "p.npz", ref_logp=ref, logp_r=ref + r, logp_g=ref + g)  # PeCAN
+    out = json.loads(cli(tmp_path / "p.npz", "--margin", 0.05, "--beta", 0.1, "--json")[1])
+    assert out["lam"] == pytest.approx(d.lam.tolist()) and out["constraint_gain"] == pytest.approx([0.05])
+    assert out["score_gain"] == pytest.approx(0.1 * d.score_gain)
+    assert out["reachable"] == pytest.approx([0.1 * d.reachable.item()])
+
+
+def test_command_line_errors_in_one_line(tmp_path, cli):
+    np.savez(tmp_path / "s.npz", score=np.zeros((3, 4)), constraint=rand(1, 3, 4).numpy())
+    np.savez(tmp_path / "empty.npz", other=np.zeros(3))
+    np.savez(tmp_path / "pickle.npz", score=np.array([{}]), constraint=np.zeros((3, 4)))
+    (tmp_path / "text.npz").write_text("no")
+    for args in (("s.npz", "--margin", 99, "--beta", 1), ("s.npz", "--margin", "x", "--beta", 1),
+                 ("s.npz", "--margin", "1,2", "--beta", 1), ("s.npz", "--margin", 0.1, "--beta", 0),
+                 ("empty.npz", "--margin", 1, "--beta", 1), ("none.npz", "--margin", 1, "--beta", 1),
+                 ("pickle.npz", "--margin", 1, "--beta", 1), ("text.npz", "--margin", 1, "--beta", 1)):
+        code, out, err = cli(tmp_path / args[0], *args[1:])
+        assert code in (1, 2) and out == "" and err.count("\n") == 1 and err.startswith("dual.py: error: "), (args, err)
+    assert cli(tmp_path / "s.npz", "--marg", 1, "--beta", 1)[0] == 2  # no abbreviations
+    run = subprocess.run([sys.executable, "dual.py", str(tmp_path / "s.npz"), "--margin", "99", "--beta", "1"],
+                         cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith("dual.py: error: margin [99.0]")
+    assert run.stderr.count("\n") == 1 and run.stdout == ""
+
+
+def test_the_file_is_short():
+    text = Path(dual.__file__).read_text()
+    tree = ast.parse(solver_source())
+    assert text.count("\n") <= 390 and max(map(len, text.splitlines())) <= 120
+    assert tree and inspect.getdoc(dual.solve)

@@ -1,0 +1,585 @@
+import inspect
+import itertools
+import math
+import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dual
+import mocan
+from data import Pool, pad, vocab_tokenizer
+from model import GPT, GPTConfig, sequence_logprob
+
+LN2 = math.log(2)
+
+
+def alone(function):
+    """The function made from its own source, with nothing but torch and F in scope."""
+    scope = {"torch": torch, "F": F}
+    exec(inspect.getsource(function), scope)
+    return scope[function.__name__]
+
+
+bradley_terry, preference_loss, score_loss = (
+    alone(f) for f in (mocan.bradley_terry, mocan.preference_loss, mocan.score_loss))
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ---- the losses
+
+def test_bradley_terry_by_hand():
+    p = bradley_terry(f64(0.0, 1.0, 2.0), f64(math.log(3), 1.0, 0.0))
+    assert p.tolist() == pytest.approx([0.75, 0.5, 1 / (1 + math.exp(2))], abs=1e-15)
+
+
+def test_bradley_terry_is_a_probability_of_the_second():
+    a, b = torch.randn(2, 100, dtype=torch.float64)
+    assert torch.allclose(bradley_terry(a, b) + bradley_terry(b, a), torch.ones(100, dtype=torch.float64), atol=1e-15)
+    assert ((bradley_terry(a, b) > 0.5) == (b > a)).all()
+
+
+def test_bradley_terry_of_infinite_scores_is_certain():
+    assert bradley_terry(f64(0.0, math.inf), f64(math.inf, 0.0)).tolist() == [1.0, 0.0]
+
+
+def test_preference_loss_by_hand():
+    # ρ_0 = 0.5·(−3 − (−2)) = −0.5, ρ_1 = 0.5·(−4 − (−6)) = 1; ρ_1 − ρ_0 = 1.5
+    # 0.8·ln(1 + e^−1.5) + 0.2·ln(1 + e^1.5) = 0.8·0.2014133 + 0.2·1.7014133
+    loss = preference_loss(f64(-3), f64(-4), f64(-2), f64(-6), f64(0.8), beta=0.5)
+    assert loss.item() == pytest.approx(0.5014133, abs=1e-7)
+
+
+def test_preference_loss_is_ln_2_where_the_policy_is_the_reference():
+    a, b = torch.randn(2, 5, dtype=torch.float64)
+    for p_1 in (0.0, 0.3, 1.0):
+        loss = preference_loss(a, b, a, b, torch.full((5,), p_1, dtype=torch.float64), beta=0.7)
+        assert loss.shape == (5,) and torch.allclose(loss, torch.full_like(loss, LN2), atol=1e-15)
+
+
+def test_preference_loss_at_certain_labels_is_dpo_and_its_mirror():
+    a, b, ref_a, ref_b = torch.randn(4, 7, dtype=torch.float64)
+    one, zero = torch.ones(7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
+    dpo, mirror = (preference_loss(a, b, ref_a, ref_b, p_1, 0.3) for p_1 in (one, zero))
+    for i in range(7):  # DPO's loss from its definition: −ln σ(β ln π(y_w)/π_ref(y_w) − β ln π(y_l)/π_ref(y_l))
+        lead = 0.3 * ((b[i] - ref_b[i]) - (a[i] - ref_a[i])).item()
+        assert dpo[i].item() == pytest.approx(math.log1p(math.exp(-lead)), abs=1e-12)
+        assert mirror[i].item() == pytest.approx(math.log1p(math.exp(lead)), abs=1e-12)
+
+
+def test_swapping_the_pair_and_its_label_changes_nothing():
+    a, b, ref_a, ref_b = torch.randn(4, 7, dtype=torch.float64)
+    p = torch.rand(7, dtype=torch.float64)
+    assert torch.allclose(preference_loss(a, b, ref_a, ref_b, p, 2.0), preference_loss(b, a, ref_b, ref_a, 1 - p, 2.0))
+
+
+def test_the_soft_label_is_the_expectation_over_the_sampled_one():
+    a, b, ref_a, ref_b = torch.randn(4, 7, dtype=torch.float64)
+    p = torch.rand(7, dtype=torch.float64)
+    expected = (p * preference_loss(a, b, ref_a, ref_b, torch.ones_like(p), 0.5)
+                + (1 - p) * preference_loss(a, b, ref_a, ref_b, torch.zeros_like(p), 0.5))
+    assert torch.allclose(preference_loss(a, b, ref_a, ref_b, p, 0.5), expected, atol=1e-14)
+
+
+def test_preference_loss_gradient():
+    a, b, ref_a, ref_b = torch.randn(4, 6, dtype=torch.float64)
+    p = torch.rand(6, dtype=torch.float64)
+    a.requires_grad_(), b.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: preference_loss(a, b, ref_a, ref_b, p, 0.7), (a, b))
+    preference_loss(a, b, ref_a, ref_b, p, 0.7).sum().backward()
+    lead = 0.7 * ((b - ref_b) - (a - ref_a))
+    assert torch.allclose(b.grad, 0.7 * (torch.sigmoid(lead) - p), atol=1e-12)  # β·(σ(lead) − p_1)
+    assert torch.allclose(a.grad, -b.grad, atol=1e-12)
+
+
+def test_preference_loss_is_finite_far_from_the_reference():
+    loss = preference_loss(f64(0, -1e4), f64(-1e4, 0), f64(0, 0), f64(0, 0), f64(1, 1), beta=1.0)
+    assert loss.tolist() == pytest.approx([1e4, 0.0])
+
+
+def test_score_loss_by_hand():
+    assert score_loss(f64(1.0, 0.0), f64(-0.5, 0.0)).tolist() == pytest.approx([0.2014133, LN2], abs=1e-7)
+
+
+def test_score_loss_sign_term_by_hand():
+    # −ln σ(1.5) = 0.2014133, −ln σ(1) = 0.3132617, −ln σ(0.5) = 0.4740770, −ln σ(−0.5) = 0.9740770
+    chosen, rejected = f64(1, 1, 1, 1), f64(-0.5, -0.5, -0.5, -0.5)
+    loss = score_loss(chosen, rejected, f64(1, 1, 0, 1), f64(-1, 1, 0, 0))
+    expected = [0.2014133 + 0.3132617 + 0.4740770, 0.2014133 + 0.3132617 + 0.9740770, 0.2014133, 0.2014133 + 0.3132617]
+    assert loss.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_score_loss_gradient():
+    chosen, rejected = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    sign = f64(1, -1, 0, 1, -1, 0)
+    assert torch.autograd.gradcheck(lambda x, y: score_loss(x, y, sign, -sign), (chosen, rejected))
+
+
+# ---- an enumerated space: the dual, the primal and the population minimiser agree
+
+def optimum(s, lam, beta):
+    """π_λ ∝ π_ref·exp((r + ⟨λ,g⟩)/β), (N, S)."""
+    return (s.ref.log() + (s.r + torch.einsum("m,mns->ns", lam, s.g)) / beta).softmax(dim=1)
+
+
+def gains(s, policy):
+    """E_π[g] − E_ref[g] over the whole space, (m,)."""
+    return ((policy - s.ref) * s.g).sum(dim=2).mean(dim=1)
+
+
+def objective(s, policy, beta):
+    return (policy * (s.r - beta * (policy / s.ref).log())).sum(dim=1).mean()
+
+
+def lbfgs(loss, x, steps=300):
+    optimizer = torch.optim.LBFGS([x], max_iter=steps, max_eval=4 * steps, history_size=50, tolerance_grad=1e-12,
+                                  tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+    optimizer.step(closure)
+
+
+def solve_primal(s, margin, beta):
+    """max_π E[r] − β·KL subject to the margins: the method of multipliers, its inner problems by Newton's method on the
+    probabilities themselves. It knows neither the closed form nor the dual function."""
+    N, S = s.ref.shape
+    sums = torch.eye(N, dtype=torch.float64).repeat_interleave(S, dim=1)  # (N, N·S): sums @ policy = 1
+    policy, price, weight = s.ref.flatten(), torch.zeros(len(margin), dtype=torch.float64), 20.0
+    for _ in range(15):
+        def augmented(flat):
+            push = (price + weight * (margin - gains(s, flat.view(N, S)))).clamp_min(0)
+            return -objective(s, flat.view(N, S), beta) + (push ** 2).sum() / (2 * weight)
+        step = torch.ones(1)
+        while step.abs().max() > 1e-12:
+            hessian, zeros = torch.func.hessian(augmented)(policy), torch.zeros(N, N, dtype=torch.float64)
+            system = torch.cat([torch.cat([hessian, sums.T], dim=1), torch.cat([sums, zeros], dim=1)])
+            step = torch.linalg.solve(system, torch.cat([-torch.func.grad(augmented)(policy), zeros[0]]))[:N * S]
+            while (policy + step).min() <= 0 or augmented(policy + step) > augmented(policy) + 1e-13:
+                step = step / 2
+            policy = policy + step
+        price = (price + weight * (margin - gains(s, policy.view(N, S)))).clamp_min(0)
+    return policy.view(N, S), price
+
+
+@pytest.mark.parametrize("beta, share", [(1.0, 0.5), (0.4, 0.3), (2.0, 0.7)])
+def test_one_price_equals_the_minimum_of_the_dual_on_a_grid(space, beta, share):
+    s = space(1)
+    margin = share * dual.reachable(s.spread(s.g))
+    found = dual.solve(s.spread(s.r), s.spread(s.g), margin, beta)
+    h = s.g[0] - (s.ref * s.g[0]).sum(dim=1).mean() - margin
+
+    def D(lam):  # (L,) -> (L,), from the definition: a log-mean-exp per prompt
+        return (beta * (s.ref * ((s.r + lam[:, None, None] * h) / beta).exp()).sum(dim=2).log()).mean(dim=1)
+    coarse = torch.linspace(0, 20, 20001, dtype=torch.float64)
+    best = coarse[D(coarse).argmin()]
+    fine = best + torch.linspace(-2e-3, 2e-3, 4001, dtype=torch.float64)
+    assert 0.01 < best < 19
+    assert found.lam.item() == pytest.approx(fine[D(fine).argmin()].item(), abs=2e-6)
+    assert found.value == pytest.approx(D(fine).min().item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("beta, margin", [(1.0, (0.6, 0.5)), (0.5, (0.8, 0.3)), (1.0, (0.6, -5.0))])
+def test_the_dual_equals_the_primal_solved_without_it(space, beta, margin):
+    s, margin = space(2), f64(*margin)
+    found = dual.solve(s.spread(s.r), s.spread(s.g), margin, beta)
+    policy, price = solve_primal(s, margin, beta)
+    assert torch.allclose(found.lam, price, atol=1e-6, rtol=0)
+    assert torch.allclose(optimum(s, found.lam, beta), policy, atol=1e-6, rtol=0)
+    assert found.value == pytest.approx(objective(s, policy, beta).item(), abs=1e-8)  # strong duality
+    assert found.score_gain == pytest.approx(((policy - s.ref) * s.r).sum(dim=1).mean().item(), abs=1e-6)
+    assert torch.allclose(found.constraint_gain, gains(s, policy), atol=1e-6, rtol=0)
+    assert found.kl == pytest.approx((policy * (policy / s.ref).log()).sum(dim=1).mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("margin, active", [((0.6, 0.5), [True, True]), ((0.6, -5.0), [True, False]),
+                                            ((-5.0, -5.0), [False, False])])
+def test_the_closed_form_satisfies_the_kkt_conditions(space, margin, active):
+    s, margin, beta = space(2), f64(*margin), 0.8
+    lam = dual.solve(s.spread(s.r), s.spread(s.g), margin, beta).lam
+    policy = optimum(s, lam, beta).requires_grad_()
+    (objective(s, policy, beta) + lam @ (gains(s, policy) - margin)).backward()
+    along = policy.grad - policy.grad.mean(dim=1, keepdim=True)  # along the simplex; every π(y|x) > 0
+    slack = gains(s, policy.detach()) - margin
+    assert along.abs().max() < 1e-12  # stationary
+    assert (slack > -1e-9).all() and (lam >= 0).all()  # feasible
+    assert (lam > 0).tolist() == active and (lam * slack).abs().max() < 1e-9  # complementary
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_the_population_minimiser_of_the_loss_is_the_closed_form(space, beta):
+    s = space(2)
+    lam = dual.solve(s.spread(s.r), s.spread(s.g), f64(0.5, 0.4), beta).lam
+    score = s.r + torch.einsum("m,mns->ns", lam, s.g)
+    p_1 = bradley_terry(score[:, :, None], score[:, None, :])  # (N, S, S), y_0 by y_1
+    weight, ref = s.ref[:, :, None] * s.ref[:, None, :], s.ref.log()
+    logits = torch.zeros_like(ref, requires_grad=True)
+
+    def loss():
+        logp = logits.log_softmax(dim=1)
+        pairs = preference_loss(logp[:, :, None], logp[:, None, :], ref[:, :, None], ref[:, None, :], p_1, beta)
+        return 1e3 * (weight * pairs).sum()
+    lbfgs(loss, logits, steps=2000)
+    policy = logits.detach().softmax(dim=1)
+    assert torch.allclose(policy, optimum(s, lam, beta), atol=1e-6, rtol=0)
+    assert (policy - optimum(s, -lam, beta)).abs().max() > 0.05  # the wrong sign is a different policy
+    assert (policy - optimum(s, lam, 2 * beta)).abs().max() > 0.02
+
+
+# ---- the loops' parts
+
+def test_every_epoch_visits_each_prompt_once():
+    lengths = torch.randint(5, 30, (37, 4))
+    batches = mocan.pair_batches(lengths, 5, torch.Generator().manual_seed(0))
+    orders = []
+    for _ in range(3):
+        n = torch.cat([next(batches)[0] for _ in range(8)])  # 37 prompts are 8 batches of at most 5
+        assert sorted(n.tolist()) == list(range(37))
+        orders.append(n.tolist())
+    assert orders[0] != orders[1]
+
+
+def test_a_pair_is_two_different_responses_and_every_ordered_pair_occurs_equally_often():
+    batches, count = mocan.pair_batches(torch.full((6, 4), 9), 6, torch.Generator().manual_seed(0)), torch.zeros(4, 4)
+    for _ in range(1000):
+        for k_0, k_1 in next(batches)[1]:
+            count[k_0, k_1] += 1
+    off = count[~torch.eye(4, dtype=torch.bool)]
+    assert count.diagonal().sum() == 0 and (off - 500).abs().max() < 5 * 500 ** 0.5
+
+
+def test_a_batch_holds_pairs_of_similar_length():
+    lengths = torch.arange(1, 321)[torch.randperm(320)][:, None].expand(320, 2)
+    batches = mocan.pair_batches(lengths, 10, torch.Generator().manual_seed(0))
+    padding = sum((lengths[n, 0].max() * len(n) - lengths[n, 0].sum()).item() for n, _ in itertools.islice(batches, 32))
+    assert padding < 0.15 * lengths[:, 0].sum()  # random batches of 10 would need about 80 %
+
+
+def test_learning_rate_by_hand():
+    factors = [mocan.lr_at(step, 10, 4) for step in (0, 3, 4, 7, 10)]
+    assert factors == pytest.approx([0.2, 0.8, 1.0, 0.5, 0.0], abs=1e-12)
+    assert mocan.lr_at(0, 10, 0) == 1.0
+    assert math.isfinite(mocan.lr_at(3, 3, 3))  # a run as long as its warm-up
+
+
+def tiny(seed=1, sharp=10.0, **changes):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**dict(vocab_size=6, block_size=12, n_layer=1, n_head=2, n_embd=16), **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(sharp)
+    return model
+
+
+def settings(**changes):
+    return SimpleNamespace(**{**dict(
+        device="cpu", dtype="float32", sample_batch=64, block_size=12, max_new_tokens=2, batch=8, accumulate=1, steps=3,
+        warmup=0, lr=1e-3, sft_steps=3, sft_lr=1e-3, score_steps=3, score_lr=1e-3, clip=1.0, labels="exact",
+        beta=1.0), **changes})
+
+
+DIGITS = SimpleNamespace(encoding=SimpleNamespace(encode_ordinary=lambda text: [int(x) for x in text.strip()]),
+                         before=[], after=[], end=0)  # a tokenizer: "34" is the prompt [3, 4]
+
+
+def silent(step, steps, **numbers):
+    pass
+
+
+def streams(seed=0):
+    return torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 100)
+
+
+def some_pool(N=8, K=4, vocab=6):
+    """Random prompts of 1 to 3 tokens and responses of 1 to 4."""
+    prompts = [torch.randint(vocab, (1 + n % 3,)).tolist() for n in range(N) for _ in range(K)]
+    responses = [torch.randint(vocab, (1 + i % 4,)).tolist() for i in range(N * K)]
+    tokens, mask = pad(prompts, responses)
+    return Pool(tokens.view(N, K, -1), mask.view(N, K, -1))
+
+
+def test_map_pool_equals_direct_calls_in_any_batch_size():
+    model, pool = tiny(), some_pool()
+    expected = torch.stack([sequence_logprob(model, t, m) for t, m in zip(*pool)])
+    for size in (1, 5, 64):
+        got = mocan.logprobs(model, pool, settings(sample_batch=size))
+        assert got.shape == (8, 4) and torch.allclose(got, expected, atol=1e-5, rtol=0) and not got.requires_grad
+
+
+def test_sample_pool_keeps_responses_with_their_prompts():
+    model = tiny()
+    pool, logp = mocan.sample_pool(model, DIGITS, ["123", "4", "51"], 5, settings(sample_batch=4), streams()[0], silent)
+    assert pool.tokens.shape[:2] == logp.shape == (3, 5)
+    for n, prompt in enumerate([[1, 2, 3], [4], [5, 1]]):
+        assert (pool.tokens[n, :, :len(prompt)] == torch.tensor(prompt)).all()
+        assert not pool.response_mask[n, :, :len(prompt)].any() and pool.response_mask[n, :, len(prompt)].all()
+    assert torch.allclose(logp, mocan.logprobs(model, pool, settings()), atol=1e-4, rtol=0)
+
+
+def test_gather_pairs_cuts_to_the_longest_response():
+    pool = some_pool()
+    n, k = torch.tensor([0, 3]), torch.tensor([[0, 2], [1, 0]])
+    tokens, mask = mocan.gather_pairs(pool, n, k, "cpu")
+    used = tokens.shape[1]
+    assert used == max(pool.lengths()[i, j].item() for i, j in ((0, 0), (0, 2), (3, 1), (3, 0))) < pool.tokens.shape[2]
+    for row, (i, j) in enumerate(((0, 0), (0, 2), (3, 1), (3, 0))):
+        assert torch.equal(tokens[row], pool.tokens[i, j, :used])
+        assert torch.equal(mask[row], pool.response_mask[i, j, :used])
+
+
+def run_mocan(monkeypatch=None, seen=None, policy=None, lam=(0.7, 0.2), **changes):
+    """train_mocan on a random pool with fixed random scores; `seen` collects the arguments of every loss."""
+    torch.manual_seed(3)
+    pool, score, constraint = some_pool(), torch.randn(8, 4), torch.randn(2, 8, 4)
+    policy, losses = policy or tiny(), []
+    ref_logp = mocan.logprobs(tiny(), pool, settings())
+    if seen is not None:
+        real = mocan.preference_loss
+        monkeypatch.setattr(mocan, "preference_loss", lambda *args: seen.append([a for a in args]) or real(*args))
+    mocan.train_mocan(policy, pool, ref_logp, score, constraint, f64(*lam), settings(**changes), streams(),
+                      lambda step, steps, loss: losses.append(loss))
+    return SimpleNamespace(policy=policy, pool=pool, score=score, constraint=constraint, ref_logp=ref_logp,
+                           losses=losses)
+
+
+def pairs_seen(run, **changes):
+    """The pairs that run_mocan's own generator led to."""
+    return next(mocan.pair_batches(run.pool.lengths(), settings(**changes).batch, streams()[0]))
+
+
+@pytest.mark.parametrize("lam", [(0.7, 0.2), (0.0, 0.0), (0.0, 3.0)])
+def test_the_first_labels_are_bradley_terry_on_r_plus_lambda_g(monkeypatch, lam):
+    seen = []
+    run = run_mocan(monkeypatch, seen, lam=lam, steps=1, beta=0.3)
+    n, k = pairs_seen(run)
+    for i in range(8):
+        s = [run.score[n[i], j] + lam[0] * run.constraint[0, n[i], j] + lam[1] * run.constraint[1, n[i], j]
+             for j in k[i]]
+        assert seen[0][4][i].item() == pytest.approx(1 / (1 + math.exp(s[0] - s[1])), abs=1e-6)
+        assert [seen[0][2][i], seen[0][3][i]] == [run.ref_logp[n[i], k[i, 0]], run.ref_logp[n[i], k[i, 1]]]
+    assert seen[0][5] == 0.3
+
+
+def test_the_first_loss_is_ln_2():
+    run = run_mocan()
+    assert run.losses[0] == pytest.approx(LN2, abs=1e-5) and len(run.losses) == 3
+
+
+def test_sampled_labels_are_zero_or_one_with_the_right_frequency(monkeypatch):
+    exact, drawn = [], []
+    run_mocan(monkeypatch, exact, steps=200, lr=1e-9)
+    monkeypatch.undo()
+    run_mocan(monkeypatch, drawn, steps=200, lr=1e-9, labels="sampled")
+    p, label = (torch.cat([call[4] for call in calls]) for calls in (exact, drawn))
+    assert set(label.tolist()) == {0.0, 1.0}
+    for low, high in ((0, 0.3), (0.3, 0.7), (0.7, 1)):  # the same pairs in both runs
+        inside = (p >= low) & (p < high)
+        assert inside.sum() > 100
+        assert (label[inside].mean() - p[inside].mean()).abs() < 4 * (0.25 / inside.sum()) ** 0.5
+
+
+def test_accumulated_micro_batches_are_one_batch():
+    whole, parts = run_mocan(steps=1, batch=8), run_mocan(steps=1, batch=4, accumulate=2)
+    assert whole.losses == pytest.approx(parts.losses, abs=1e-6)
+    for a, b in zip(whole.policy.parameters(), parts.policy.parameters()):
+        assert torch.allclose(a, b, atol=2e-5, rtol=0)
+    start = tiny()
+    assert max((a - b).abs().max().item() for a, b in zip(whole.policy.parameters(), start.parameters())) > 5e-4
+
+
+@pytest.mark.parametrize("bad_step", [0, 2])
+def test_a_non_finite_loss_stops_and_names_stage_and_step(monkeypatch, bad_step):
+    calls, real = [], mocan.preference_loss
+
+    def spoiled(*args):
+        calls.append(1)
+        return real(*args) * (math.nan if len(calls) == bad_step + 1 else 1.0)
+    monkeypatch.setattr(mocan, "preference_loss", spoiled)
+    with pytest.raises(FloatingPointError) as error:
+        run_mocan()
+    assert "mocan" in str(error.value) and f"step {bad_step}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_infinite_weights_stop_every_loop():
+    model, score_model, pool = tiny(), tiny(score_head=True), some_pool(K=2)
+    for broken in (model, score_model):
+        broken.wte.weight.data.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="^reference: .* step 0"):
+        mocan.train_reference(model, pool, settings(), streams()[0], silent)
+    prefers, safe = torch.zeros(8, dtype=torch.long), torch.zeros(8, 2)
+    with pytest.raises(FloatingPointError, match="^scores: .* step 0"):
+        mocan.train_score(score_model, pool, prefers, safe, settings(), streams()[0], silent)
+
+
+def test_train_reference_learns_the_distribution_of_its_data():
+    """Responses 1, 2 and 3 to the prompt 4, in the proportion 5 : 2 : 1, all ended by 0."""
+    tokens, mask = pad([[4]] * 8, [[1, 0]] * 5 + [[2, 0]] * 2 + [[3, 0]])
+    pool, model = Pool(tokens.view(4, 2, -1), mask.view(4, 2, -1)), tiny(sharp=1.0)
+    mocan.train_reference(model, pool, settings(sft_steps=200, sft_lr=1e-2), streams()[0], silent)
+    with torch.no_grad():
+        p = sequence_logprob(model, *pad([[4]] * 3, [[1, 0], [2, 0], [3, 0]])).exp()
+    assert p.tolist() == pytest.approx([5 / 8, 2 / 8, 1 / 8], abs=0.02)
+
+
+def test_a_score_model_recovers_the_scores_that_the_preferences_come_from():
+    """One-token responses worth 0, 1 and 2: Bradley–Terry preferences for them determine the differences."""
+    worth, N = torch.tensor([0.0, 1.0, 2.0]), 3000
+    y = torch.stack([torch.randint(3, (N,)), torch.randint(3, (N,))], dim=1)
+    prefers = (torch.rand(N) < torch.sigmoid(worth[y[:, 1]] - worth[y[:, 0]])).long()
+    tokens, mask = pad([[5]] * 2 * N, [[i + 1] for i in y.flatten().tolist()])
+    model = tiny(sharp=1.0, score_head=True)
+    mocan.train_score(model, Pool(tokens.view(N, 2, -1), mask.view(N, 2, -1)), prefers, torch.zeros(N, 2),
+                      settings(batch=250, score_steps=150, score_lr=1e-2), streams()[0], silent)
+    with torch.no_grad():
+        score = model.score(*pad([[5]] * 3, [[1], [2], [3]]))
+    assert (score - score[0]).tolist() == pytest.approx([0.0, 1.0, 2.0], abs=0.25)
+
+
+def test_labels_of_safety_put_the_zero_between_safe_and_unsafe():
+    """Response 1 is always safe and 2 never; pairs alone would leave the zero anywhere."""
+    tokens, mask = pad([[5]] * 40, [[1], [2]] * 20)
+    model = tiny(sharp=1.0, score_head=True)
+    mocan.train_score(model, Pool(tokens.view(20, 2, -1), mask.view(20, 2, -1)), torch.zeros(20, dtype=torch.long),
+                      torch.tensor([[1.0, -1.0]] * 20), settings(score_steps=60, score_lr=1e-2), streams()[0], silent)
+    with torch.no_grad():
+        safe, unsafe = model.score(*pad([[5]] * 2, [[1], [2]])).tolist()
+    assert safe > 1 and unsafe < -1
+
+
+def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case():
+    """4 prompts, and all 31 responses of at most two tokens: π_ref, π_λ* and the trained policy are known exactly."""
+    reference, policy, (m, beta) = tiny(sharp=3.0, n_embd=64), tiny(sharp=3.0, n_embd=64), (2, 0.7)
+    prompts = [[1], [2], [3, 4], [5, 1]]
+    responses = [[0]] + [[a, b] for a in range(1, 6) for b in range(6)]
+    tokens, mask = pad([x for x in prompts for _ in responses], responses * len(prompts))
+    space = Pool(tokens.view(4, 31, -1), mask.view(4, 31, -1))
+    ref = mocan.logprobs(reference, space, settings())
+    assert ref.exp().sum(dim=1).tolist() == pytest.approx([1] * 4, abs=1e-5)
+    r, g = 0.7 * torch.randn(4, 31), 0.7 * torch.randn(m, 4, 31)
+
+    c = settings(sample_batch=512, beta=beta, steps=400, batch=64, lr=3e-3, warmup=10)
+    pool, ref_logp = mocan.sample_pool(reference, DIGITS, ["1", "2", "34", "51"], 256, c, streams(7)[0], silent)
+    which = torch.tensor([[responses.index(y[on].tolist()) for y, on in zip(*row)] for row in zip(*pool)])  # (4, 256)
+    score, constraint = r.gather(1, which), g.gather(2, which.expand(m, -1, -1))
+    found = dual.solve(score, constraint, 0.35 * dual.reachable(constraint).min(), beta)
+    assert (found.lam > 0.05).all()
+    repeat = 16  # a prompt is visited 16 times an epoch, so that a batch is full
+    many = Pool(*(x.repeat(repeat, 1, 1) for x in pool))
+    mocan.train_mocan(policy, many, ref_logp.repeat(repeat, 1), score.repeat(repeat, 1),
+                      constraint.repeat(1, repeat, 1), found.lam, c, streams(), silent)
+
+    def exact(lam):
+        return (ref + (r + torch.einsum("m,mnk->nk", lam.float(), g)) / beta).log_softmax(dim=1)
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum(dim=1).mean().item()
+    trained, best = mocan.logprobs(policy, space, c), exact(found.lam)
+    assert kl(ref, best) > 0.4  # far to go
+    assert kl(trained, best) < 0.02
+    assert kl(trained, exact(-found.lam)) > 0.2 and kl(trained, exact(0 * found.lam)) > 0.05
+    realised = ((trained.exp() - ref.exp()) * g).sum(dim=2).mean(dim=1)
+    assert realised.tolist() == pytest.approx(found.constraint_gain.tolist(), abs=0.08)
+
+
+# ---- what came of it
+
+def test_mean_interval_by_hand():
+    # mean 2.5, standard deviation √(5/3) = 1.2909944, half-width 1.96·1.2909944/2 = 1.2651746
+    assert mocan.mean_interval(f64(1, 2, 3, 4)) == pytest.approx([2.5, 1.2348254, 3.7651746], abs=1e-6)
+
+
+def test_compare_by_hand():
+    scores = f64(1, 3, 0, 0).view(1, 2, 2)      # two prompts, two responses each
+    ref_scores = f64(1, 2, 0, 5).view(1, 2, 2)
+    gains, wins = mocan.compare(scores, ref_scores)
+    # prompt 0: gain 2 − 1.5; 1 ties 1, 1 < 2, 3 > 1, 3 > 2: 2.5 of 4 are won
+    # prompt 1: gain 0 − 2.5; two ties, two losses: 1 of 4
+    assert gains[0][0] == pytest.approx((0.5 - 2.5) / 2) and wins[0][0] == pytest.approx((2.5 / 4 + 1 / 4) / 2)
+    assert gains[0][2] - gains[0][1] == pytest.approx(2 * 1.96 * (3 / 2 ** 0.5) / 2 ** 0.5)  # paired by prompt
+
+
+def test_a_policy_compared_with_itself_gains_nothing_and_wins_half():
+    scores = torch.randn(3, 5, 4, dtype=torch.float64)
+    gains, wins = mocan.compare(scores, scores)
+    assert [x[0] for x in gains] == [0.0] * 3 and [x[0] for x in wins] == pytest.approx([0.5] * 3)
+
+
+def measured(capsys, block_size):
+    """The reference measured against itself on two prompts of 5 and 11 bytes, template and space included."""
+    tok = vocab_tokenizer([])
+    model, c = tiny(vocab_size=tok.encoding.n_vocab, sharp=2.0, block_size=block_size), settings(block_size=block_size,
+                                                                                                 max_new_tokens=4)
+    c.eval_responses = 3
+    return mocan.measure(model, model, None, {}, ["harmless", "polite"], ["ab", "abcdefgh"], tok, c, streams()[0],
+                         silent)
+
+
+def test_the_reference_measured_against_itself(capsys):
+    scores, numbers, texts = measured(capsys, 64)
+    assert scores.shape == (3, 2, 3) and len(texts) == 6
+    assert numbers["reward_gain"] == 0 and numbers["constraint_gain"] == [0, 0] and abs(numbers["kl"]) < 1e-4
+    assert numbers["reward_win_rate"] == 0.5 and len(numbers["constraint_win_rate_ci"]) == 2
+    assert "lost" not in capsys.readouterr().out
+
+
+def test_truncated_prompts_of_the_evaluation_are_counted_and_said(capsys):
+    measured(capsys, 12)
+    assert "1 of 2 prompts" in capsys.readouterr().out
+
+
+def test_the_table_says_what_holds_as_far_as_the_sample_can_tell(capsys):
+    def row(gain, low, high):
+        return {"reward_gain": 1.0, "reward_gain_ci": [0.9, 1.1], "constraint_gain": [gain],
+                "constraint_gain_ci": [[low, high]], "kl": 0.5, "reward_win_rate": 0.625, "constraint_win_rate": [0.75],
+                "lam": [1.25], "steps": 60, "seconds": 7.4}
+    rows = {"reference": row(0.0, 0.0, 0.0), "above": row(0.31, 0.2, 0.4), "near": row(0.28, 0.2, 0.33),
+            "below": row(0.2, 0.1, 0.25),
+            "optimum": {"reward_gain": 1.2, "constraint_gain": [0.3], "kl": 0.4, "lam": [1.25]}}
+    mocan.print_table(["safe"], torch.tensor([0.3]), rows)
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert " yes " in lines["above"] and " within error " in lines["near"] and " no " in lines["below"]
+    assert " yes " in lines["optimum"] and "[" not in lines["optimum"]
+    assert not any(word in lines["reference"] for word in ("yes", "no ", "within"))
+    shown = ("+1.000 [+0.900, +1.100]", "+0.310 [+0.200, +0.400]", "0.500", "62.5%", "75.0%", "1.250", "60", "7")
+    assert all(x in lines["above"] for x in shown)
+
+
+def test_svg_draws_every_curve_and_point_within_the_frame(tmp_path):
+    mocan.svg(str(tmp_path / "a.svg"), "A title", "x in units", "y in units", {"curve": [(0.0, 1.0), (2.0, -3.0)]},
+              {"point": (1.0, 0.5, (0.5, 1.5), (0.0, 1.0))})
+    root, tag = ElementTree.parse(tmp_path / "a.svg").getroot(), "{http://www.w3.org/2000/svg}"
+    texts = [node.text for node in root.iter(tag + "text")]
+    assert {"A title", "x in units", "y in units", "curve", "point", "0", "1", "2", "-3"} <= set(texts)
+    width, height = (float(x) for x in root.get("viewBox").split()[2:])
+    circle, = root.iter(tag + "circle")
+    assert 0 < float(circle.get("cx")) < width and 0 < float(circle.get("cy")) < height
+    line = next(node.get("d") for node in root.iter(tag + "path") if node.get("stroke-width") == "2")
+    (x0, y0), (x1, y1) = (tuple(float(v) for v in point.split()) for point in line.removeprefix("M").split(" L"))
+    assert x0 < float(circle.get("cx")) == pytest.approx((x0 + x1) / 2) and x1 < width  # x = 1 is half-way
+    assert y0 < float(circle.get("cy")) < y1 < height  # larger values stand higher
+
+
+def test_svg_of_a_single_point_is_still_a_picture(tmp_path):
+    mocan.svg(str(tmp_path / "a.svg"), "t", "x", "y", {}, {"p": (0.0, 0.0, (0.0, 0.0), (0.0, 0.0))})
+    assert "nan" not in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    ElementTree.parse(tmp_path / "a.svg")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_float16_training_scales_its_loss_and_moves_the_policy():
+    model, pool = tiny().cuda(), some_pool()
+    c = settings(device="cuda", dtype="float16", steps=5)
+    ref_logp = mocan.logprobs(model, pool, c)
+    before = model.wte.weight.detach().clone()
+    assert mocan.mixed_precision(model, 1e-3, "float16")[2].is_enabled()
+    mocan.train_mocan(model, pool, ref_logp, torch.randn(8, 4), torch.randn(1, 8, 4), torch.ones(1), c, streams(), silent)
+    assert model.wte.weight.isfinite().all() and not torch.equal(before, model.wte.weight)

@@ -1,0 +1,447 @@
+import ast
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import dual
+import mocan
+import train
+
+ROOT = Path(train.__file__).resolve().parent
+MODULES = ("model", "data", "dual", "mocan", "pecan", "train")
+POLICIES = ["reference", "mocan", "dpo-helpful", "dpo-harmless", "pecan"]
+TINY = ("--device cpu --dtype float32 --n_layer 1 --n_embd 32 --n_head 2 --world_pairs 300 --vocab_size 600 "
+        "--max_new_tokens 24 --block_size 64 --sft_steps 80 --sft_lr 1e-2 --score_steps 4 --prompts 16 --responses 8 "
+        "--steps 6 --prealign_steps 6 --eval_prompts 8 "
+        "--eval_responses 4 --warmup 2").split()  # its λ* is positive, else there would be little to test
+
+
+def command(*flags, cwd=ROOT):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd, capture_output=True,
+                          text=True, encoding="utf-8", timeout=300)
+
+
+def job(*flags):
+    """The same in this process."""
+    argv, sys.argv = sys.argv, ["train.py", *map(str, flags)]
+    try:
+        train.main()
+    finally:
+        sys.argv = argv
+
+
+def numbers(out):
+    """results.json without what differs between equal runs: where, and how long."""
+    results = json.loads((out / "results.json").read_text())
+    for row in results["policies"].values():
+        row.pop("seconds", None)
+    return {key: results[key] for key in results if key not in ("config", "seconds")}
+
+
+def weights(out, name):
+    return torch.load(out / name, weights_only=True)["weights"]
+
+
+def same_weights(a, b, name):
+    return all(torch.equal(x, y) for x, y in zip(weights(a, name).values(), weights(b, name).values(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quick")
+    return command("--quick", "--out", out), out
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny")
+    job(*TINY, "--out", out)
+    return out
+
+
+@pytest.fixture
+def tiny_copy(tiny, tmp_path):
+    return Path(shutil.copytree(tiny, tmp_path / "run"))
+
+
+# ---- the quick run, as a user starts it
+
+def test_the_quick_run_succeeds(quick):
+    done, _ = quick
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+
+
+def test_results_hold_what_readers_rely_on(quick):
+    results = json.loads((quick[1] / "results.json").read_text(encoding="utf-8"))
+    assert set(results) >= {"config", "dual", "dual_pecan", "policies", "seconds"}
+    assert set(results["config"]) == {f.name for f in fields(train.Config)} and results["config"]["quick"] is True
+    for part in ("dual", "dual_pecan"):
+        assert set(results[part]) >= {"margin", "lam", "score_gain", "constraint_gain", "kl", "ess", "iterations"}
+        assert all(len(results[part][name]) == 1 for name in ("margin", "lam", "constraint_gain"))
+    assert list(results["policies"]) == POLICIES
+    for row in results["policies"].values():
+        assert row["reward_gain_ci"][0] <= row["reward_gain"] <= row["reward_gain_ci"][1]
+        assert row["constraint_gain_ci"][0][0] <= row["constraint_gain"][0] <= row["constraint_gain_ci"][0][1]
+        assert 0 <= row["reward_win_rate"] <= 1 and math.isfinite(row["kl"])
+    assert set(results["seconds"]) >= {"reference", "offline", "dual", "mocan", "prealign", "pecan", "evaluate"}
+
+
+def test_the_reference_row_is_the_zero_of_the_table(quick):
+    row = json.loads((quick[1] / "results.json").read_text())["policies"]["reference"]
+    assert row["reward_gain"] == row["constraint_gain"][0] == 0 and row["reward_win_rate"] == 0.5
+    assert abs(row["kl"]) < 1e-4  # sampled and recomputed log-probabilities agree
+
+
+def test_the_dual_meets_its_margin(quick):
+    results = json.loads((quick[1] / "results.json").read_text())
+    for part in ("dual", "dual_pecan"):
+        assert results[part]["lam"][0] >= 0
+        if results[part]["lam"][0] > 0:
+            assert results[part]["constraint_gain"] == pytest.approx(results[part]["margin"], rel=1e-6)
+    assert results["dual"]["margin"] == results["dual_pecan"]["margin"]  # PeCAN gets the same absolute margin
+    kept = json.loads((quick[1] / "dual.json").read_text())
+    assert kept == {"dual": results["dual"], "dual_pecan": results["dual_pecan"]}
+
+
+def test_samples_have_the_fields_that_judges_read(quick):
+    rows = [json.loads(line) for line in (quick[1] / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(set(row) == {"instruction", "output", "generator"} for row in rows)
+    c = json.loads((quick[1] / "results.json").read_text())["config"]
+    per_policy = {name: [row["instruction"] for row in rows if row["generator"] == name] for name in POLICIES}
+    assert all(asked == per_policy["reference"] for asked in per_policy.values())  # the same prompts, in the same order
+    assert len(rows) == len(POLICIES) * len(set(per_policy["reference"])) * c["eval_responses"]
+
+
+def test_the_table_has_a_row_for_every_policy_and_the_optimum(quick):
+    lines = quick[0].stdout.splitlines()
+    header = next(i for i, line in enumerate(lines) if "reward gain" in line and "harmless gain" in line)
+    rows = lines[header + 1:header + 2 + len(POLICIES)]
+    assert [re.split(r"\s{2,}", row)[0] for row in rows] == [*POLICIES, "optimum (closed form)"]
+    assert all(word in lines[header] for word in ("holds", "KL", "λ*", "steps", "seconds"))
+
+
+def test_samples_and_settings_are_printed(quick):
+    text, (_, out) = quick[0].stdout, quick
+    assert "--margin 50%" in text and "--beta" in text
+    prompt = json.loads((out / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])["instruction"]
+    assert prompt in text
+
+
+def test_progress_says_rate_loss_and_time_left_without_control_characters(quick):
+    assert re.search(r"mocan \d+/60  loss \d\.\d+  [\d.]+/s  \d+ s elapsed, \d+ s left", quick[0].stdout)
+    assert "\r" not in quick[0].stdout and quick[0].stdout.count("mocan ") < 40
+
+
+@pytest.mark.parametrize("name", ["tradeoff.svg", "dual.svg"])
+def test_pictures_are_well_formed_and_titled(quick, name):
+    root = ElementTree.parse(quick[1] / name).getroot()
+    texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert root.tag.endswith("svg") and len(texts) > 8 and all(texts)
+    assert "nan" not in (quick[1] / name).read_text(encoding="utf-8").lower()
+
+
+def test_every_stage_leaves_its_artifact(quick):
+    expected = {"run.json", "tokenizer.json", "reference.pt", "offline.pt", "dual.json", "mocan.pt", "dpo-helpful.pt",
+                "dpo-harmless.pt", "tuples.pt", "pecan.pt", "results.json", "samples.jsonl", "tradeoff.svg", "dual.svg"}
+    assert expected <= set(os.listdir(quick[1])) and not [x for x in os.listdir(quick[1]) if x.endswith(".tmp")]
+
+
+# ---- the same numbers, when they should be
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(tiny, tmp_path):
+    job(*TINY, "--out", tmp_path)
+    assert numbers(tmp_path) == numbers(tiny)
+    assert (tmp_path / "samples.jsonl").read_bytes() == (tiny / "samples.jsonl").read_bytes()
+    assert all(same_weights(tmp_path, tiny, f"{name}.pt") for name in POLICIES)
+
+
+def test_another_seed_gives_another_run(tiny, tmp_path):
+    job(*TINY, "--out", tmp_path, "--seed", 1, "--algo", "mocan")
+    assert not same_weights(tmp_path, tiny, "mocan.pt")
+    assert list(numbers(tmp_path)["policies"]) == ["reference", "mocan"]
+
+
+def test_from_mocan_reuses_the_earlier_stages_and_repeats_the_later_ones(tiny, tiny_copy):
+    before = {name: os.stat(tiny_copy / name).st_mtime_ns for name in os.listdir(tiny_copy)}
+    job("--from", "mocan", "--out", tiny_copy)
+    changed = {name for name, at in before.items() if os.stat(tiny_copy / name).st_mtime_ns != at}
+    assert not changed & {"reference.pt", "tokenizer.json", "offline.pt"}
+    assert changed >= {"mocan.pt", "pecan.pt", "results.json"}
+    assert numbers(tiny_copy) == numbers(tiny)
+
+
+def test_from_evaluate_changes_no_policy(tiny, tiny_copy):
+    job("--from", "evaluate", "--out", tiny_copy, "--eval_responses", 2)
+    assert all((tiny_copy / f"{name}.pt").read_bytes() == (tiny / f"{name}.pt").read_bytes() for name in POLICIES)
+    rows = numbers(tiny_copy)["policies"]
+    assert rows["mocan"]["steps"] == 6 and rows["mocan"]["lam"] == numbers(tiny)["policies"]["mocan"]["lam"]
+
+
+def test_how_one_evaluates_changes_no_training_number(tiny, tmp_path):
+    job(*TINY, "--out", tmp_path, "--eval_responses", 3, "--eval_prompts", 5)
+    assert all(same_weights(tmp_path, tiny, f"{name}.pt") for name in POLICIES)
+    assert numbers(tmp_path)["dual"] == numbers(tiny)["dual"]
+
+
+def test_a_new_margin_from_the_dual_on_keeps_the_samples(tiny, tiny_copy):
+    job("--from", "dual", "--out", tiny_copy, "--margin", "20%", "--algo", "mocan")
+    assert (tiny_copy / "offline.pt").read_bytes() == (tiny / "offline.pt").read_bytes()
+    old, new = numbers(tiny)["dual"], numbers(tiny_copy)["dual"]
+    assert new["margin"][0] == pytest.approx(0.4 * old["margin"][0]) and 0 < new["lam"][0] < old["lam"][0]
+    assert not same_weights(tiny_copy, tiny, "mocan.pt")
+
+
+# ---- other ways through the job
+
+def test_two_constraints_and_a_trade_off_curve(tmp_path, capsys):
+    job(*TINY, "--out", tmp_path, "--constraints", "harmless,polite", "--margin", "20%,10%",
+        "--margins", "5%:5%,10%:20%")
+    rows = numbers(tmp_path)["policies"]
+    assert list(rows) == ["reference", "mocan", "mocan 5%:5%", "mocan 10%:20%", "dpo-helpful", "dpo-harmless",
+                          "dpo-polite", "pecan"]
+    assert all(len(row["constraint_gain"]) == 2 for row in rows.values())
+    assert all(len(rows[name]["lam"]) == 2 for name in ("mocan", "mocan 5%:5%", "pecan"))
+    assert "polite gain" in capsys.readouterr().out
+    ElementTree.parse(tmp_path / "tradeoff.svg"), ElementTree.parse(tmp_path / "dual.svg")
+
+
+def test_pecan_alone_needs_no_score_but_is_judged(tmp_path):
+    job(*TINY, "--out", tmp_path, "--algo", "pecan")
+    assert list(numbers(tmp_path)["policies"]) == ["reference", "dpo-helpful", "dpo-harmless", "pecan"]
+    assert "dual" not in numbers(tmp_path) and not (tmp_path / "mocan.pt").exists()
+
+
+def test_learned_scores_and_sampled_labels_in_the_world(tmp_path, capsys):
+    job(*TINY, "--out", tmp_path, "--scores", "learned", "--labels", "sampled", "--pairs", "data", "--algo", "mocan",
+        "--accumulate", 2)
+    said = capsys.readouterr().out
+    assert (tmp_path / "score_helpful.pt").exists() and (tmp_path / "score_harmless.pt").exists()
+    assert re.search(r"harmless: accuracy [\d.]+% ± [\d.]+% on \d+ held-out pairs", said)
+
+
+def slice_of(path, rows, to):
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        to.write_text("".join(line for line, _ in zip(lines, range(rows))), encoding="utf-8")
+    return to
+
+
+def test_real_data_end_to_end(read_shared, tmp_path, capsys):
+    path = slice_of(read_shared("data/dual_pairs.jsonl.gz"), 120, tmp_path / "pairs.jsonl")
+    job(*TINY, "--out", tmp_path / "out", "--data", path)
+    said, results = capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "constraints: safe" in said and list(results["policies"])[3] == "dpo-safe"
+    for name in ("helpful", "safe"):
+        assert re.search(rf"{name}: accuracy [\d.]+% ± [\d.]+% on \d+ held-out pairs", said)
+    assert re.search(r"\d+ of \d+ prompts lost their beginning", said)
+    parts = re.search(r"(\d+) training and (\d+) held-out pairs", said)
+    assert int(parts[1]) + int(parts[2]) == 120
+    held_out_rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    prompts = {json.loads(line)["prompt"].strip() for line in path.read_text().splitlines()}
+    assert {row["instruction"] for row in held_out_rows} <= prompts
+
+
+def test_a_safety_only_file_stands_next_to_one_with_both_preferences(read_shared, tmp_path, capsys):
+    both = slice_of(read_shared("data/dual_pairs.jsonl.gz"), 60, tmp_path / "both.jsonl")
+    safety = slice_of(read_shared("data/safety_pairs.jsonl.gz"), 60, tmp_path / "safety.jsonl")
+    job(*TINY, "--out", tmp_path / "out", "--algo", "mocan", "--data", both, safety)
+    said = capsys.readouterr().out
+    counts = {name: [int(x) for x in re.findall(rf"{name}: accuracy .* on (\d+) (?:training|held-out) pairs", said)]
+              for name in ("helpful", "safe")}
+    assert sum(counts["helpful"]) == 60 and sum(counts["safe"]) == 120
+
+
+# ---- bad input
+
+def one_line_on_stderr(done):
+    assert done.returncode not in (0, None)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def test_an_unreachable_margin_stops_before_training_and_names_the_largest(tiny_copy):
+    before = (tiny_copy / "mocan.pt").read_bytes()
+    line = one_line_on_stderr(command("--from", "dual", "--margin", "99", "--out", tiny_copy))
+    largest = dual.reachable(torch.load(tiny_copy / "offline_scores.pt", weights_only=True)["scores"][1:]).item()
+    assert f"{largest:.3f}" in line or f"{largest}" in line
+    assert (tiny_copy / "mocan.pt").read_bytes() == before
+
+
+def test_a_bad_data_file_ends_in_one_line_with_file_and_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    done = command("--data", tmp_path / "bad.jsonl", "--out", tmp_path / "out")
+    assert f"{tmp_path / 'bad.jsonl'}:1: " in one_line_on_stderr(done)
+    assert not (tmp_path / "out" / "reference.pt").exists()
+
+
+BAD_FLAGS = {
+    "unknown flag": (["--marginn", "1"], "--margin"),
+    "abbreviated flag": (["--marg", "1"], "--margin"),
+    "unknown choice": (["--algo", "ppo"], "mocan"),
+    "unknown dtype": (["--dtype", "float8"], "bfloat16"),
+    "unknown stage": (["--from", "nowhere"], "prealign"),
+    "unknown device": (["--device", "quantum"], "cpu"),
+    "not a number": (["--steps", "many"], "--steps"),
+    "not a whole number": (["--steps", "1.5"], "--steps"),
+    "zero steps": (["--steps", "0"], "--steps is 0"),
+    "negative": (["--beta", "-1"], "--beta is -1.0"),
+    "not finite": (["--lr", "nan"], "--lr is nan"),
+    "infinite": (["--clip", "inf"], "--clip is inf"),
+    "one response": (["--responses", "1"], "2"),
+    "no training data": (["--held_out", "1.5"], "--held_out 1.5"),
+    "no room for a prompt": (["--max_new_tokens", "190"], "--block_size 192"),
+    "exact scores of a file": (["--scores", "exact", "--data", "x.jsonl"], "learned"),
+    "score_steps below 0": (["--score_steps", "-3"], "--score_steps"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_a_bad_flag_exits_with_2_and_names_what_is_valid(case, capsys):
+    flags, named = BAD_FLAGS[case]
+    with pytest.raises(SystemExit) as stop:
+        train.settings(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and named in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("flags, named", [(["--seed", "5"], "--seed was 0"), (["--n_embd", "64"], "--n_embd was 32"),
+                                          (["--responses", "9"], "--responses was 8")])
+def test_a_flag_that_contradicts_a_reused_stage_is_refused(tiny, capsys, flags, named):
+    with pytest.raises(SystemExit) as stop:
+        train.settings(["--from", "mocan", "--out", str(tiny), *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and named in error and "use --from" in error
+
+
+def test_a_flag_that_agrees_with_the_reused_stages_is_accepted(tiny):
+    c = train.settings(["--from", "mocan", "--out", str(tiny), "--seed", "0", "--lr", "5e-4"])
+    assert c.lr == 5e-4 and c.n_embd == 32 and c.start == "mocan"
+
+
+def test_from_without_an_earlier_run_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.settings(["--from", "mocan", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "run.json is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["reference.pt", "offline.pt"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+def test_a_missing_or_damaged_artifact_is_named_with_the_stage_that_makes_it(tiny_copy, name, damage):
+    content = (tiny_copy / name).read_bytes()
+    os.remove(tiny_copy / name)
+    if damage != "missing":
+        (tiny_copy / name).write_bytes(content[:len(content) // 2] if damage == "truncated" else b"")
+    with pytest.raises(ValueError) as error:
+        job("--from", "mocan", "--out", tiny_copy)
+    message = str(error.value)
+    assert str(tiny_copy / name) in message and f"--from {name.removesuffix('.pt')}" in message and "\n" not in message
+
+
+def test_a_non_finite_loss_keeps_the_last_artifact(tiny_copy, monkeypatch):
+    before, real = (tiny_copy / "mocan.pt").read_bytes(), mocan.preference_loss
+    monkeypatch.setattr(mocan, "preference_loss", lambda *args: real(*args) * math.nan)
+    with pytest.raises(FloatingPointError, match="mocan: the loss is nan at step 0"):
+        job("--from", "mocan", "--out", tiny_copy)
+    assert (tiny_copy / "mocan.pt").read_bytes() == before
+    assert not [x for x in os.listdir(tiny_copy) if x.endswith(".tmp")]
+
+
+# ---- margins and random streams
+
+def test_margins_by_hand():
+    reach = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    assert train.parse_margin("50%", ",", reach).tolist() == [1.0, 0.25]
+    assert train.parse_margin("0.3", ",", reach).tolist() == [0.3, 0.3]
+    assert train.parse_margin("0.3,10%", ",", reach).tolist() == pytest.approx([0.3, 0.05])
+    assert train.parse_margin("-1:0", ":", reach).tolist() == [-1.0, 0.0]
+
+
+@pytest.mark.parametrize("text", ["", "half", "50 percent", "1,2,3", "1,", "%"])
+def test_a_margin_that_makes_no_sense_is_named(text):
+    with pytest.raises(ValueError) as error:
+        train.parse_margin(text, ",", torch.tensor([2.0, 0.5]))
+    assert repr(text) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_purpose_has_a_random_stream_of_its_own():
+    c = train.Config(seed=3)
+    draws = {purpose: torch.rand(2, generator=train.stream(c, purpose)).tolist()
+             for purpose in ("mocan", "mocan/labels", "offline", "evaluate")}
+    assert len({tuple(x) for x in draws.values()}) == 4
+    assert draws["mocan"] == torch.rand(2, generator=train.stream(c, "mocan")).tolist()
+    assert draws["mocan"] != torch.rand(2, generator=train.stream(train.Config(seed=4), "mocan")).tolist()
+
+
+# ---- the source
+
+def source(module):
+    return (ROOT / f"{module}.py").read_text(encoding="utf-8")
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.settings(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for f in fields(train.Config):
+        assert f"--{f.metadata['flag'] or f.name}" in text and f.metadata["help"]
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(train.Config)])
+def test_every_setting_is_read_somewhere(name):
+    used = r"given\.get\(.quick." if name == "quick" else rf"\bc\.{name}\b"
+    assert any(re.search(used, source(module)) for module in MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_torch_tiktoken_numpy_and_the_standard_library(module):
+    allowed = {"torch", "tiktoken", "numpy", *MODULES, *sys.stdlib_module_names}
+    for node in ast.walk(ast.parse(source(module))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+            [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert {name.split(".")[0] for name in names} <= allowed
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_import_of_a_module_is_used(module):
+    tree = ast.parse(source(module))
+    imported = {(alias.asname or alias.name).split(".")[0] for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    assert imported <= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_has_at_most_400_lines(module):
+    assert len(source(module).splitlines()) <= 400
+
+
+def test_the_modules_together_have_at_most_1800_lines():
+    assert sum(len(source(module).splitlines()) for module in MODULES) <= 1800
+
+
+def test_importing_the_modules_does_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", "import " + ", ".join(MODULES)], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr, os.listdir(tmp_path)) == (0, "", "", [])
+
+
+# ---- with a GPU
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_mocan_run_on_cuda(tmp_path, dtype):
+    job(*TINY, "--device", "cuda", "--dtype", dtype, "--algo", "mocan", "--out", tmp_path)
+    row = numbers(tmp_path)["policies"]["mocan"]
+    assert math.isfinite(row["reward_gain"]) and math.isfinite(row["kl"])
