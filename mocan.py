@@ -13,14 +13,15 @@ Step 3 is all of the training, since π* ∝ π_ref·exp(s/β) is what DPO conve
 the constants E_ref[g_j] and b_j of the dual cancel in the difference.
 
     symbol    variable         shape            symbol           variable        shape
-    r         score            (N, K)           ln π(y|x)        logp            (B, 2)
-    g_j       constraint       (m, N, K)        ln π_ref(y|x)    ref_logp        (N, K), (B, 2)
-    λ         lam              (m,)             P(y_1 ≻ y_0)     p_1             (B,)
+    r         score            (N, K)           ln π(y|x)        logp            (B, G)
+    g_j       constraint       (m, N, K)        ln π_ref(y|x)    ref_logp, ref   (N, K), (B, G)
+    λ         lam              (m,)             P(y_1 ≻ y_0)     p_1             (B, G(G-1)/2)
 
 Deleted from the usual algorithms: no value model, no online sampling, no dual variable that is updated in training, no
 reference model in memory while the policy trains. Different from the paper: labels are the exact probability p_1, not
-one Bernoulli draw of it (the same minimiser, less noise; --labels sampled draws it), and every step pairs two fresh
-ones of the K samples (the data set's own two responses: --pairs data).
+one Bernoulli draw of it (the same minimiser, less noise; --labels sampled draws it). Pairs are made of the K samples, fresh
+every step, and of a group of G of them all G(G−1)/2, since the pairs cost nothing once each response's log-probability is
+there (--group 2: one pair a prompt; --pairs data: the data set's own two responses, as in the paper).
 
 Read next: pecan.py, the same without score models.
 """
@@ -122,26 +123,24 @@ def mixed_precision(model, lr, dtype):
     return optimizer, autocast, torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
 
-def pair_batches(lengths, size, generator):
-    """Yield batches forever: prompts n (B,) and two different ones k (B, 2) of their K responses; lengths (N, K).
+def pair_batches(lengths, size, generator, group=2):
+    """Yield batches forever: prompts n (B,) and for each a group k (B, G) of different ones of its K responses, to be
+    compared pair by pair; lengths (N, K), B = size.
 
-    An epoch visits every prompt once, with a fresh pair. It is shuffled, then sorted by length within pools of 8
+    An epoch visits every prompt once, with a fresh group. It is shuffled, then sorted by length within pools of 8
     batches, so that little of a batch is padding.
     """
-    N, K = lengths.shape
     while True:
-        first = torch.randint(K, (N,), generator=generator)
-        second = (first + torch.randint(1, K, (N,), generator=generator)) % K
-        k = torch.stack([first, second], dim=1)  # (N, 2)
+        k = torch.rand(lengths.shape, generator=generator).argsort(dim=1)[:, :group]  # (N, G)
         longest = lengths.gather(1, k).amax(dim=1)
-        order = torch.randperm(N, generator=generator)
+        order = torch.randperm(len(lengths), generator=generator)
         batches = [n for pool in order.split(8 * size) for n in pool[longest[pool].argsort()].split(size)]
         for i in torch.randperm(len(batches), generator=generator):
             yield batches[i], k[batches[i]]
 
 
 def gather_pairs(pool, n, k, device):
-    """The responses k (B, 2) to prompts n (B,) -> tokens (2B, T), response_mask (2B, T), cut to the longest."""
+    """The responses k (B, G) to prompts n (B,) -> tokens (B·G, T), response_mask (B·G, T), cut to the longest."""
     rows = n[:, None], k
     tokens, mask = pool.tokens[rows].flatten(0, 1), pool.response_mask[rows].flatten(0, 1)
     used = int(mask.any(dim=0).nonzero().max()) + 1
@@ -230,21 +229,23 @@ def train_mocan(policy, pool, ref_logp, score, constraint, lam, c, generators, l
     """
     s = score + torch.einsum("m,mnk->nk", lam.to(score), constraint)  # (N, K)
     optimizer, autocast, scaler = mixed_precision(policy, c.lr, c.dtype)
-    batches = pair_batches(pool.lengths(), c.batch, generators[0])
+    group = min(c.group, s.size(1))  # G responses to a prompt, compared in all their pairs, i against j
+    batches = pair_batches(pool.lengths(), max(1, 2 * c.batch // group), generators[0], group)
+    i, j = torch.triu_indices(group, group, 1)  # (G(G-1)/2,) each
     for step in range(c.steps):
         optimizer.param_groups[0]["lr"] = c.lr * lr_at(step, c.steps, c.warmup)
         mean_loss = 0.0
         for _ in range(c.accumulate):
-            n, k = next(batches)  # (B,) prompts, (B, 2) two of the K responses to each
-            s_0, s_1 = s[n[:, None], k].to(c.device).unbind(dim=1)  # (B,)
-            p_1 = bradley_terry(s_0, s_1)  # pseudo-preference; β does not enter here, it does in the loss
+            n, k = next(batches)  # (B,) prompts, (B, G) some of the K responses to each
+            some = s[n[:, None], k].to(c.device)  # (B, G)
+            p_1 = bradley_terry(some[:, i], some[:, j])  # pseudo-preference; β does not enter here, it does in the loss
             if c.labels == "sampled":  # as the paper does
                 p_1 = torch.bernoulli(p_1.cpu(), generator=generators[1]).to(c.device)
-            tokens, mask = gather_pairs(pool, n, k, c.device)  # (2B, T)
+            tokens, mask = gather_pairs(pool, n, k, c.device)  # (B·G, T)
             with autocast:
-                logp_0, logp_1 = sequence_logprob(policy, tokens, mask).view(-1, 2).unbind(dim=1)  # (B,)
-            ref_logp_0, ref_logp_1 = ref_logp[n[:, None], k].to(c.device).unbind(dim=1)
-            loss = preference_loss(logp_0, logp_1, ref_logp_0, ref_logp_1, p_1, c.beta).mean()
+                logp = sequence_logprob(policy, tokens, mask).view(k.shape)  # (B, G)
+            ref = ref_logp[n[:, None], k].to(c.device)
+            loss = preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], p_1, c.beta).mean()
             check_finite(loss.item(), "mocan", step)
             scaler.scale(loss / c.accumulate).backward()
             mean_loss += loss.item() / c.accumulate

@@ -71,21 +71,23 @@ def train_pecan(policy, pool, ref_logp, score, c, steps, generators, log, stage=
     which makes the label exactly 1. Step 4 calls it with the reference's samples and implicit_score.
     """
     optimizer, autocast, scaler = mixed_precision(policy, c.lr, c.dtype)
-    batches = pair_batches(pool.lengths(), c.batch, generators[0])
+    group = min(c.group, score.size(1))  # 2 for preference data, whatever --group says
+    batches = pair_batches(pool.lengths(), max(1, 2 * c.batch // group), generators[0], group)
+    i, j = torch.triu_indices(group, group, 1)  # (G(G-1)/2,) each
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = c.lr * lr_at(step, steps, c.warmup)
         mean_loss = 0.0
         for _ in range(c.accumulate):
-            n, k = next(batches)  # (B,) prompts, (B, 2) two of the K responses to each
-            s_0, s_1 = score[n[:, None], k].to(c.device).unbind(dim=1)  # (B,)
-            p_1 = bradley_terry(s_0, s_1)  # β is in the implicit score already
+            n, k = next(batches)  # (B,) prompts, (B, G) some of the K responses to each
+            some = score[n[:, None], k].to(c.device)  # (B, G)
+            p_1 = bradley_terry(some[:, i], some[:, j])  # β is in the implicit score already
             if c.labels == "sampled":
                 p_1 = torch.bernoulli(p_1.cpu(), generator=generators[1]).to(c.device)
-            tokens, mask = gather_pairs(pool, n, k, c.device)  # (2B, T)
+            tokens, mask = gather_pairs(pool, n, k, c.device)  # (B·G, T)
             with autocast:
-                logp_0, logp_1 = sequence_logprob(policy, tokens, mask).view(-1, 2).unbind(dim=1)  # (B,)
-            ref_logp_0, ref_logp_1 = ref_logp[n[:, None], k].to(c.device).unbind(dim=1)
-            loss = preference_loss(logp_0, logp_1, ref_logp_0, ref_logp_1, p_1, c.beta).mean()
+                logp = sequence_logprob(policy, tokens, mask).view(k.shape)  # (B, G)
+            ref = ref_logp[n[:, None], k].to(c.device)
+            loss = preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], p_1, c.beta).mean()
             check_finite(loss.item(), stage, step)
             scaler.scale(loss / c.accumulate).backward()
             mean_loss += loss.item() / c.accumulate

@@ -68,7 +68,7 @@ class Config:
     n_embd: int = setting(128, "reference", "width")
     block_size: int = setting(192, "reference", "longest prompt and response together, in tokens")
     # training
-    batch: int = setting(32, None, "pairs per micro-batch")
+    batch: int = setting(32, None, "half the responses of a micro-batch: pairs, or 2·batch/G groups")
     accumulate: int = setting(1, "mocan", "micro-batches per policy update step")
     warmup: int = setting(20, None, "steps of linear warm-up, then cosine to 0")
     clip: float = setting(1.0, None, "largest gradient norm")
@@ -90,11 +90,12 @@ class Config:
     constraints: str = setting("", "scores", "safety preferences to constrain, comma separated (default: harmless in "
                                "the world, every one but helpful in data)")
     # policy
-    lr: float = setting(5e-4, "mocan", "learning rate of every DPO run")
+    lr: float = setting(4e-4, "mocan", "learning rate of every DPO run")
     steps: int = setting(600, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
     labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw of it, as in the paper",
                           ("exact", "sampled"))
-    pairs: str = setting("samples", "mocan", "samples: two of the K reference samples, fresh each step; data: the "
+    group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all their pairs")
+    pairs: str = setting("samples", "mocan", "samples: of the K reference samples, fresh each step; data: the "
                          "preference file's own two responses, as in the paper", ("samples", "data"))
     prealign_steps: int = setting(300, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
     calibrate: bool = setting(True, "prealign", "scale PeCAN's implicit scores by a temperature fitted on held-out pairs")
@@ -137,7 +138,7 @@ def settings(argv):
                 parser.error(f"--{f.name} was {base[f.name]} when stage {stage} ran, and --from {given['start']} keeps "
                              f"that stage; use --from {stage} or drop --{f.name}")
     c = Config(**{**base, **given, "data": tuple(given.get("data", base.get("data", ())))})
-    least = {"seed": 0, "warmup": 0, "responses": 2, "eval_prompts": 2, "vocab_size": 300}  # others: greater than 0
+    least = {"seed": 0, "warmup": 0, "responses": 2, "group": 2, "eval_prompts": 2, "vocab_size": 300}  # others: greater than 0
     for f in fields(Config):
         value = getattr(c, f.name)
         if type(f.default) in (int, float) and not least.get(f.name, 1e-300) <= value < math.inf:

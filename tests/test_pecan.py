@@ -53,7 +53,7 @@ def test_implicit_score_gradient():
 # ---- the identity on an enumerated space: exactly optimal pre-aligned policies
 
 def prealigned(s, beta):
-    """ln π_ref, ln π_r and ln π_g, with π_r ∝ π_ref·exp(r/β) and π_g ∝ π_ref·exp(g/β) normalised over the whole space."""
+    """ln π_ref, ln π_r and ln π_g, with π_r ∝ π_ref·exp(r/β) and π_g ∝ π_ref·exp(g/β) normalised over the space."""
     ref = s.ref.log()
     return ref, (ref + s.r / beta).log_softmax(dim=1), (ref + s.g / beta).log_softmax(dim=2)
 

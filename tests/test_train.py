@@ -132,11 +132,15 @@ def test_the_table_has_a_row_for_every_policy_and_the_optimum(quick):
     assert all(word in lines[header] for word in ("holds", "KL", "λ*", "steps", "seconds"))
 
 
-def test_samples_and_settings_are_printed(quick):
+def test_settings_and_three_samples_of_every_policy_are_printed(quick):
     text, (_, out) = quick[0].stdout, quick
     assert "--margin 50%" in text and "--beta" in text
-    prompt = json.loads((out / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])["instruction"]
-    assert prompt in text
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    shown = [text.index(f"\n  {prompt}\n") for prompt in {row["instruction"] for row in rows} if f"\n  {prompt}\n" in text]
+    assert len(shown) == 3
+    for at in shown:
+        policies = [line.split(":")[0].strip() for line in text[at + 1:].splitlines()[1:1 + len(POLICIES)]]
+        assert policies == POLICIES
 
 
 def test_progress_says_rate_loss_and_time_left_without_control_characters(quick):
