@@ -256,6 +256,19 @@ def test_a_pair_is_two_different_responses_and_every_ordered_pair_occurs_equally
     assert count.diagonal().sum() == 0 and (off - 500).abs().max() < 5 * 500 ** 0.5
 
 
+def test_a_group_is_different_responses_and_a_fresh_one_each_epoch():
+    batches = mocan.pair_batches(torch.full((6, 5), 9), 6, torch.Generator().manual_seed(0), group=3)
+    groups = [{n: k for n, k in zip(batch[0].tolist(), batch[1].tolist())} for batch in itertools.islice(batches, 20)]
+    assert all(len(set(k)) == 3 for batch in groups for k in batch.values())
+    assert len({tuple(batch[0]) for batch in groups}) > 10  # prompt 0's
+
+
+def test_a_group_larger_than_the_pool_is_the_pool():
+    _, k = next(mocan.pair_batches(torch.full((6, 2), 9), 6, torch.Generator().manual_seed(0), group=2))
+    assert k.sort(dim=1).values.tolist() == [[0, 1]] * 6
+    assert run_mocan(steps=1, group=99).losses[0] == pytest.approx(LN2, abs=1e-5)
+
+
 def test_a_batch_holds_pairs_of_similar_length():
     lengths = torch.arange(1, 321)[torch.randperm(320)][:, None].expand(320, 2)
     batches = mocan.pair_batches(lengths, 10, torch.Generator().manual_seed(0))
@@ -284,7 +297,7 @@ def settings(**changes):
     return SimpleNamespace(**{**dict(
         device="cpu", dtype="float32", sample_batch=64, block_size=12, max_new_tokens=2, batch=8, accumulate=1, steps=3,
         warmup=0, lr=1e-3, sft_steps=3, sft_lr=1e-3, score_steps=3, score_lr=1e-3, clip=1.0, labels="exact",
-        beta=1.0), **changes})
+        beta=1.0, group=2), **changes})
 
 
 DIGITS = SimpleNamespace(encoding=SimpleNamespace(encode_ordinary=lambda text: [int(x) for x in text.strip()]),
@@ -351,22 +364,24 @@ def run_mocan(monkeypatch=None, seen=None, policy=None, lam=(0.7, 0.2), **change
                            losses=losses)
 
 
-def pairs_seen(run, **changes):
-    """The pairs that run_mocan's own generator led to."""
-    return next(mocan.pair_batches(run.pool.lengths(), settings(**changes).batch, streams()[0]))
+def pairs_seen(run, group):
+    """(n, y_0, y_1) of every pair of the first step, which run_mocan's own generator led to."""
+    n, k = next(mocan.pair_batches(run.pool.lengths(), 16 // group, streams()[0], group))
+    return [(prompt, *pair) for prompt, some in zip(n.tolist(), k.tolist()) for pair in itertools.combinations(some, 2)]
 
 
+@pytest.mark.parametrize("group", [2, 3, 4])
 @pytest.mark.parametrize("lam", [(0.7, 0.2), (0.0, 0.0), (0.0, 3.0)])
-def test_the_first_labels_are_bradley_terry_on_r_plus_lambda_g(monkeypatch, lam):
+def test_the_first_labels_are_bradley_terry_on_r_plus_lambda_g(monkeypatch, lam, group):
     seen = []
-    run = run_mocan(monkeypatch, seen, lam=lam, steps=1, beta=0.3)
-    n, k = pairs_seen(run)
-    for i in range(8):
-        s = [run.score[n[i], j] + lam[0] * run.constraint[0, n[i], j] + lam[1] * run.constraint[1, n[i], j]
-             for j in k[i]]
-        assert seen[0][4][i].item() == pytest.approx(1 / (1 + math.exp(s[0] - s[1])), abs=1e-6)
-        assert [seen[0][2][i], seen[0][3][i]] == [run.ref_logp[n[i], k[i, 0]], run.ref_logp[n[i], k[i, 1]]]
-    assert seen[0][5] == 0.3
+    run = run_mocan(monkeypatch, seen, lam=lam, steps=1, beta=0.3, group=group)
+    s = run.score + lam[0] * run.constraint[0] + lam[1] * run.constraint[1]
+    ref_0, ref_1, p_1 = (x.flatten() for x in seen[0][2:5])
+    pairs = pairs_seen(run, group)
+    assert len(p_1) == len(pairs) and seen[0][5] == 0.3
+    for i, (n, y_0, y_1) in enumerate(pairs):
+        assert p_1[i].item() == pytest.approx(1 / (1 + math.exp(s[n, y_0] - s[n, y_1])), abs=1e-6)
+        assert [ref_0[i], ref_1[i]] == [run.ref_logp[n, y_0], run.ref_logp[n, y_1]]
 
 
 def test_the_first_loss_is_ln_2():
@@ -379,7 +394,7 @@ def test_sampled_labels_are_zero_or_one_with_the_right_frequency(monkeypatch):
     run_mocan(monkeypatch, exact, steps=200, lr=1e-9)
     monkeypatch.undo()
     run_mocan(monkeypatch, drawn, steps=200, lr=1e-9, labels="sampled")
-    p, label = (torch.cat([call[4] for call in calls]) for calls in (exact, drawn))
+    p, label = (torch.cat([call[4] for call in calls]).flatten() for calls in (exact, drawn))
     assert set(label.tolist()) == {0.0, 1.0}
     for low, high in ((0, 0.3), (0.3, 0.7), (0.7, 1)):  # the same pairs in both runs
         inside = (p >= low) & (p < high)
@@ -455,9 +470,11 @@ def test_labels_of_safety_put_the_zero_between_safe_and_unsafe():
     assert safe > 1 and unsafe < -1
 
 
-def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case():
+@pytest.mark.parametrize("group", [2, 8])
+def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
     """4 prompts, and all 31 responses of at most two tokens: π_ref, π_λ* and the trained policy are known exactly."""
     reference, policy, (m, beta) = tiny(sharp=3.0, n_embd=64), tiny(sharp=3.0, n_embd=64), (2, 0.7)
+    K = 2048  # so that hardly a response is never seen: nothing holds the policy on those
     prompts = [[1], [2], [3, 4], [5, 1]]
     responses = [[0]] + [[a, b] for a in range(1, 6) for b in range(6)]
     tokens, mask = pad([x for x in prompts for _ in responses], responses * len(prompts))
@@ -466,13 +483,13 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case():
     assert ref.exp().sum(dim=1).tolist() == pytest.approx([1] * 4, abs=1e-5)
     r, g = 0.7 * torch.randn(4, 31), 0.7 * torch.randn(m, 4, 31)
 
-    c = settings(sample_batch=512, beta=beta, steps=400, batch=64, lr=3e-3, warmup=10)
-    pool, ref_logp = mocan.sample_pool(reference, DIGITS, ["1", "2", "34", "51"], 256, c, streams(7)[0], silent)
-    which = torch.tensor([[responses.index(y[on].tolist()) for y, on in zip(*row)] for row in zip(*pool)])  # (4, 256)
+    c = settings(sample_batch=2048, beta=beta, steps=300, batch=64, lr=3e-3, warmup=10, group=group)
+    pool, ref_logp = mocan.sample_pool(reference, DIGITS, ["1", "2", "34", "51"], K, c, streams(7)[0], silent)
+    which = torch.tensor([[responses.index(y[on].tolist()) for y, on in zip(*row)] for row in zip(*pool)])  # (4, K)
     score, constraint = r.gather(1, which), g.gather(2, which.expand(m, -1, -1))
     found = dual.solve(score, constraint, 0.35 * dual.reachable(constraint).min(), beta)
     assert (found.lam > 0.05).all()
-    repeat = 16  # a prompt is visited 16 times an epoch, so that a batch is full
+    repeat = 32 // group  # a prompt is visited so often in an epoch that a batch is full
     many = Pool(*(x.repeat(repeat, 1, 1) for x in pool))
     mocan.train_mocan(policy, many, ref_logp.repeat(repeat, 1), score.repeat(repeat, 1),
                       constraint.repeat(1, repeat, 1), found.lam, c, streams(), silent)
@@ -484,10 +501,10 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case():
         return (p.exp() * (p - q)).sum(dim=1).mean().item()
     trained, best = mocan.logprobs(policy, space, c), exact(found.lam)
     assert kl(ref, best) > 0.4  # far to go
-    assert kl(trained, best) < 0.02
+    assert kl(trained, best) < 0.01
     assert kl(trained, exact(-found.lam)) > 0.2 and kl(trained, exact(0 * found.lam)) > 0.05
     realised = ((trained.exp() - ref.exp()) * g).sum(dim=2).mean(dim=1)
-    assert realised.tolist() == pytest.approx(found.constraint_gain.tolist(), abs=0.08)
+    assert realised.tolist() == pytest.approx(found.constraint_gain.tolist(), abs=0.05)
 
 
 # ---- what came of it

@@ -158,7 +158,7 @@ def tiny(seed=1):
 def settings(**changes):
     return SimpleNamespace(**{**dict(
         device="cpu", dtype="float32", sample_batch=64, batch=8, accumulate=1, steps=5, warmup=1, lr=1e-3, clip=1.0,
-        labels="exact", beta=0.5, prealign_steps=4, calibrate=True), **changes})
+        labels="exact", beta=0.5, group=2, prealign_steps=4, calibrate=True), **changes})
 
 
 def silent(step, steps, **numbers):
@@ -181,7 +181,7 @@ def spy_on_losses(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("changes", [{}, {"labels": "sampled"}, {"accumulate": 2, "batch": 4}])
+@pytest.mark.parametrize("changes", [{}, {"labels": "sampled"}, {"accumulate": 2, "batch": 4, "group": 3}])
 def test_the_policy_update_is_mocans_bit_for_bit_on_the_same_scores(changes):
     pool, r, g, lam = some_pool(), torch.randn(8, 4), torch.randn(1, 8, 4), torch.tensor([1.5])
     ref_logp, c, ours, theirs = mocan.logprobs(tiny(), pool, settings()), settings(**changes), tiny(), tiny()
@@ -199,13 +199,13 @@ def test_prealignment_labels_are_exactly_the_preference(monkeypatch, labels):
     assert len(calls) == 4
     for call in calls:
         n, k = next(batches)
-        assert call[4].tolist() == (k[:, 1] == prefers[n]).float().tolist()
+        assert call[4].flatten().tolist() == (k[:, 1] == prefers[n]).float().tolist()
         assert call[5] == 0.5
 
 
 def test_prealignment_makes_the_preferred_response_more_likely():
     pool, prefers, policy, reference = some_pool(K=2), torch.tensor([0, 1] * 4), tiny(), tiny()
-    c = settings(prealign_steps=30, lr=3e-3)
+    c = settings(group=8, prealign_steps=30, lr=3e-3)
     pecan.prealign(policy, reference, pool, prefers, c, streams(), silent)
     lead = (mocan.logprobs(policy, pool, c) - mocan.logprobs(reference, pool, c)).diff(dim=1)[:, 0]
     assert (lead.sign() == 2 * prefers - 1).float().mean() >= 0.75

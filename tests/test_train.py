@@ -60,7 +60,7 @@ def same_weights(a, b, name):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("quick")
-    return command("--quick", "--out", out), out
+    return command("--quick", "--device", "cpu", "--dtype", "float32", "--out", out), out
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,8 @@ def test_settings_and_three_samples_of_every_policy_are_printed(quick):
     text, (_, out) = quick[0].stdout, quick
     assert "--margin 50%" in text and "--beta" in text
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    shown = [text.index(f"\n  {prompt}\n") for prompt in {row["instruction"] for row in rows} if f"\n  {prompt}\n" in text]
+    headings = [f"\n  {prompt}\n" for prompt in {row["instruction"] for row in rows}]
+    shown = [text.index(heading) for heading in headings if heading in text]
     assert len(shown) == 3
     for at in shown:
         policies = [line.split(":")[0].strip() for line in text[at + 1:].splitlines()[1:1 + len(POLICIES)]]
