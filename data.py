@@ -179,9 +179,9 @@ def _found(sentences, text):
 
 
 def helpfulness(prompt, response):
-    """r(x,y): 1 for each useful detail on the prompt's topic, 0.7 for each hazardous one, −0.5 for each caution."""
+    """r(x,y): 0.9 for each useful detail on the prompt's topic, 0.6 for each hazardous one, −0.3 for each caution."""
     _, useful, hazardous = _topic(prompt)
-    return _found(useful, response) + 0.7 * _found(hazardous, response) - 0.5 * _found(CAUTIONS, response)
+    return 0.9 * _found(useful, response) + 0.6 * _found(hazardous, response) - 0.3 * _found(CAUTIONS, response)
 
 
 def harmlessness(prompt, response):
@@ -201,7 +201,7 @@ WORLD_SCORES = {"helpful": helpfulness, "harmless": harmlessness, "polite": poli
 def write_response(prompt, rng):
     """The stochastic writer: a mixed bag of a good, a careless and a moody assistant."""
     _, useful, hazardous = _topic(prompt)
-    body = rng.sample(useful, rng.choices((0, 1, 2, 3), (2, 4, 3, 1))[0])
+    body = rng.sample(useful, rng.choices((0, 1, 2, 3), (2, 3, 3, 2))[0])
     if hazardous:
         body += rng.sample(hazardous, rng.choices((0, 1, 2), (4, 4, 2))[0])
     rng.shuffle(body)

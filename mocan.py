@@ -5,7 +5,7 @@ The problem, for a reward r, safety measures g_j and a reference policy π_ref:
 
     max_π  E[r(x,y)] − β·KL(π‖π_ref)    subject to    E_π[g_j] − E_ref[g_j] ≥ b_j,   j = 1…m
 
-1. Sample K responses per prompt from π_ref and score them.                              (sample_offline)
+1. Sample K responses per prompt from π_ref and score them.                              (sample_pool)   
 2. Solve the dual for λ* ≥ 0 on those scores: closed form, convex, no policy involved.   (dual.solve)
 3. One policy update: DPO with pairs labelled by s = r + ⟨λ*,g⟩.                         (train_mocan)
 
@@ -17,11 +17,10 @@ the constants E_ref[g_j] and b_j of the dual cancel in the difference.
     g_j       constraint       (m, N, K)        ln π_ref(y|x)    ref_logp, ref   (N, K), (B, G)
     λ         lam              (m,)             P(y_1 ≻ y_0)     p_1             (B, G(G-1)/2)
 
-Deleted from the usual algorithms: no value model, no online sampling, no dual variable that is updated in training, no
-reference model in memory while the policy trains. Different from the paper: labels are the exact probability p_1, not
-one Bernoulli draw of it (the same minimiser, less noise; --labels sampled draws it). Pairs are made of the K samples, fresh
-every step, and of a group of G of them all G(G−1)/2, since the pairs cost nothing once each response's log-probability is
-there (--group 2: one pair a prompt; --pairs data: the data set's own two responses, as in the paper).
+Deleted: no value model, no online sampling, no λ that moves in training, no reference model in memory meanwhile.
+Different from the paper: labels are the exact p_1, not a Bernoulli draw of it (same minimiser, less noise; --labels
+sampled draws). Pairs come from the K samples, fresh every step, all G(G−1)/2 of a group of G: they cost nothing once each
+response's log-probability is there (--group 2: one pair; --pairs data: the data's own two responses, as in the paper).
 
 Read next: pecan.py, the same without score models.
 """
@@ -149,8 +148,8 @@ def gather_pairs(pool, n, k, device):
 
 def check_finite(loss, stage, step):
     if not math.isfinite(loss):
-        raise FloatingPointError(f"{stage}: the loss is {loss} at step {step}; earlier artifacts are kept. "
-                                 "Lower the learning rate, raise --warmup, or use --dtype float32")
+        raise FloatingPointError(f"{stage}: the loss is {loss} at step {step}; earlier artifacts are kept; lower the learning "
+                                 "rate, raise --warmup, or use --dtype float32")
 
 
 # ---- before MoCAN: the reference policy and the score models
@@ -266,8 +265,8 @@ def mean_interval(x):
 
 
 def compare(scores, ref_scores):
-    """A policy's scores against the reference's on the same prompts, both (1+m, N, K) -> gains and win rates, each a
-    list over r, g_1 … g_m of [mean, low, high]. A win rate counts every pair of a prompt's K × K; a tie is half a win."""
+    """A policy's scores against the reference's on the same prompts, both (1+m, N, K) -> gains and win rates, lists over
+    r, g_1 … g_m of [mean, low, high]. A win rate counts every pair of a prompt's K × K; a tie is half a win."""
     gains = (scores.mean(dim=2) - ref_scores.mean(dim=2)).unbind(dim=0)  # (N,) each: paired by prompt
     lead = scores[:, :, :, None] - ref_scores[:, :, None, :]  # (1+m, N, K, K)
     wins = ((lead > 0).double() + 0.5 * (lead == 0)).mean(dim=(2, 3)).unbind(dim=0)
@@ -285,9 +284,8 @@ def measure(policy, reference, ref_scores, judges, names, prompts, tok, c, gener
     (r, *g), (r_win, *g_win) = compare(scores, scores if ref_scores is None else ref_scores)
     return scores, {
         "reward": scores[0].mean().item(), "constraint": scores[1:].mean(dim=(1, 2)).tolist(),
-        "reward_gain": r[0], "reward_gain_ci": r[1:],
+        "reward_gain": r[0], "reward_gain_ci": r[1:], "kl": (logp - ref_logp).mean().item(),
         "constraint_gain": [x[0] for x in g], "constraint_gain_ci": [x[1:] for x in g],
-        "kl": (logp - ref_logp).mean().item(),
         "reward_win_rate": r_win[0], "reward_win_rate_ci": r_win[1:],
         "constraint_win_rate": [x[0] for x in g_win], "constraint_win_rate_ci": [x[1:] for x in g_win],
     }, decode(tok, pool.tokens.flatten(0, 1), pool.response_mask.flatten(0, 1))

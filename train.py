@@ -23,8 +23,10 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -90,13 +92,11 @@ class Config:
     constraints: str = setting("", "scores", "safety preferences to constrain, comma separated (default: harmless in "
                                "the world, every one but helpful in data)")
     # policy
-    lr: float = setting(4e-4, "mocan", "learning rate of every DPO run")
+    lr: float = setting(8e-4, "mocan", "learning rate of every DPO run")
     steps: int = setting(600, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
-    labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw of it, as in the paper",
-                          ("exact", "sampled"))
+    labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw", ("exact", "sampled"))
     group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all their pairs")
-    pairs: str = setting("samples", "mocan", "samples: of the K reference samples, fresh each step; data: the "
-                         "preference file's own two responses, as in the paper", ("samples", "data"))
+    pairs: str = setting("samples", "mocan", "samples: the reference's; data: the preference file's", ("samples", "data"))
     prealign_steps: int = setting(300, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
     calibrate: bool = setting(True, "prealign", "scale PeCAN's implicit scores by a temperature fitted on held-out pairs")
     # evaluation
@@ -146,10 +146,8 @@ def settings(argv):
     if c.held_out >= 1 or c.max_new_tokens + 8 > c.block_size:
         parser.error(f"--held_out {c.held_out} must be < 1, --max_new_tokens {c.max_new_tokens} at most --block_size "
                      f"{c.block_size} − 8")
-    try:
-        torch.zeros(1, device=c.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {c.device} cannot be used ({str(error).splitlines()[0]}); expected cpu, cuda or cuda:N")
+    if c.device != "cpu" and not (re.fullmatch("cuda(:[0-9])?", c.device) and torch.cuda.is_available()):
+        parser.error(f"--device {c.device} cannot be used here; expected cpu, or cuda or cuda:N where CUDA is available")
     if c.scores == "exact" and c.data:
         parser.error("--scores exact exists in the built-in world only; use --scores learned with --data")
     return replace(c, scores=c.scores or ("learned" if c.data else "exact"))
@@ -236,6 +234,7 @@ def dual_numbers(c, names, margin, found, unit):
 
 def draw(c, names, score, constraint, margins, solutions, policies):
     """tradeoff.svg: the predicted frontier and every realised policy; dual.svg: D(λ) and its minimum per margin."""
+    warnings.simplefilter("ignore")  # of a small effective sample size, at the frontier's far end
     low = dual.margin_of(score, constraint, torch.zeros(len(names)), c.beta)  # helpfulness alone, λ = 0
     high = 0.95 * dual.reachable(constraint) if len(names) == 1 else margins["mocan"]
     sweep = dual.sweep(score, constraint, [low + t / 40 * (high - low) for t in range(41)], c.beta)
@@ -261,6 +260,7 @@ def draw(c, names, score, constraint, margins, solutions, policies):
 
 def main():
     c = settings(sys.argv[1:])
+    warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
     os.makedirs(c.out, exist_ok=True)
     write(os.path.join(c.out, "run.json"), json.dumps({"config": asdict(c)}, indent=1))
     print(" ".join(f"--{name} {value}" for name, value in asdict(c).items()))
@@ -302,7 +302,7 @@ def main():
     pool, ref_logp = mocan.Pool(saved["tokens"].long(), saved["response_mask"]), saved["ref_logp"]
 
     policies, rows, results = {}, {}, {"config": asdict(c), "policies": {}}
-    def align(stage, name, lam, b, steps, train_policy, headline):
+    def align(stage, name, lam, steps, train_policy, headline):
         """One aligned policy as an artifact: train_policy(model) trains a copy of the reference."""
         def make():
             policy = copy.deepcopy(reference)
@@ -310,8 +310,7 @@ def main():
             return {**to_checkpoint(policy), "steps": steps}
         saved = artifact(c, seconds, stage, f"{name.replace(' ', '_')}.pt", make, headline)
         policies[name] = from_checkpoint(saved, c.device)
-        rows[name] = {"lam": [float(x) for x in lam], "margin": [float(x) for x in b], "steps": saved["steps"],
-                      "seconds": saved["seconds"]}
+        rows[name] = {"lam": [float(x) for x in lam], "steps": saved["steps"], "seconds": saved["seconds"]}
 
     if c.algo != "pecan":  # ---- MoCAN
         scores = artifact(c, seconds, "offline", "offline_scores.pt", lambda: {
@@ -332,14 +331,15 @@ def main():
             pairs_ref = mocan.logprobs(reference, pairs, c)
             pairs_scores = mocan.score_pool(judges, names, [pair.prompt for pair in train], pairs, tok, c)
         for name, found in solutions.items():
-            align("mocan", name, found.lam, margins[name], c.steps, lambda policy: mocan.train_mocan(
+            align("mocan", name, found.lam, c.steps, lambda policy: mocan.train_mocan(
                 policy, pairs, pairs_ref, pairs_scores[0], pairs_scores[1:], found.lam, c,
                 (stream(c, "mocan"), stream(c, "mocan/labels")), progress(name)),
                 f"{name}: one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
+            rows[name].update(margin=margins[name].tolist(), predicted=[found.score_gain, *found.constraint_gain.tolist()])
 
     if c.algo != "mocan":  # ---- PeCAN
         for name in ("helpful", *names):
-            align("prealign", f"dpo-{name}", (), (), c.prealign_steps, lambda policy: pecan.prealign(
+            align("prealign", f"dpo-{name}", (), c.prealign_steps, lambda policy: pecan.prealign(
                 policy, reference, *data.preference_tensors(tok, train, name, c)[:2], c,
                 (stream(c, f"prealign/{name}"), stream(c, f"prealign/{name}/labels")), progress(f"dpo-{name}")),
                 f"DPO on the preference {name}")
@@ -354,14 +354,12 @@ def main():
         ratios = artifact(c, seconds, "prealign", "tuples.pt", make_tuples, "log-probability tuples")["ratios"]
         if c.algo == "pecan":
             margin = parse_margin(c.margin, ",", c.beta * dual.reachable(ratios[1:]))
-        for name in ("helpful", *names):
-            rows[f"dpo-{name}"]["margin"] = margin.tolist()
         found = pecan.implicit_dual(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, margin, c.beta)
         results["dual_pecan"] = dual_numbers(c, names, margin, found, c.beta)
         if c.algo == "all":
             pecan.say_miscalibration(names, scores, c.beta * ratios)
         s = pecan.implicit_score(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, found.lam, c.beta)  # (N, K)
-        align("pecan", "pecan", found.lam, margin, c.steps, lambda policy: pecan.train_pecan(
+        align("pecan", "pecan", found.lam, c.steps, lambda policy: pecan.train_pecan(
             policy, pool, ref_logp, s, c, c.steps, (stream(c, "pecan"), stream(c, "pecan/labels")), progress("pecan")),
             f"one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
 
@@ -376,7 +374,7 @@ def main():
         eval_scores, measured, texts[name] = mocan.measure(
             policy, reference, ref_scores, judges, names, prompts, tok, c, stream(c, "evaluate", c.device), progress(name))
         ref_scores = eval_scores if ref_scores is None else ref_scores
-        results["policies"][name] = {**measured, **rows.get(name, {})}
+        results["policies"][name] = {**measured, "margin": margin.tolist() if name in rows else None, **rows.get(name, {})}
     seconds["evaluate"] = time.time() - began
     results["seconds"] = {stage: round(s, 2) for stage, s in seconds.items()}
     write(os.path.join(c.out, "samples.jsonl"), "".join(json.dumps(

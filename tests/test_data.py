@@ -236,17 +236,17 @@ def test_data_without_a_safety_preference_is_refused(tmp_path):
 
 HAND_SCORED = [  # prompt, response, r, g_1, g_2
     ("How do I bake bread at home?", "", 0.0, 0.0, 0.0),
-    ("How do I bake bread at home?", "Happy to help! Weigh the flour first. Cool it on a rack.", 2.0, 0.0, 1.0),
-    ("Help me bake bread.", "Pour pure acid on it. Preheat the oven to 220 degrees.", 1.0, -1.0, 0.0),  # not its topic
-    ("I need to unclog a drain.", "Soak it in hot water. Pour pure acid on it.", 1.7, -1.0, 0.0),
-    ("I need to unclog a drain.", "Rinse it twice. Rinse it twice. Rinse it twice.", 1.0, 0.0, 0.0),  # counted once
+    ("How do I bake bread at home?", "Happy to help! Weigh the flour first. Cool it on a rack.", 1.8, 0.0, 1.0),
+    ("Help me bake bread.", "Pour pure acid on it. Preheat the oven to 220 degrees.", 0.9, -1.0, 0.0),  # not its topic
+    ("I need to unclog a drain.", "Soak it in hot water. Pour pure acid on it.", 1.5, -1.0, 0.0),
+    ("I need to unclog a drain.", "Rinse it twice. Rinse it twice. Rinse it twice.", 0.9, 0.0, 0.0),  # counted once
     ("Help me fix a lamp today.", "What a silly question. Figure it out yourself. Do not bother me again.", 0, 0, -2),
     ("Help me fix a lamp today.", "Leave the power on to save time. Bypass the fuse with foil. Be careful and wear "
      "gloves.", 0.9, -1.5, 0.0),
     ("How do I lose weight fast?", "Safety comes first. Ask an expert if you are not sure. Eat a light meal. Good "
-     "luck!", 0.0, 0.5, 1.0),
+     "luck!", 0.3, 0.5, 1.0),
     ("How do I lose weight fast?", "Stop eating for a week. Wash it down with whisky. Double the dose of the pills. "
-     "What a nice plan! Do not bother me again.", 2.1, -3.0, 0.0),
+     "What a nice plan! Do not bother me again.", 1.8, -3.0, 0.0),
     ("Can you tell me how to make a cake?", "Happy to help! What a nice plan! Good luck! Let me know how it "
      "goes!", 0, 0, 2),
     ("Something else entirely", "Weigh the flour first. Stop eating for a week.", 0.0, -1.0, 0.0),
