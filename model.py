@@ -113,7 +113,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., C) -> next-token logits (..., V), in float32 also under autocast: a response's log-ratio is
-        a small difference of long sums, and bfloat16 logits alone can move it by more than a whole reward point."""
+        a small difference of long sums, and bfloat16 rounds every logit between 8 and 16 to a multiple of 1/16."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.wte.weight.float())
 

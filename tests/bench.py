@@ -1,12 +1,15 @@
-"""Benchmarks, each one command: `python tests/bench.py dual`.
+"""Benchmarks, each one command: `python tests/bench.py dual`, `python tests/bench.py oneshot --out out`.
 
 dual: the solver of dual.py against what one would call instead, interleaved, the median of `--repeat` runs (of one run
       for projected gradient descent). Evaluations are passes over all prompts; |grad| is the largest violation of the
       KKT conditions at the end, always computed by the same function.
+oneshot: a finished MoCAN run of the built-in world against primal-dual policy optimization from the same reference.
 """
 import argparse
 import gzip
 import json
+import os
+import random
 import statistics
 import sys
 import time
@@ -18,7 +21,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import data
 import dual
+import mocan
+import train
+from model import from_checkpoint, sequence_logprob
 
 
 class Objective:
@@ -155,7 +162,11 @@ def timed(f, *args):
     return time.perf_counter() - start, result
 
 
-def bench_dual(args):
+def bench_dual(argv):
+    parser = argparse.ArgumentParser(prog="bench.py dual", allow_abbrev=False)
+    parser.add_argument("--repeat", type=int, default=5, help="runs of each solver")
+    parser.add_argument("--share", type=float, default=0.5, help="margin as a share of the largest reachable one")
+    args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     solvers = {"newton (dual.py)": newton, "projected gradient": projected_gradient,
                "PGD with its log": projected_gradient_logging, "torch.optim.LBFGS": torch_lbfgs}
@@ -174,11 +185,11 @@ def bench_dual(args):
     cases += [("real texts 1604x192", real, 1604, 192)]
     for name, make, N, K in cases:
         for m in (1, 2, 4):
-            data = make(N, K, m)
-            if data is None:
+            scores = make(N, K, m)
+            if scores is None:
                 print(f"{name}: skipped, ../shared/data/dual_pairs.jsonl.gz is not there")
                 break
-            r, g = data
+            r, g = scores
             b = args.share / m ** 0.5 * dual.reachable(g)
             newton(r, g, b, 0.1)  # warm up
             seconds, result = {s: [] for s in solvers}, {}
@@ -204,15 +215,86 @@ def bench_dual(args):
             print(f"{N}x{K} m={m}: {1e3 * ours:.2f} ms, logsumexp {1e3 * lse:.2f} ms, ratio {ours / lse:.2f}")
 
 
+def bench_oneshot(argv):
+    """One-shot dualization against the primal-dual policy optimization that it replaces, on one model, world and margin.
+
+    Both start from the same reference. Primal-dual alternates a KL-regularised policy step (DPO on fresh pairs of the
+    current policy, labelled by r + <lam, g>, whose fixed point at that lam is the same pi_lam) with a projected dual step
+    on the violation measured on those samples. Its policy is kept from round to round; its step sizes were chosen by hand
+    among a few for the smallest final violation and the largest reward.
+    """
+    parser = argparse.ArgumentParser(prog="bench.py oneshot", allow_abbrev=False)
+    parser.add_argument("--out", default="out", help="folder of a finished `python train.py --algo mocan` run")
+    parser.add_argument("--rounds", type=int, default=30, help="primal-dual rounds")
+    parser.add_argument("--inner", type=int, default=100, help="gradient steps of a round")
+    parser.add_argument("--dual_lr", type=float, default=2.0, help="dual step per unit of violation")
+    parser.add_argument("--samples", type=int, default=8, help="fresh responses a prompt and round")
+    a = parser.parse_args(argv)
+    with open(os.path.join(a.out, "results.json")) as file:
+        ours = json.load(file)
+    with open(os.path.join(a.out, "run.json")) as file:
+        config = json.load(file)["config"]
+    c = train.Config(**{**config, "data": tuple(config["data"]), "start": "evaluate"})
+    if c.data or c.scores != "exact" or len(ours["dual"]["lam"]) != 1:
+        sys.exit("bench.py oneshot: needs a run of the built-in world with one constraint")
+    train_pairs, held_out, names = data.load(c, random.Random(f"{c.seed}/data"))
+    tok = data.open_tokenizer(c, train_pairs, True)
+    load = lambda name: from_checkpoint(torch.load(os.path.join(a.out, name), weights_only=True))
+    reference, policy = load("reference.pt"), load("reference.pt")
+    prompts, held = data.spread(train_pairs, c.prompts), data.spread(held_out, c.eval_prompts)
+    offline = torch.load(os.path.join(a.out, "offline_scores.pt"), weights_only=True)["scores"]
+    b, ref_g = ours["dual"]["margin"][0], offline[1].mean().item()
+    quiet, generator = (lambda *_, **__: None), train.stream(c, "primal-dual")
+    ref_eval, _, _ = mocan.measure(reference, reference, None, {}, names, held, tok, c, train.stream(c, "evaluate"), quiet)
+
+    lam, spent, history, optimizer = torch.zeros(1), 0.0, [], torch.optim.AdamW(policy.parameters(), lr=c.lr, fused=True)
+    for turn in range(a.rounds):
+        began = time.time()
+        pool, _ = mocan.sample_pool(policy, tok, prompts, a.samples, c, generator, quiet)
+        scores = mocan.score_pool({}, names, prompts, pool, tok, c)
+        lam = (lam + a.dual_lr * (b - (scores[1].mean().item() - ref_g))).clamp_min(0) if turn else lam
+        s, ref_logp = scores[0] + lam * scores[1], mocan.logprobs(reference, pool, c)
+        batches = mocan.pair_batches(pool.lengths(), c.batch, generator)
+        for step in range(a.inner):
+            optimizer.param_groups[0]["lr"] = c.lr * mocan.lr_at(turn * a.inner + step, a.rounds * a.inner, c.warmup)
+            n, k = next(batches)
+            logp = sequence_logprob(policy, *mocan.gather_pairs(pool, n, k, c.device)).view(-1, 2)
+            ref, p_1 = ref_logp[n[:, None], k], mocan.bradley_terry(*s[n[:, None], k].unbind(dim=1))
+            mocan.preference_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], p_1, c.beta).mean().backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), c.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        spent += time.time() - began
+        _, m, _ = mocan.measure(policy, reference, ref_eval, {}, names, held, tok, c, train.stream(c, "evaluate"), quiet)
+        history.append((m["reward_gain"], m["constraint_gain"][0], m["kl"], lam.item(), spent))
+        print(f"  round {turn + 1:3d}: lam {lam.item():.3f}  reward gain {m['reward_gain']:+.3f}  {names[0]} gain "
+              f"{m['constraint_gain'][0]:+.3f} (b {b:.3f})  KL {m['kl']:.3f}  {spent:.0f} s", flush=True)
+
+    mine = ours["policies"]["mocan"]
+    feasible = [(row, i) for i, row in enumerate(history) if row[1] >= 0.95 * b]
+    best, at = max(feasible) if feasible else (history[-1], a.rounds - 1)
+    tail = torch.tensor(history[len(history) // 2:])
+    rows = [("one-shot", mine["steps"], c.prompts * c.responses, 1, mine["seconds"] + ours["seconds"]["offline"]
+             + ours["seconds"]["dual"], mine["reward_gain"], mine["constraint_gain"][0], mine["kl"]),
+            (f"primal-dual, best feasible (round {at + 1})", (at + 1) * a.inner, (at + 1) * len(prompts) * a.samples, at + 1,
+             best[4], best[0], best[1], best[2]),
+            (f"primal-dual, last (round {a.rounds})", a.rounds * a.inner, a.rounds * len(prompts) * a.samples, a.rounds,
+             history[-1][4], *history[-1][:3])]
+    print(f"\nmargin {b:.3f}\n{'':42s}{'steps':>7s}{'samples':>9s}{'updates':>9s}{'seconds':>9s}{'reward':>9s}{'gain':>8s}"
+          f"{'violation':>11s}{'KL':>7s}")
+    for name, steps, samples, updates, seconds, reward, gain, kl in rows:
+        print(f"{name:42s}{steps:7d}{samples:9d}{updates:9d}{seconds:9.0f}{reward:+9.3f}{gain:+8.3f}{max(0, b - gain):11.3f}"
+              f"{kl:7.3f}")
+    print(f"oscillation of primal-dual over its second half: lam {tail[:, 3].min():.3f} to {tail[:, 3].max():.3f}, "
+          f"{names[0]} gain {tail[:, 1].min():+.3f} to {tail[:, 1].max():+.3f} (standard deviation {tail[:, 1].std():.3f}), "
+          f"reward gain {tail[:, 0].min():+.3f} to {tail[:, 0].max():+.3f}")
+
+
 def main():
-    commands = {"dual": bench_dual}
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=commands)
-    parser.add_argument("--repeat", type=int, default=5, help="runs of each solver")
-    parser.add_argument("--share", type=float, default=0.5, help="margin as a share of the largest reachable one")
-    args = parser.parse_args()
-    commands[args.command](args)
+    commands = {"dual": bench_dual, "oneshot": bench_oneshot}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit(f"{__doc__}\nusage: python tests/bench.py {{{','.join(commands)}}} [--help]")
+    commands[sys.argv[1]](sys.argv[2:])
 
 
 if __name__ == "__main__":

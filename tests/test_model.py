@@ -277,22 +277,3 @@ def test_logits_stay_float32_under_autocast():
         assert model.logits(hidden).dtype == torch.float32
         logp = sequence_logprob(model, torch.randint(11, (2, 6)), torch.ones(2, 6, dtype=torch.bool))
     assert logp.dtype == torch.float32
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_bfloat16_autocast_moves_a_256_token_log_ratio_by_less_than_0_02_nats():
-    torch.manual_seed(0)
-    config = GPTConfig(vocab_size=50257, block_size=320, n_layer=4, n_head=4, n_embd=256)
-    model, reference = GPT(config).cuda(), GPT(config).cuda()
-    reference.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.02 * p.std() * torch.randn_like(p) if p.dim() == 2 else 0
-    tokens, mask = torch.randint(50257, (8, 300), device="cuda"), torch.zeros(8, 300, dtype=torch.bool, device="cuda")
-    mask[:, 44:] = True
-
-    def log_ratio(dtype):
-        with torch.no_grad(), torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-            return sequence_logprob(model, tokens, mask) - sequence_logprob(reference, tokens, mask)
-    error = (log_ratio(torch.bfloat16) - log_ratio(torch.float32)).abs()
-    assert error.max().item() < 0.02
