@@ -125,7 +125,6 @@ def mixed_precision(model, lr, dtype):
 def pair_batches(lengths, size, generator, group=2):
     """Yield batches forever: prompts n (B,) and for each a group k (B, G) of different ones of its K responses, to be
     compared pair by pair; lengths (N, K), B = size.
-
     An epoch visits every prompt once, with a fresh group. It is shuffled, then sorted by length within pools of 8
     batches, so that little of a batch is padding.
     """
@@ -222,7 +221,6 @@ def score_pool(judges, names, prompts, pool, tok, c):
 
 def train_mocan(policy, pool, ref_logp, score, constraint, lam, c, generators, log):
     """Step 3: DPO on pairs of `pool` (N, K, T), labelled by s = r + ⟨λ*,g⟩.
-
     policy: starts as a copy of the reference; ref_logp, score (N, K); constraint (m, N, K); lam (m,). `generators`
     are two, for the choice of pairs and for sampled labels. Raises FloatingPointError on a non-finite loss.
     """
@@ -275,7 +273,6 @@ def compare(scores, ref_scores):
 
 def measure(policy, reference, ref_scores, judges, names, prompts, tok, c, generator, log):
     """Fresh responses of a policy to held-out prompts -> scores (1+m, N, K), measurements (as results.json has them), texts.
-
     ref_scores: the reference's own on the same prompts, or None for the reference itself. KL is E_π[ln π − ln π_ref].
     """
     pool, logp = sample_pool(policy, tok, prompts, c.eval_responses, c, generator, log)

@@ -64,18 +64,18 @@ def implicit_dual(logp_r, logp_g, ref_logp, margin, beta):
 
 # ---- the loop
 
-def train_pecan(policy, pool, ref_logp, score, c, steps, generators, log, stage="pecan"):
+def train_pecan(policy, pool, ref_logp, score, c, steps, lr, generators, log, stage="pecan"):
     """DPO on pairs of `pool` (N, K, T), labelled by Bradley–Terry on score (N, K); starts from a copy of π_ref.
 
     Step 1 calls it with the preference data: K = 2, and a score of +inf for the preferred response and 0 for the other,
     which makes the label exactly 1. Step 4 calls it with the reference's samples and implicit_score.
     """
-    optimizer, autocast, scaler = mixed_precision(policy, c.lr, c.dtype)
+    optimizer, autocast, scaler = mixed_precision(policy, lr, c.dtype)
     group = min(c.group, score.size(1))  # 2 for preference data, whatever --group says
     batches = pair_batches(pool.lengths(), max(1, 2 * c.batch // group), generators[0], group)
     i, j = torch.triu_indices(group, group, 1)  # (G(G-1)/2,) each
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = c.lr * lr_at(step, steps, c.warmup)
+        optimizer.param_groups[0]["lr"] = lr * lr_at(step, steps, c.warmup)
         mean_loss = 0.0
         for _ in range(c.accumulate):
             n, k = next(batches)  # (B,) prompts, (B, G) some of the K responses to each
@@ -102,9 +102,11 @@ def train_pecan(policy, pool, ref_logp, score, c, steps, generators, log, stage=
 # ---- before the dual
 
 def prealign(policy, reference, pairs, prefers, c, generators, log):
-    """Step 1 for one preference: pairs (P, 2, T), prefers (P,) the preferred one's index; trains `policy` in place."""
+    """Step 1 for one preference: pairs (P, 2, T), prefers (P,) the preferred one's index; trains `policy` in place. Its
+    learning rate is low: hard labels are noise that a policy learns by heart, and `calibrate` mends a timid one."""
     score = torch.zeros(len(prefers), 2).scatter(1, prefers[:, None], float("inf"))
-    train_pecan(policy, pairs, logprobs(reference, pairs, c), score, c, c.prealign_steps, generators, log, "prealign")
+    train_pecan(policy, pairs, logprobs(reference, pairs, c), score, c, c.prealign_steps,
+                c.prealign_lr, generators, log, "prealign")
 
 
 def temperature(policy, reference, name, pairs, prefers, c):

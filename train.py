@@ -92,20 +92,21 @@ class Config:
     constraints: str = setting("", "scores", "safety preferences to constrain, comma separated (default: harmless in "
                                "the world, every one but helpful in data)")
     # policy
-    lr: float = setting(8e-4, "mocan", "learning rate of every DPO run")
-    steps: int = setting(600, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
+    lr: float = setting(6e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
+    steps: int = setting(700, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
     labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw", ("exact", "sampled"))
     group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all their pairs")
     pairs: str = setting("samples", "mocan", "samples: the reference's; data: the preference file's", ("samples", "data"))
     prealign_steps: int = setting(300, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
+    prealign_lr: float = setting(7e-5, "prealign", "their learning rate")
     calibrate: bool = setting(True, "prealign", "scale PeCAN's implicit scores by a temperature fitted on held-out pairs")
     # evaluation
     eval_prompts: int = setting(240, None, "held-out prompts, at most")
-    eval_responses: int = setting(16, None, "fresh responses to each")
+    eval_responses: int = setting(32, None, "fresh responses to each")
 
 
 QUICK = dict(world_pairs=3000, n_embd=64, sft_steps=200, sft_lr=6e-3, score_steps=40, prompts=128, responses=16, steps=60,
-             prealign_steps=60, lr=1e-3, eval_prompts=64, eval_responses=8)
+             prealign_steps=60, prealign_lr=3e-4, lr=1e-3, eval_prompts=64, eval_responses=8)
 
 
 def settings(argv):
@@ -360,7 +361,7 @@ def main():
             pecan.say_miscalibration(names, scores, c.beta * ratios)
         s = pecan.implicit_score(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, found.lam, c.beta)  # (N, K)
         align("pecan", "pecan", found.lam, c.steps, lambda policy: pecan.train_pecan(
-            policy, pool, ref_logp, s, c, c.steps, (stream(c, "pecan"), stream(c, "pecan/labels")), progress("pecan")),
+            policy, pool, ref_logp, s, c, c.steps, c.lr, (stream(c, "pecan"), stream(c, "pecan/labels")), progress("pecan")),
             f"one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
 
     write(os.path.join(c.out, "dual.json"), json.dumps({k: results[k] for k in ("dual", "dual_pecan") if k in results}))

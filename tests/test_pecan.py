@@ -158,7 +158,7 @@ def tiny(seed=1):
 def settings(**changes):
     return SimpleNamespace(**{**dict(
         device="cpu", dtype="float32", sample_batch=64, batch=8, accumulate=1, steps=5, warmup=1, lr=1e-3, clip=1.0,
-        labels="exact", beta=0.5, group=2, prealign_steps=4, calibrate=True), **changes})
+        labels="exact", beta=0.5, group=2, prealign_steps=4, prealign_lr=1e-3, calibrate=True), **changes})
 
 
 def silent(step, steps, **numbers):
@@ -185,7 +185,7 @@ def spy_on_losses(monkeypatch):
 def test_the_policy_update_is_mocans_bit_for_bit_on_the_same_scores(changes):
     pool, r, g, lam = some_pool(), torch.randn(8, 4), torch.randn(1, 8, 4), torch.tensor([1.5])
     ref_logp, c, ours, theirs = mocan.logprobs(tiny(), pool, settings()), settings(**changes), tiny(), tiny()
-    pecan.train_pecan(ours, pool, ref_logp, r + 1.5 * g[0], c, c.steps, streams(), silent)
+    pecan.train_pecan(ours, pool, ref_logp, r + 1.5 * g[0], c, c.steps, c.lr, streams(), silent)
     mocan.train_mocan(theirs, pool, ref_logp, r, g, lam, c, streams(), silent)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
     assert not torch.equal(ours.wte.weight, tiny().wte.weight)
@@ -205,7 +205,7 @@ def test_prealignment_labels_are_exactly_the_preference(monkeypatch, labels):
 
 def test_prealignment_makes_the_preferred_response_more_likely():
     pool, prefers, policy, reference = some_pool(K=2), torch.tensor([0, 1] * 4), tiny(), tiny()
-    c = settings(group=8, prealign_steps=30, lr=3e-3)
+    c = settings(group=8, prealign_steps=30, prealign_lr=3e-3)
     pecan.prealign(policy, reference, pool, prefers, c, streams(), silent)
     lead = (mocan.logprobs(policy, pool, c) - mocan.logprobs(reference, pool, c)).diff(dim=1)[:, 0]
     assert (lead.sign() == 2 * prefers - 1).float().mean() >= 0.75
@@ -234,7 +234,7 @@ def test_a_non_finite_loss_stops_and_names_the_stage():
     with pytest.raises(FloatingPointError, match="^prealign: .* step 0"):
         pecan.prealign(policy, tiny(), pool, torch.zeros(8, dtype=torch.long), c, streams(), silent)
     with pytest.raises(FloatingPointError, match="^pecan: .* step 0"):
-        pecan.train_pecan(policy, pool, torch.zeros(8, 2), torch.randn(8, 2), c, 3, streams(), silent)
+        pecan.train_pecan(policy, pool, torch.zeros(8, 2), torch.randn(8, 2), c, 3, c.lr, streams(), silent)
 
 
 # ---- no score model on PeCAN's path
