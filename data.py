@@ -2,7 +2,7 @@
 data.py: where text comes from and how it becomes tensors.
 
 1. Preference files: PKU-SafeRLHF's JSONL schema and HH-RLHF's transcripts, checked line by line.
-2. The built-in world: a small assistant language with exact helpfulness r(x,y), harmlessness g_1 and manners g_2.
+2. The built-in world: a small assistant language with exact helpfulness r(x,y), harmlessness g_1 and politeness g_2.
    Either source yields a list of `Pair`s, so every later stage has a single path.
 3. Tokens: one tokenizer and one chat template for training, sampling and evaluation alike.
 
@@ -279,7 +279,7 @@ def open_tokenizer(c, train, reuse):
 
 def encode_prompts(tok, prompts, limit):
     """Prompts (str) -> token ids in the chat template, at most `limit` each: a longer prompt loses its beginning.
-    Returns (list of B id lists, how many were truncated); the caller says how many."""
+    Returns (list of B id lists, how many were truncated)."""
     room = limit - len(tok.before) - len(tok.after)
     ids = [tok.encoding.encode_ordinary(" " + prompt) for prompt in prompts]
     return [tok.before + x[-room:] + tok.after for x in ids], sum(len(x) > room for x in ids)
@@ -332,6 +332,6 @@ def preference_tensors(tok, pairs, name, c):
 
 
 def decode(tok, tokens, response_mask):
-    """(B, T), (B, T) -> B response texts, without the template's tokens."""
+    """(B, T), (B, T) -> B response texts, without the end token."""
     return [tok.encoding.decode([i for i in row[m].tolist() if i != tok.end]).strip()
             for row, m in zip(tokens.cpu(), response_mask.cpu())]

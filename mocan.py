@@ -17,7 +17,7 @@ the constants E_ref[g_j] and b_j of the dual cancel in the difference.
     g_j       constraint       (m, N, K)        ln π_ref(y|x)    ref_logp, ref   (N, K), (B, G)
     λ         lam              (m,)             P(y_1 ≻ y_0)     p_1             (B, G(G-1)/2)
 
-Deleted: no value model, no online sampling, no λ that moves in training, no reference model in memory meanwhile.
+Left out: no value model, no online sampling, no λ that moves in training, no forward pass of the reference in the loop.
 Different from the paper: labels are the exact p_1, not a Bernoulli draw of it (same minimiser, less noise; --labels
 sampled draws). Pairs come from the K samples, fresh every step, all G(G−1)/2 of a group of G: they cost nothing once each
 response's log-probability is there (--group 2: one pair; --pairs data: the data's own two responses, as in the paper).
@@ -42,13 +42,12 @@ def bradley_terry(score_0, score_1):
 
 
 def preference_loss(logp_0, logp_1, ref_logp_0, ref_logp_1, p_1, beta):
-    """DPO with a soft label; all (B,), log-probabilities in nats, p_1 = P(y_1 ≻ y_0) in [0, 1], beta > 0 -> (B,).
-
+    """DPO with a soft label; all of one shape (B,) or (B, …), log-probabilities in nats, p_1 in [0, 1], beta > 0 -> that shape.
     With ρ_i = β·ln π(y_i|x)/π_ref(y_i|x):  −p_1·ln σ(ρ_1 − ρ_0) − (1 − p_1)·ln σ(ρ_0 − ρ_1). It is the expectation of
-    DPO's loss over the paper's Bernoulli label, and is DPO's loss at p_1 = 1 (chosen y_1, rejected y_0).
+    DPO's loss over the paper's Bernoulli label, and DPO's loss at p_1 = 1 (y_1 chosen: the second argument, not the first).
     """
-    margin = beta * ((logp_1 - ref_logp_1) - (logp_0 - ref_logp_0))
-    return F.binary_cross_entropy_with_logits(margin, p_1, reduction="none")
+    logit = beta * ((logp_1 - ref_logp_1) - (logp_0 - ref_logp_0))
+    return F.binary_cross_entropy_with_logits(logit, p_1.to(logit), reduction="none")
 
 
 def score_loss(chosen, rejected, chosen_sign=None, rejected_sign=None):
@@ -82,13 +81,14 @@ def sample_pool(policy, tok, prompts, K, c, generator, log):
     T = max(x.size(1) for x in tokens)
     tokens, masks = (torch.cat([F.pad(x, (0, T - x.size(1))) for x in xs]).view(len(prompts), K, T)
                      for xs in (tokens, masks))
-    return Pool(tokens, masks), torch.cat(logps).view(len(prompts), K)
+    pool, logp = Pool(tokens, masks), torch.cat(logps).view(len(prompts), K)
+    return pool, logp if c.dtype == "float32" else logprobs(policy, pool, c)  # in the arithmetic of every other ratio
 
 
 @torch.no_grad()
 def map_pool(function, pool, c):
     """function(tokens (B, T), response_mask (B, T)) -> (B,) on every response of the pool -> (N, K) float32, on the CPU.
-    Reference log-probabilities, π_r's and π_g's, and the score models' scores are computed so, once."""
+    Once each: log-probabilities of text that a policy did not sample itself just now, and the score models' scores."""
     lengths, device = pool.lengths().flatten(), torch.device(c.device)
     tokens, mask = pool.tokens.flatten(0, 1), pool.response_mask.flatten(0, 1)
     out = torch.empty(len(lengths))
@@ -107,7 +107,7 @@ def logprobs(policy, pool, c):
 # ---- what every training loop shares
 
 def lr_at(step, steps, warmup):
-    """The learning rate's factor: 1) linear warm-up, 2) cosine from 1 down to 0, where the policy's noise ends."""
+    """The learning rate's factor: linear warm-up to 1, then cosine down to 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))

@@ -2,7 +2,7 @@
 model.py: a GPT, how it samples, and how it scores its own text.
 
 The architecture is GPT-2's (pre-LN blocks, learned positions, tanh GELU, tied output layer), with GPT-2's own module
-names, so that the published weights fit by name. Three uses, three methods:
+names (its published projections are stored transposed). Three uses:
 
     policy, reference   generate           y ~ π(·|x), and ln π(y|x) for free
                         sequence_logprob   ln π(y|x) = Σ_t ln π(y_t | x, y_<t), differentiable: what DPO trains on

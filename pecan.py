@@ -3,7 +3,7 @@ pecan.py: PeCAN, preference-based one-shot constrained alignment (arXiv 2405.195
 
 mocan.py needs r and g as numbers. PeCAN needs only preferences: which of two responses is more helpful, which is safer.
 
-1. Pre-align one policy per preference by DPO from π_ref: π_r for helpfulness, π_g per constraint.      (train_pecan)
+1. Pre-align one policy per preference by DPO from π_ref: π_r for helpfulness, π_g per constraint.         (prealign)
 2. Score K responses of π_ref by log-ratios: DPO's optimum is π_r ∝ π_ref·exp(r/β), hence
        β·ln(π_r/π_ref) = r − β·ln Z_r(x),   β·ln(π_g/π_ref) = g − β·ln Z_g(x):
    the scores, up to a constant of the prompt, which no Bradley–Terry label and no π_λ can see.
@@ -17,10 +17,10 @@ E_ref[g] supplies it. λ is unchanged, since both problems share one minimiser.
 
     symbol         variable   shape        symbol            variable     shape
     ln π_r(y|x)    logp_r     (N, K)       ln π_ref(y|x)     ref_logp     (N, K)
-    ln π_g(y|x)    logp_g     (m, N, K)    τ, calibration    temperature  (), one per preference
+    ln π_g(y|x)    logp_g     (m, N, K)    τ, calibration    tau          (), one per preference
 
 Different from the paper: its published labels lack the factor β, which makes them 1/β times too sharp. And implicit
-scores are miscalibrated, since a pre-alignment stops before DPO's optimum; `calibrate` measures the factor.
+scores are miscalibrated, since a pre-alignment stops before DPO's optimum; `calibrate` fits the factor τ that mends it (--no-calibrate: 1).
 
 Read next: train.py, the whole job.
 """

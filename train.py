@@ -3,14 +3,14 @@ train.py: the whole job, from preferences to an aligned policy and a table that 
 
     python train.py                           the built-in world, every policy, a few minutes on two CPU cores
     python train.py --data FILE               real preferences
-    python train.py --from mocan --lr 5e-4    the same run again from that stage on, with what changed
+    python train.py --from mocan --lr 3e-4    the same run again from that stage on, with what changed
 
 The stages, and the artifact that each leaves in --out:
 
     reference   supervised fine-tuning                      reference.pt, tokenizer.json
     scores      reward and safety models                    score_*.pt (none: the built-in world's are exact functions)
     offline     K responses per prompt from π_ref, scored   offline.pt, offline_scores.pt
-    dual        λ*, and what it predicts                    dual.json
+    dual        λ*, and what it predicts (solved each time) dual.json, written before evaluate
     mocan       one policy update                           mocan.pt
     prealign    PeCAN: one DPO policy per preference        dpo-*.pt, tuples.pt
     pecan       one policy update                           pecan.pt
@@ -70,7 +70,7 @@ class Config:
     n_embd: int = setting(128, "reference", "width")
     block_size: int = setting(192, "reference", "longest prompt and response together, in tokens")
     # training
-    batch: int = setting(32, None, "half the responses of a micro-batch: pairs, or 2·batch/G groups")
+    batch: int = setting(32, None, "pairs per micro-batch; a policy update: 2·batch/G prompts with G responses each")
     accumulate: int = setting(1, "mocan", "micro-batches per policy update step")
     warmup: int = setting(20, None, "steps of linear warm-up, then cosine to 0")
     clip: float = setting(1.0, None, "largest gradient norm")
@@ -96,7 +96,7 @@ class Config:
     steps: int = setting(700, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
     labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw", ("exact", "sampled"))
     group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all their pairs")
-    pairs: str = setting("samples", "mocan", "samples: the reference's; data: the preference file's", ("samples", "data"))
+    pairs: str = setting("samples", "mocan", "MoCAN's: samples of the reference; data: the file's own", ("samples", "data"))
     prealign_steps: int = setting(300, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
     prealign_lr: float = setting(7e-5, "prealign", "their learning rate")
     calibrate: bool = setting(True, "prealign", "scale PeCAN's implicit scores by a temperature fitted on held-out pairs")
@@ -125,14 +125,14 @@ def settings(argv):
             parser.add_argument(flag, dest=f.name, type=type(f.default), choices=choices, help=shown)
     given = vars(parser.parse_args(argv))
     base = QUICK if given.get("quick") else {}
-    if given.get("start", STAGES[0]) != STAGES[0]:
+    if "start" in given and not (given["start"] == STAGES[0] and given.get("quick")):
         path = os.path.join(given.get("out", Config.out), "run.json")
         try:
             with open(path) as file:
-                base = json.load(file)["config"]
+                old = json.load(file)["config"]
         except (OSError, ValueError, KeyError):
             parser.error(f"--from {given['start']} continues a run, but {path} is missing or damaged; drop --from")
-        base["out"] = Config.out
+        base = {f.name: old.get(f.name, f.default) for f in fields(Config)} | {"out": Config.out}
         for f in fields(Config):
             stage = f.metadata["stage"]
             if stage and f.name in given and given[f.name] != base[f.name] and reused(stage, given["start"]):
@@ -252,7 +252,7 @@ def draw(c, names, score, constraint, margins, solutions, policies):
             D = c.beta * (torch.logsumexp(z / c.beta, dim=1) - math.log(z.size(1))).mean().item()  # D(λ), dual function
             curves.setdefault(f"b = {margins[name][0]:.3f}", []).append((x, D))
         points[f"λ* = {x:.3f}"] = x, D, (x, x), (D, D)
-        curves[f"b = {margins[name][0]:.3f}"].pop()
+        curves[f"b = {margins[name][0]:.3f}"].pop()  # the last x was λ* itself: a point, not part of the curve
     mocan.svg(os.path.join(c.out, "dual.svg"), "The dual function and its minimum", f"λ, the price of {names[0]}", "D(λ)",
               curves, points)
 
@@ -300,7 +300,7 @@ def main():
         return {"tokens": pool.tokens.int(), "response_mask": pool.response_mask, "ref_logp": ref_logp}
     saved = artifact(c, seconds, "offline", "offline.pt", make_offline,
                      f"{c.responses} responses of the reference to each of {len(prompts)} training prompts")
-    pool, ref_logp = mocan.Pool(saved["tokens"].long(), saved["response_mask"]), saved["ref_logp"]
+    pool, ref_logp = data.Pool(saved["tokens"].long(), saved["response_mask"]), saved["ref_logp"]
 
     policies, rows, results = {}, {}, {"config": asdict(c), "policies": {}}
     def align(stage, name, lam, steps, train_policy, headline):
@@ -346,13 +346,13 @@ def main():
                 f"DPO on the preference {name}")
 
         def make_tuples():
-            ratios = []  # ln(π/π_ref) of each pre-aligned policy on the offline pool
+            ratios = []  # τ·ln(π/π_ref) of each pre-aligned policy; below, ref_logp + ratio plays ln π
             for name in ("helpful", *names):
                 tau = pecan.temperature(policies[f"dpo-{name}"], reference, name,
                                         *data.preference_tensors(tok, held_out, name, c)[:2], c)
                 ratios.append((tau if c.calibrate else 1.0) * (mocan.logprobs(policies[f"dpo-{name}"], pool, c) - ref_logp))
             return {"ratios": torch.stack(ratios)}
-        ratios = artifact(c, seconds, "prealign", "tuples.pt", make_tuples, "log-probability tuples")["ratios"]
+        ratios = artifact(c, seconds, "prealign", "tuples.pt", make_tuples, "log-ratios on the offline pool")["ratios"]
         if c.algo == "pecan":
             margin = parse_margin(c.margin, ",", c.beta * dual.reachable(ratios[1:]))
         found = pecan.implicit_dual(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, margin, c.beta)
@@ -367,7 +367,7 @@ def main():
     write(os.path.join(c.out, "dual.json"), json.dumps({k: results[k] for k in ("dual", "dual_pecan") if k in results}))
 
     # ---- what came of it
-    judges = open_judges() if judges is None else judges
+    judges = open_judges() if judges is None else judges  # PeCAN needs none; the table does
     prompts = data.spread(held_out, c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of {len(prompts)} held-out prompts")
     began, texts, ref_scores = time.time(), {}, None
