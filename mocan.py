@@ -332,7 +332,7 @@ def svg(path, title, x_title, y_title, curves, points):
                 f'x="{left - 8}" y="{Y(i * step) + 4}" text-anchor="end"'
             out.append(f'<path d="{line}" stroke="#888" stroke-opacity=".25"/><text {place}>{i * step:g}</text>')
     for i, (label, series) in enumerate([*curves.items(), *points.items()]):
-        color, x, y = ("#3b82f6", "#e8590c", "#2b9e4f", "#b04ad8", "#c9a000", "#d6336c")[i % 6], left + 185 * (i % 3), 46 + 18 * (i // 3)
+        color, x, y = ("#3b82f6", "#e8590c", "#2b9e4f", "#b04ad8", "#c9a000", "#d6336c", "#0ea5a5", "#8d6e63")[i % 8], left + 185 * (i % 3), 46 + 18 * (i // 3)
         if label in curves:
             mark = f'<path d="M{" L".join(f"{X(a)} {Y(b)}" for a, b in series)}" fill="none" stroke="{color}" stroke-width="2"/>'
         else:

@@ -239,8 +239,8 @@ def draw(c, names, score, constraint, margins, solutions, policies):
     low = dual.margin_of(score, constraint, torch.zeros(len(names)), c.beta)  # helpfulness alone, λ = 0
     high = 0.95 * dual.reachable(constraint) if len(names) == 1 else margins["mocan"]
     sweep = dual.sweep(score, constraint, [low + t / 40 * (high - low) for t in range(41)], c.beta)
-    mocan.svg(os.path.join(c.out, "tradeoff.svg"), "Reward against safety", f"{names[0]} gain over the reference",
-              "reward gain over the reference",
+    mocan.svg(os.path.join(c.out, "tradeoff.svg"), "Reward against safety", f"{names[0]} gain over the reference, in its units",
+              "reward gain over the reference, in units of r",
               {"predicted": [(x.constraint_gain[0].item(), x.score_gain) for x in sweep]},
               {name: (p["constraint_gain"][0], p["reward_gain"], p["constraint_gain_ci"][0], p["reward_gain_ci"])
                for name, p in policies.items()})
