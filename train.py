@@ -78,7 +78,7 @@ class Config:
     sft_lr: float = setting(3e-3, "reference", "its learning rate")
     scores: str = setting("", "scores", "exact: the world's own functions; learned: trained on preferences "
                           "(default: exact in the world, learned on data)", ("", "exact", "learned"))
-    score_steps: int = setting(150, "scores", "gradient steps of each learned score model")
+    score_steps: int = setting(60, "scores", "gradient steps of each learned score model")
     score_lr: float = setting(1e-3, "scores", "its learning rate")
     # offline samples and the dual
     prompts: int = setting(512, "offline", "N, training prompts that the reference answers")
