@@ -24,7 +24,7 @@ gains, sd(psi_x) / sqrt(N), answer "what will the policy trained with this lam g
 sandwich H^-1 Var(psi)/N H^-1 over the active constraints (delta method). What they leave out is finite K: the sample is
 never better than its best response, so gains come out too small and lam* too large, by about 3 % at an effective sample
 size of 40, 6 % at 20, 18 % at 9; below 5 solve() warns. At beta = 0.1, score spread 3, K = 128, the paper's setting, it
-is near 1: best-of-K, not pi_lam. `jackknife` removes three quarters of the bias above 20, half at 5 to 9, little near 1.
+is near 1: best-of-K, not pi_lam. `jackknife` removes 3/4 of the bias above 20, half at 5 to 9, little near 1.
 
 Differs from the paper and its published code: Newton for m >= 1 where they run projected gradient descent for m = 1;
 log-mean-exp per prompt everywhere (the code pools prompts in two places); failure raises, with a proof, where they
@@ -120,7 +120,7 @@ def prepare(score, constraint, mask, prompt_weight):
 
 
 def chunks(problem):
-    """Yield (rows, r, g, spare) of a few prompts at a time: float64, centred per prompt, in a buffer that the next chunk overwrites."""
+    """Yield (rows, r, g, spare) of a few prompts at a time, float64, centred; the next chunk overwrites the buffer."""
     m, size = len(problem.constraint), problem.buffer.shape[1]
     for i in range(0, len(problem.score), size):
         rows = slice(i, min(i + size, len(problem.score)))
@@ -145,7 +145,7 @@ def support(problem, directions):
 
 
 def evaluate(problem, lam, margin, beta, detail=False):
-    """D(lam) - E_ref[r] (solve adds it back), its gradient (m,), its Hessian (m, m), and per prompt the rows they are made of."""
+    """D(lam) - E_ref[r] (solve adds it back), its gradient, its Hessian, and per prompt the rows they are made of."""
     slope, second, parts = lam.to(problem.score.device), 0, []
     for rows, r, g, spare in chunks(problem):
         pg = spare[:len(g)]
@@ -352,8 +352,8 @@ def report(args):
         curve = sweep(score, constraint, [share * margin for share in shares], beta, **rest)
     for note in notes[:1]:
         print(f"dual.py: warning: {note.message}", file=sys.stderr)
-    names = ("value score_gain score_gain_se constraint_gain constraint_gain_se grad hessian ref ref_se reachable").split()
-    d = curve[0]._replace(**{name: unit * getattr(curve[0], name) for name in names})
+    wide = "value score_gain score_gain_se constraint_gain constraint_gain_se grad hessian ref ref_se reachable".split()
+    d = curve[0]._replace(**{name: unit * getattr(curve[0], name) for name in wide})
     if args.json:
         fields = {name: x.tolist() if torch.is_tensor(x) else x for name, x in d._asdict().items()}
         fields = {"margin": (unit * margin).tolist(), "beta": args.beta, **fields}

@@ -105,7 +105,7 @@ class Config:
     eval_responses: int = setting(32, None, "fresh responses to each")
 
 
-QUICK = dict(world_pairs=3000, n_embd=64, sft_steps=200, sft_lr=6e-3, score_steps=40, prompts=128, responses=16, steps=60,
+QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=180, sft_lr=6e-3, score_steps=40, prompts=128, responses=16, steps=60,
              prealign_steps=60, prealign_lr=3e-4, lr=1e-3, eval_prompts=64, eval_responses=8)
 
 
@@ -383,7 +383,7 @@ def main():
         for name in texts for i, text in enumerate(texts[name])))
     write(os.path.join(c.out, "results.json"), json.dumps(results, indent=1))
     for i in sorted({len(prompts) * j // 6 for j in (1, 3, 5)}):
-        print(f"\n  {prompts[i]}", *(f"    {name:>14}: {texts[name][i * c.eval_responses]}" for name in texts), sep="\n")
+        print(f"\n  {prompts[i]}", *(f"    {name:>14}: {' '.join(texts[name][i * c.eval_responses].split())}" for name in texts), sep="\n")
     optimum = results.get("dual", results.get("dual_pecan"))
     mocan.print_table(names, {**results["policies"], "optimum (closed form)":
                                       {**optimum, "reward_gain": optimum["score_gain"]}})
