@@ -5,7 +5,7 @@ The problem, for a reward r, safety measures g_j and a reference policy π_ref:
 
     max_π  E[r(x,y)] − β·KL(π‖π_ref)    subject to    E_π[g_j] − E_ref[g_j] ≥ b_j,   j = 1…m
 
-1. Sample K responses per prompt from π_ref and score them.                              (sample_pool)   
+1. Sample K responses per prompt from π_ref and score them.                              (sample_pool)
 2. Solve the dual for λ* ≥ 0 on those scores: closed form, convex, no policy involved.   (dual.solve)
 3. One policy update: DPO with pairs labelled by s = r + ⟨λ*,g⟩.                         (train_mocan)
 

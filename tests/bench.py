@@ -220,8 +220,8 @@ def bench_oneshot(argv):
 
     Both start from the same reference. Primal-dual alternates a KL-regularised policy step (DPO on fresh pairs of the
     current policy, labelled by r + <lam, g>, whose fixed point at that lam is the same pi_lam) with a projected dual step
-    on the violation measured on those samples. Its policy is kept from round to round; its step sizes were chosen by hand
-    among a few for the smallest final violation and the largest reward.
+    on the violation measured on those samples. Its policy is kept from round to round. Its step sizes
+    are untuned defaults: tune --dual_lr and --inner before quoting a comparison.
     """
     parser = argparse.ArgumentParser(prog="bench.py oneshot", allow_abbrev=False)
     parser.add_argument("--out", default="out", help="folder of a finished `python train.py --algo mocan` run")
