@@ -13,11 +13,11 @@ PeCAN is the same function with r = ln pi_r/pi_ref, g = ln pi_g/pi_ref, beta = 1
     g_j(x, y)    constraint    (m, N, K)     E_pi[g|x] - mean_y g    gain                   (m, N)
     b_j, lam_j   margin, lam   (m,)          D, grad D, hessian D    value, grad, hessian   (), (m,), (m, m)
 
-Convergence: a step minimises the quadratic model over lam >= 0 in a trust region; one that lowers D by too little of
-what the model promised is refused and shrinks the region, so for convex smooth D only KKT points are limits; level sets
-are bounded if the margins can be met with room to spare; near lam* the region is idle and Newton's steps quadratic.
-Infeasible margins let D fall for ever. Its recession function R(d) = mean_x max_y <d, h> is then negative for some
-d >= 0, the rays that Newton tries are tested, and as D(td) <= t R(d) + mean_x max_y r, such a d is raised: a proof.
+Convergence: a step minimises the quadratic model + |grad D| |step|^2 / (2 radius) over lam >= 0, which keeps it shorter
+than radius; one that lowers D by too little of what the model promised is refused and shrinks radius, so for convex
+smooth D only KKT points are limits; near lam* the added term vanishes with grad D, and convergence is quadratic.
+Infeasible margins let D fall for ever. D(lam) >= R(lam) + mean_x min_y r - beta ln K, with the recession function
+R(d) = mean_x max_y <d, h>: a lam where D is below the last two terms has R(lam) < 0, which proves infeasibility.
 
 Error bars are clustered by prompt: psi_x = E_pi[g|x] - mean_y g(x, y) contains the estimate of E_ref[g]. Those of the
 gains, sd(psi_x) / sqrt(N), answer "what will the policy trained with this lam get on new prompts?"; that of lam* is the
@@ -40,15 +40,15 @@ import torch
 import warnings
 from typing import NamedTuple
 
-MASKED = -1e300  # score of a response that does not exist: finite, so that its weight is 0 and 0 * MASKED is not NaN
-
 
 class Infeasible(ValueError):
     """No policy on these samples meets the margins. `direction` d >= 0 is the proof: mean_x max_y <d, h> < 0."""
 
-    def __init__(self, message, direction, reachable):
-        super().__init__(message)
-        self.direction, self.reachable = direction, reachable  # (m,), (m,)
+    def __init__(self, margin, direction, reachable):
+        super().__init__(f"margin {margin.tolist()} is out of reach on these samples: the largest reachable"
+                         f"{' alone' * (len(margin) > 1)} is {reachable.tolist()}; lower the margin or sample more "
+                         "responses per prompt")
+        self.direction, self.reachable = direction / direction.sum(), reachable  # (m,), (m,)
 
 
 class Dual(NamedTuple):
@@ -76,13 +76,12 @@ class Problem(NamedTuple):
     """Checked input; some of its prompts are a Problem again."""
     score: torch.Tensor  # (N, K)
     constraint: torch.Tensor  # (m, N, K)
-    mask: torch.Tensor | None  # (N, K)
     weight: torch.Tensor  # (N,), sums to 1
     log_count: torch.Tensor  # (N,), ln of the number of responses
     mean: torch.Tensor  # (1+m, N), over responses, of score and constraints
-    top: torch.Tensor  # (1+m,), mean_x max_y of both, centred
+    top: torch.Tensor  # (1+m,), mean_x (max_y - mean_y) of both
     width: torch.Tensor  # (1+m,), mean_x (max_y - min_y) of both
-    buffer: torch.Tensor  # (2m+1, n, K) float64, used again by every chunk
+    buffer: torch.Tensor  # (1+m, n, K) float64, for n prompts at a time
 
 
 def prepare(score, constraint, mask, prompt_weight):
@@ -94,140 +93,95 @@ def prepare(score, constraint, mask, prompt_weight):
         raise ValueError(f"score has shape {tuple(score.shape)} and constraint {tuple(constraint.shape)}: they must "
                          "be (N, K) and (N, K) or (m, N, K) with N, K, m >= 1")
     (m, N, K), like = constraint.shape, {"dtype": torch.float64, "device": score.device}
-    count = torch.full((N,), K, **like)
-    if mask is not None:
-        mask = torch.as_tensor(mask, device=score.device).bool()
-        if mask.shape != (N, K) or not mask.any(dim=1).all():
-            raise ValueError(f"mask has shape {tuple(mask.shape)}: it must be {(N, K)}, with a True in every row")
-        count = mask.sum(dim=1, dtype=torch.float64)
     weight = torch.ones(N, **like) if prompt_weight is None else torch.as_tensor(prompt_weight, **like)
     if weight.shape != (N,) or not (weight >= 0).all() or not 0 < float(weight.sum()) < float("inf"):
         raise ValueError(f"prompt_weight {tuple(weight.shape)}, sum {weight.sum():.3g}: give {N} numbers >= 0, sum > 0")
-    weight, zero = weight / weight.sum(), torch.zeros(1 + m, N, **like)
-    share = 2 ** (17 if score.device.type == "cpu" else 24)  # 1 MB a plane stays in cache
-    buffer, ends = torch.empty(1 + m + max(m, 3), min(N, max(1, share // K)), K, **like), []
-    problem = Problem(score, constraint, mask, weight, count.log(), zero, zero, zero, buffer)
-    for rows, _, _, _ in chunks(problem):
-        x = buffer[:1 + m, :rows.stop - rows.start]  # (1+m, n, K)
-        for fill, reduce in ((0.0, torch.sum), (float("inf"), torch.amin), (-float("inf"), torch.amax)):
-            x = x if mask is None else x.masked_fill_(~mask[rows], fill)
-            ends.append(reduce(x, dim=2))  # (1+m, n)
-    mean, low, high = torch.cat(ends[0::3], dim=1) / count, torch.cat(ends[1::3], dim=1), torch.cat(ends[2::3], dim=1)
+    count, exists = torch.full((N,), K, **like), None
+    if mask is not None:  # a missing response becomes a copy of the prompt's first one, and weighs nothing
+        exists = torch.as_tensor(mask, device=score.device).bool()
+        if exists.shape != (N, K) or not exists.any(dim=1).all():
+            raise ValueError(f"mask has shape {tuple(exists.shape)}: it must be {(N, K)}, with a True in every row")
+        count, first = exists.sum(dim=1, dtype=torch.float64), exists.int().argmax(dim=1, keepdim=True)  # (N,), (N, 1)
+        score = torch.where(exists, score, score.gather(1, first))
+        constraint = torch.where(exists, constraint, constraint.gather(2, first.expand(m, N, 1)))
+    n = min(N, max(1, (2 ** 24 if score.is_cuda else 2 ** 16 * torch.get_num_threads()) // K))  # planes stay in cache
+    ends = []
+    for i in range(0, N, n):
+        for x in (score[None, i:i + n].double(), constraint[:, i:i + n].double()):
+            ends += (x if mask is None else x * exists[i:i + n]).sum(dim=2), x.amin(dim=2), x.amax(dim=2)
+    ends = [torch.cat([torch.cat(ends[j::6], dim=1), torch.cat(ends[j + 3::6], dim=1)]) for j in range(3)]
+    mean, low, high = ends[0] / count, ends[1], ends[2]  # (1+m, N) each
     if not mean.isfinite().all():
         j, row = divmod(int((~mean.isfinite()).flatten().int().argmax()), N)
         raise ValueError(f"{'constraint' if j else 'score'} has a NaN or inf at prompt {row}: mask or repair it")
-    return problem._replace(mean=mean, top=((high - mean) @ weight).cpu(), width=((high - low) @ weight).cpu())
-
-
-def chunks(problem):
-    """Yield (rows, r, g, spare) of a few prompts at a time, float64, centred; the next chunk overwrites the buffer."""
-    m, size = len(problem.constraint), problem.buffer.shape[1]
-    for i in range(0, len(problem.score), size):
-        rows = slice(i, min(i + size, len(problem.score)))
-        r, g, spare = problem.buffer[:, :rows.stop - i].split([1, m, max(m, 3)])  # planes of (n, K)
-        r = torch.sub(problem.score[rows], problem.mean[0, rows, None], out=r[0])  # (n, K)
-        torch.sub(problem.constraint[:, rows], problem.mean[1:, rows, None], out=g)
-        if problem.mask is not None:
-            r.masked_fill_(~problem.mask[rows], MASKED)
-            g.masked_fill_(~problem.mask[rows], 0.0)
-        yield rows, r, g, spare
-
-
-def support(problem, directions):
-    """mean_x max_y <d, g - mean_y g> for each row d of directions (k, m): R(d), the recession function, + <d, b>."""
-    total = 0
-    for rows, _, g, spare in chunks(problem):
-        v = spare[:len(directions)]  # (k, n, K)
-        torch.mm(directions.to(g.device), g.flatten(1), out=v.flatten(1))
-        v = v if problem.mask is None else v.masked_fill_(~problem.mask[rows], -float("inf"))
-        total = total + v.amax(dim=2) @ problem.weight[rows]  # (k,)
-    return total.cpu()
+    if mask is not None:
+        score = score.double().masked_fill_(~exists, -1e300)  # finite: 0 * -1e300 is not NaN
+    weight = weight / weight.sum()
+    return Problem(score, constraint, weight, count.log(), mean, ((high - mean) @ weight).cpu(),
+                   ((high - low) @ weight).cpu(), torch.empty(1 + m, n, K, **like))
 
 
 def evaluate(problem, lam, margin, beta, detail=False):
     """D(lam) - E_ref[r] (solve adds it back), its gradient, its Hessian, and per prompt the rows they are made of."""
-    slope, second, parts = lam.to(problem.score.device), 0, []
-    for rows, r, g, spare in chunks(problem):
-        pg = spare[:len(g)]
-        flat = torch.addmv(r.view(-1), g.flatten(1).T, slope, beta=1 / beta, alpha=1 / beta, out=r.view(-1))
-        z = flat.view_as(r)  # (n, K), (r + <lam, g>) / beta
-        peak = z.amax(dim=1)  # (n,)
-        p = torch.softmax(z, dim=1, out=z)  # pi_lam(y|x)
-        best = p.amax(dim=1)  # exp(peak) / sum_y exp(z), so that ln sum_y exp(z) = peak - ln best
-        gain = torch.mul(p, g, out=pg).sum(dim=2)  # (m, n), E_pi[g|x] - mean_y g
-        second = second + pg.mul_(problem.weight[rows, None]).flatten(1) @ g.flatten(1).T  # (m, m)
-        part = [*gain, peak - best.log(), best]
-        if detail:  # E_pi[r|x] - mean_y r, and sum_y p^2
-            torch.sub(problem.score[rows], problem.mean[0, rows, None], out=spare[0])
-            if problem.mask is not None:
-                spare[0].masked_fill_(~problem.mask[rows], 0.0)
-            part += [spare[0].mul_(p).sum(dim=1), torch.mul(p, p, out=spare[1]).sum(dim=1)]
-        parts.append(torch.stack(part))
-    rows = torch.cat(parts, dim=1)  # (m+2 or m+4, N)
-    gain = rows[:len(lam)]
-    value = beta * torch.dot(rows[len(lam)] - problem.log_count, problem.weight)  # D(lam), but for E_ref[r]
-    hessian = (second - (gain * problem.weight) @ gain.T) / beta  # mean_x Cov_pi(g) / beta
-    return float(value) - float(lam @ margin), (gain @ problem.weight).cpu() - margin, hessian.cpu(), rows
+    n, second, parts, ref = problem.buffer.shape[1], 0, [], problem.mean @ problem.weight  # ref: E_ref[r], E_ref[g]
+    for i in range(0, len(problem.score), n):
+        r, g = problem.score[i:i + n].double(), problem.constraint[:, i:i + n].double()  # (n, K), (m, n, K)
+        p, pg = problem.buffer[0, :len(r)], problem.buffer[1:, :len(r)]
+        torch.addmv(r.reshape(-1), g.flatten(1).T, (lam / beta).to(p), beta=1 / beta, out=p.view(-1))
+        top = p.amax(dim=1)  # (n,) of p, here still (r + <lam, g>) / beta
+        total = p.sub_(top[:, None]).exp_().sum(dim=1)
+        p.mul_((problem.weight[i:i + n] / total)[:, None])  # pi_lam(y|x), times the prompt's weight
+        gain = torch.sub(g, problem.mean[1:, i:i + n, None], out=pg).mul_(p).sum(dim=2)  # (m, n), E_pi[g|x] - mean_y g
+        second = second + torch.bmm(pg.transpose(0, 1), g.permute(1, 2, 0)).sum(dim=0)  # (m, m)
+        part = [gain, (top + total.log())[None], 1 / total[None]]
+        if detail:  # E_pi[r|x], and the sum of squared weights
+            part += torch.mul(p, r, out=pg[0]).sum(dim=1)[None], p.square().sum(dim=1)[None]
+        parts.append(torch.cat(part))
+    rows, m = torch.cat(parts, dim=1), len(lam)  # (m+2 or m+4, N)
+    gain = rows[:m] / problem.weight.clamp_min(1e-300)  # (m, N)
+    value = beta * float((rows[m] - problem.log_count) @ problem.weight) - float(ref[0])  # D(lam), once <lam, b> is off
+    hessian = (second - rows[:m] @ (problem.mean[1:] + gain).T) / beta  # mean_x Cov_pi(g) / beta
+    return value - float(lam @ (margin + ref[1:].cpu())), rows[:m].sum(dim=1).cpu() - margin, hessian.cpu(), rows
 
 
 def model_step(x, grad, hessian, damp):
-    """argmin_e <grad, e> + <e, (hessian + damp) e> / 2 over x + e >= 0, entries going to the bound one by one."""
-    if len(x) == 1:
-        return torch.maximum(-grad / (hessian[0] + damp + 1e-200), -x)
+    """x + argmin_e <grad, e> + <e, (hessian + damp) e> / 2 over x + e >= 0: entries go to the bound one by one."""
     h = hessian + torch.diag(damp + 1e-13 * hessian.diagonal() + 1e-200)  # collinear constraints make it singular
-    free, e = (x > 0) | (grad < 0), torch.zeros_like(x)
-    while bool(free.any()):
-        root = h.diagonal()[free].sqrt()
-        e[free] = torch.linalg.solve(h[free][:, free] / (root[:, None] * root),
-                                     (-grad - h[:, ~free] @ e[~free])[free] / root) / root
+    free, pinned = (x > 0) | (grad < 0), torch.eye(len(x), dtype=x.dtype)
+    while True:
+        e = torch.linalg.solve(torch.where(free[:, None], h, pinned), torch.where(free, -grad, -x))
         over = free & (x + e < 0)
-        if not bool(over.any()):
-            break
-        e, free = torch.where(over, -x, e), free & ~over
-    return e
+        if not over.any():
+            return torch.where(free, x + e, 0.0)
+        free = free & ~over
 
 
-def newton(problem, lam, margin, beta, limit, tolerance=1e-11):
-    """Minimise D over lam >= 0 by trust-region Newton: (lam, evaluate() there, evaluations, whether KKT holds)."""
-    spread, size = float(problem.width[0]), problem.mean[1:].abs().amax(dim=1).cpu()
-    width = (problem.width[1:] + margin.abs() + 1e-12 * size).clamp_min(1e-100)  # (m,), natural unit of h_j
-    level = width + size  # (m,), size of the numbers that h_j is a difference of
-    state, count, radius = evaluate(problem, lam, margin, beta), 1, float("inf")
+def newton(problem, lam, margin, beta, limit, tolerance):
+    """Minimise D over lam >= 0 by regularised Newton: (lam, evaluate() there, evaluations, whether KKT holds)."""
+    size, spread = problem.mean.abs().amax(dim=1).cpu() + problem.width, float(problem.width[0])
+    level = size[1:] + margin.abs()  # (m,), size of the numbers that h_j is a difference of
+    width = (problem.width[1:] + margin.abs() + 1e-12 * size[1:]).clamp_min(1e-100)  # (m,), natural unit of h_j
+    state, count, radius = evaluate(problem, lam, margin, beta), 1, 8 * (spread + beta)
     while True:
         value, grad, hessian, _ = state
-        noise = 2e-15 * (spread + 4 * beta + float(lam @ level))  # rounding of r + <lam, h>, hence of D
+        noise = 2e-15 * (float(size[0]) + 4 * beta + float(lam @ level))  # rounding of r + <lam, h>, hence of D
+        if value < -spread - beta * float(problem.log_count.max()) - noise:  # D >= R(lam) + this: R(lam) < 0
+            raise Infeasible(margin, lam, problem.top[1:])
         wrong = torch.where(lam > 0, grad, grad.clamp_max(0)).abs() / width  # (m,), violation of KKT
         done = bool((wrong <= tolerance + noise / beta + 1e-15 * level / width).all())
-        if done or count >= limit:
+        if done or count == limit:
             return lam, state, count, done
-        radius = min(radius, 8 * max(float((lam * width).max()), spread + beta))
-        push = float(wrong.norm()) / radius
-        damp, length = 1e-8 * push + 1e-15 / beta, float("inf")  # 1e-15 / beta: rounding of the Hessian
-        while length > 1.01 * radius:
-            d = model_step(lam * width, grad / width, hessian / (width[:, None] * width), damp) / width
-            damp, length = max(3 * damp, 0.1 * push), float((d * width).norm())
-        q, t = -float(grad @ d), 1.0
-        if q > 0.02 * beta:  # far from lam*: look at how D behaves at the far ends of this line, and of the one from 0
-            ways = torch.stack([d, -d, lam])
-            up, down, ray = (support(problem, ways) - ways @ margin).tolist()
-            tiny = (1e-14 * ways.abs() @ level).tolist()
-            for way, end, eps in ((d, up, tiny[0]), (lam, ray, tiny[2])):
-                if end < -eps and bool((way >= 0).all()):  # the recession function R(way) < 0: a certificate
-                    raise Infeasible(f"margin {margin.tolist()} is out of reach on these samples: the largest reachable"
-                                     f"{' alone' * (len(lam) > 1)} is {problem.top[1:].tolist()}; lower the margin "
-                                     "or sample more responses per prompt", way / way.sum(), problem.top[1:])
-            if q < down and damp <= 0.2 * push + 1e-14 / beta:  # a logistic slope from -down to up: where is it 0?
-                up = max(up, 2 * tiny[0])
-                odds = torch.tensor([down / up, (up + q) / (down - q)], dtype=torch.float64).log().sum()
-                t = min(8.0, max(1.0, float(odds) / (q / (down - q) + q / (up + q))))
-        new = (lam + t * d).clamp_min(0)
-        trial, count = evaluate(problem, new, margin, beta, detail=q < 1e-8 * beta), count + 1
-        drop, e = value - trial[0], new - lam
-        model = -float(grad @ e) - float(e @ hessian @ e) / 2
-        if drop >= 1e-3 * abs(model) - noise:
-            lam, state, radius = new, trial, radius if drop < 0.5 * model else max(radius, 4 * t * length)
+        damp = float(wrong.norm()) / radius + 1e-15 / beta  # keeps the step, in units of r, below radius
+        x = lam * width  # in units of r
+        new = model_step(x, grad / width, hessian / (width[:, None] * width), damp) / width
+        e = new - lam
+        promised, length = -float(grad @ e + e @ hessian @ e / 2), float((e * width).norm())
+        trial, count = evaluate(problem, new, margin, beta, detail=promised < 1e-8 * beta), count + 1
+        drop = value - trial[0]
+        if drop < 1e-3 * abs(promised) - noise:
+            radius = length / 5
         else:
-            radius = 0.3 * length
+            lam, state, radius = new, trial, radius if drop < 0.7 * promised else max(radius, 8 * length)
 
 
 def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, start=None):
@@ -243,48 +197,51 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     if len(margin) not in (1, m) or not margin.isfinite().all():
         raise ValueError(f"margin is {margin.tolist()}: give one finite number, or one for each of {m} constraints")
     margin, lam = margin.expand(m), torch.zeros(m, dtype=torch.float64)
+    over = (margin - problem.top[1:] > 1e-14 * problem.mean[1:].abs().amax(dim=1).cpu()).double()
+    if over.any():  # R of those axes is top - margin < 0
+        raise Infeasible(margin, over, problem.top[1:])
     if start is not None:
         lam = torch.as_tensor(start, dtype=torch.float64).cpu().expand(m).clamp_min(0)
     for stride in (64, 8):  # cold start: approach lam* on every 64th, then every 8th prompt
-        some = problem.weight[::stride]
-        if start is None and len(some) >= 64 and some.sum() > 0:
-            part = Problem(problem.score[::stride], problem.constraint[:, ::stride],
-                           None if mask is None else problem.mask[::stride], some / some.sum(),
-                           problem.log_count[::stride], problem.mean[:, ::stride], *problem[6:])
+        weight = problem.weight[::stride]
+        if start is None and len(weight) >= 64 and weight.sum() > 0:
+            some = problem._replace(score=problem.score[::stride], constraint=problem.constraint[:, ::stride],
+                                    weight=weight / weight.sum(), log_count=problem.log_count[::stride],
+                                    mean=problem.mean[:, ::stride])
             try:
-                lam = newton(part, lam, margin, beta, 12, 0.01)[0]
+                lam = newton(some, lam, margin, beta, 40, 0.01)[0]
             except Infeasible:  # of those prompts only: the full problem decides
                 break
-    lam, state, iterations, done = newton(problem, lam, margin, beta, 25)
+    lam, state, iterations, done = newton(problem, lam, margin, beta, 40, 3e-11)
     heat = 1.0
     while not done and heat * beta < problem.width[0]:
         heat *= 4
-    while not done:  # D is nearly piecewise linear: follow lam* from a large beta down to this one
-        lam, state, count, done = newton(problem, lam, margin, beta * heat, 400, 1e-11 if heat == 1 else 0.01)
+    while not done and heat >= 1:  # D is nearly piecewise linear: follow lam* from a large beta down to this one
+        lam, state, count, done = newton(problem, lam, margin, beta * heat, 400, 3e-11 if heat == 1 else 1e-6)
         iterations, done, heat = iterations + count, done and heat == 1, heat / 4
-        if heat < 1 and not done:
-            raise RuntimeError(f"no convergence at margin {margin.tolist()}, beta {beta}: gradient {state[1].tolist()} "
-                               f"at lam {lam.tolist()} after {iterations} evaluations; use a larger beta")
+    if not done:
+        raise RuntimeError(f"no convergence at margin {margin.tolist()}, beta {beta}: gradient {state[1].tolist()} "
+                           f"at lam {lam.tolist()} after {iterations} evaluations; use a larger beta")
     if len(state[3]) == m + 2:
         state, iterations = evaluate(problem, lam, margin, beta, detail=True), iterations + 1
-    (value, grad, hessian, rows), w = state, problem.weight
-    gain, (lse, best, r_gain, square) = rows[:m], rows[m:]  # (m, N), (N,) each
-    kl = (r_gain + lam.to(gain.device) @ gain) / beta - lse + problem.log_count  # (N,), E_pi[ln pi_lam / pi_ref]
+    (value, grad, hessian, rows), w, put = state, problem.weight, problem.score.device
+    tiny = w.clamp_min(1e-300)  # rows carry the prompts' weights
+    gain, r_gain, ess = rows[:m] / tiny, rows[m + 2] / tiny - problem.mean[0], w * tiny / rows[m + 3].clamp_min(1e-300)
     psi = torch.cat([r_gain[None], gain, problem.mean[1:]])  # (1+2m, N), what the gains and E_ref[g] average
     mean = psi @ w
+    kl = (float(mean[0]) + float(lam @ grad) - value) / beta  # E_pi[ln pi_lam / pi_ref]
     spread = w * (psi - mean[:, None])
     cov = (spread @ spread.T * (N / (N - 1) if N > 1 else float("nan"))).cpu()  # (1+2m, 1+2m), of the averages
     se, on, lam_se = cov.diagonal().sqrt(), lam > 0, torch.zeros_like(lam)
     inverse = torch.linalg.pinv(hessian[on][:, on], hermitian=True)
     lam_se[on] = (inverse @ cov[1:1 + m, 1:1 + m][on][:, on] @ inverse).diagonal().sqrt()  # sandwich
-    ess, put = 1 / square, problem.score.device
     if float(ess @ w) < 5 < K:
         warnings.warn(f"effective sample size {float(ess @ w):.1f} of {K} responses per prompt: gains come out too "
                       "small, lam* too large; sample more of them, raise beta or lower the margin", stacklevel=2)
     return Dual(lam.to(put), lam_se.to(put), value + float(problem.mean[0] @ w), grad.to(put), hessian.to(put),
                 iterations, float(mean[0]), float(se[0]), (grad + margin).to(put), se[1:1 + m].to(put), mean[1 + m:],
-                se[1 + m:].to(put), problem.top[1:].to(put), max(0.0, float(kl @ w)), float(ess @ w),
-                float(ess.quantile(0.05)), float(best @ w))
+                se[1 + m:].to(put), problem.top[1:].to(put), max(0.0, kl), float(ess @ w),
+                float(ess[w > 0].quantile(0.05)), float(rows[m + 1] @ w))
 
 
 def reachable(constraint, mask=None, prompt_weight=None):
@@ -315,9 +272,12 @@ def jackknife(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
     """Gains at lam (1+m,), score first, with less bias of finite K: K theta - (K-1) mean_k theta_without_k."""
     problem, total = prepare(score, constraint, mask, prompt_weight), 0
     slope = torch.as_tensor(lam, dtype=torch.float64, device=problem.score.device).flatten()
-    for rows, r, g, _ in chunks(problem):
-        p, exists = torch.softmax((r + torch.tensordot(slope, g, dims=1)) / beta, dim=1), r > MASKED
-        x = torch.cat([torch.where(exists, r, 0.0)[None], g])  # (1+m, n, K)
+    chunk = problem.buffer.shape[1]
+    for i in range(0, len(problem.score), chunk):
+        rows = slice(i, i + chunk)
+        r, g = problem.score[rows].double(), problem.constraint[:, rows].double()
+        p, exists = torch.softmax((r + torch.tensordot(slope, g, dims=1)) / beta, dim=1), r > -1e300
+        x = torch.cat([torch.where(exists, r, 0.0)[None], g]) - problem.mean[:, rows, None]  # (1+m, n, K)
         theta, count = (p * x).sum(dim=2, keepdim=True), problem.log_count[rows].exp()  # (1+m, n, 1), (n,)
         rest = torch.where(exists, (theta - p * x) / (1 - p).clamp_min(1e-12), 0.0).sum(dim=2) / count  # (1+m, n)
         total = total + (count * theta[..., 0] - (count - 1) * rest) @ problem.weight[rows]  # (1+m,)
