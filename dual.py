@@ -1,34 +1,38 @@
-"""lambda*, and what it buys: the dual problem of constrained alignment, solved before any training.
+"""
+dual.py: λ*, and what it buys: the dual of constrained alignment, solved before any training (arXiv 2405.19544v3).
 
-One-Shot Safety Alignment via Optimal Dualization (arXiv 2405.19544v3) wants
-    max_pi E[r] - beta KL(pi || pi_ref)   such that   E_pi[g_j] - E_ref[g_j] >= b_j,   j = 1..m.
-With h_j = g_j - E_ref[g_j] - b_j its dual is a convex function of m numbers, on K scored reference responses a prompt:
-    D(lam)    = beta mean_x ln mean_y exp((r + <lam, h>) / beta),  lam >= 0
-    grad D    = E_pi[h],   pi_lam(y|x) proportional to pi_ref(y|x) exp((r + <lam, h>) / beta)
-    hessian D = mean_x Cov_pi_lam(.|x)(g) / beta
-PeCAN is the same function with r = ln pi_r/pi_ref, g = ln pi_g/pi_ref, beta = 1 and margin b/beta.
+The problem is   max_π E[r] − β·KL(π‖π_ref)   subject to   E_π[g_j] − E_ref[g_j] ≥ b_j,   j = 1…m.
+With h_j = g_j − E_ref[g_j] − b_j its dual is a convex function of m numbers, on K scored reference responses a prompt:
+
+    D(λ)   = β·mean_x ln mean_y exp((r + ⟨λ,h⟩)/β),   λ ≥ 0        (dual function)
+    ∇D(λ)  = E_π_λ[h],   π_λ(y|x) ∝ π_ref(y|x)·exp((r + ⟨λ,h⟩)/β)
+    ∇²D(λ) = mean_x Cov_π_λ(·|x)(g)/β
+
+PeCAN is the same function with r → ln π_r/π_ref, g → ln π_g/π_ref, β → 1, b → b/β.
 
     symbol       variable      shape         symbol                  variable               shape
-    r(x, y)      score         (N, K)        pi_lam(y|x)             p                      (n, K), n at a time
-    g_j(x, y)    constraint    (m, N, K)     E_pi[g|x] - mean_y g    gain                   (m, N)
-    b_j, lam_j   margin, lam   (m,)          D, grad D, hessian D    value, grad, hessian   (), (m,), (m, m)
+    r(x,y)       score         (N, K)        π_λ(y|x)                p                      (n, K), n at a time
+    g_j(x,y)     constraint    (m, N, K)     E_π_λ[g|x] − mean_y g   gain                   (m, N)
+    b_j, λ_j     margin, lam   (m,)          D, ∇D, ∇²D              value, grad, hessian   (), (m,), (m, m)
 
-Convergence: a step minimises the quadratic model + |grad D| |step|^2 / (2 radius) over lam >= 0, which keeps it shorter
-than radius; one that lowers D by too little of what the model promised is refused and shrinks radius, so for convex
-smooth D only KKT points are limits; near lam* the added term vanishes with grad D, and convergence is quadratic.
-Infeasible margins let D fall for ever. D(lam) >= R(lam) + mean_x min_y r - beta ln K, with the recession function
-R(d) = mean_x max_y <d, h>: a lam where D is below the last two terms has R(lam) < 0, which proves infeasibility.
+Convergence: a step minimises the quadratic model + ‖∇D‖·‖step‖²/(2·radius) over λ ≥ 0, which keeps it shorter than
+radius; one that lowers D by too little of what the model promised is refused and shrinks radius, so for convex smooth D
+only KKT points are limits; near λ* the added term vanishes with ∇D, and convergence is quadratic.
+Infeasible margins let D fall for ever. D(λ) ≥ R(λ) + mean_x min_y r − β ln K, with the recession function
+R(d) = mean_x max_y ⟨d,h⟩: a λ where D is below the last two terms has R(λ) < 0, which proves infeasibility.
 
-Error bars are clustered by prompt: psi_x = E_pi[g|x] - mean_y g(x, y) contains the estimate of E_ref[g]. Those of the
-gains, sd(psi_x) / sqrt(N), answer "what will the policy trained with this lam get on new prompts?"; that of lam* is the
-sandwich H^-1 Var(psi)/N H^-1 over the active constraints (delta method). What they leave out is finite K: the sample is
-never better than its best response, so gains come out too small and lam* too large, by about 3 % at an effective sample
-size of 40, 6 % at 20, 18 % at 9; below 5 solve() warns. At beta = 0.1, score spread 3, K = 128, the paper's setting, it
-is near 1: best-of-K, not pi_lam. `jackknife` removes 3/4 of the bias above 20, half at 5 to 9, little near 1.
+Error bars are clustered by prompt: ψ_x = E_π_λ[g|x] − mean_y g(x,y) contains the estimate of E_ref[g]. Those of the
+gains, sd(ψ_x)/√N, answer "what will the policy trained with this λ get on new prompts?"; that of λ* is the sandwich
+H⁻¹·Var(ψ)/N·H⁻¹ over the active constraints (delta method). What they leave out is finite K: the sample is never better
+than its best response, so gains come out too small and λ* too large, by about 3 % at an effective sample size of 40,
+6 % at 20, 18 % at 9; below 5 solve() warns. At β = 0.1, score spread 3, K = 128, the paper's setting, it is near 1:
+best-of-K, not π_λ. `jackknife` removes 3/4 of the bias above 20, half at 5 to 9, little near 1.
 
-Differs from the paper and its published code: Newton for m >= 1 where they run projected gradient descent for m = 1;
+Differs from the paper and its published code: Newton for m ≥ 1 where they run projected gradient descent for m = 1;
 log-mean-exp per prompt everywhere (the code pools prompts in two places); failure raises, with a proof, where they
-return None. Read mocan.py next, where lam* labels the pairs.
+return None.
+
+Read next: mocan.py, where λ* labels the pairs.
 """
 import argparse
 import json
@@ -42,7 +46,7 @@ from typing import NamedTuple
 
 
 class Infeasible(ValueError):
-    """No policy on these samples meets the margins. `direction` d >= 0 is the proof: mean_x max_y <d, h> < 0."""
+    """No policy on these samples meets the margins. `direction` d ≥ 0 is the proof: mean_x max_y ⟨d,h⟩ < 0."""
 
     def __init__(self, margin, direction, reachable):
         super().__init__(f"margin {margin.tolist()} is out of reach on these samples: the largest reachable"
@@ -52,22 +56,22 @@ class Infeasible(ValueError):
 
 
 class Dual(NamedTuple):
-    """lam*, how sure it is, and what the policy trained with it will get."""
-    lam: torch.Tensor  # (m,) lam* >= 0
+    """λ*, how sure it is, and what the policy trained with it will get."""
+    lam: torch.Tensor  # (m,) λ* ≥ 0
     lam_se: torch.Tensor  # (m,) its standard error, 0 where the constraint is inactive
-    value: float  # D(lam*)
-    grad: torch.Tensor  # (m,) E_pi[h]: 0 where lam* > 0, else >= 0
+    value: float  # D(λ*)
+    grad: torch.Tensor  # (m,) E_π_λ[h]: 0 where λ* > 0, else ≥ 0
     hessian: torch.Tensor  # (m, m)
     iterations: int  # evaluations of (D, grad, hessian) on all prompts
-    score_gain: float  # E_pi[r] - E_ref[r]
+    score_gain: float  # E_π_λ[r] − E_ref[r]
     score_gain_se: float
-    constraint_gain: torch.Tensor  # (m,) E_pi[g] - E_ref[g]
+    constraint_gain: torch.Tensor  # (m,) E_π_λ[g] − E_ref[g]
     constraint_gain_se: torch.Tensor  # (m,)
     ref: torch.Tensor  # (m,) E_ref[g]
     ref_se: torch.Tensor  # (m,)
     reachable: torch.Tensor  # (m,) largest margin of each constraint alone
-    kl: float  # KL(pi || pi_ref), mean over prompts
-    ess: float  # effective sample size 1 / sum_y p(y)^2, mean over prompts
+    kl: float  # KL(π_λ‖π_ref), mean over prompts
+    ess: float  # effective sample size 1/Σ_y π_λ(y)², mean over prompts
     ess_p5: float  # its 5th percentile
     top_weight: float  # weight of the single best response, mean over prompts
 
@@ -122,30 +126,30 @@ def prepare(score, constraint, mask, prompt_weight):
 
 
 def evaluate(problem, lam, margin, beta, detail=False):
-    """D(lam) - E_ref[r] (solve adds it back), its gradient, its Hessian, and per prompt the rows they are made of."""
+    """D(λ) − E_ref[r] (solve adds it back), ∇D, ∇²D, and the rows they are made of, one column a prompt."""
     n, second, parts, ref = problem.buffer.shape[1], 0, [], problem.mean @ problem.weight  # ref: E_ref[r], E_ref[g]
     for i in range(0, len(problem.score), n):
         r, g = problem.score[i:i + n].double(), problem.constraint[:, i:i + n].double()  # (n, K), (m, n, K)
         p, pg = problem.buffer[0, :len(r)], problem.buffer[1:, :len(r)]
         torch.addmv(r.reshape(-1), g.flatten(1).T, (lam / beta).to(p), beta=1 / beta, out=p.view(-1))
-        top = p.amax(dim=1)  # (n,) of p, here still (r + <lam, g>) / beta
+        top = p.amax(dim=1)  # (n,) of p, here still (r + ⟨λ,g⟩)/β
         total = p.sub_(top[:, None]).exp_().sum(dim=1)
-        p.mul_((problem.weight[i:i + n] / total)[:, None])  # pi_lam(y|x), times the prompt's weight
-        gain = torch.sub(g, problem.mean[1:, i:i + n, None], out=pg).mul_(p).sum(dim=2)  # (m, n), E_pi[g|x] - mean_y g
+        p.mul_((problem.weight[i:i + n] / total)[:, None])  # π_λ(y|x), times the prompt's weight
+        gain = torch.sub(g, problem.mean[1:, i:i + n, None], out=pg).mul_(p).sum(dim=2)  # (m, n), E_π_λ[g|x] − mean_y g
         second = second + torch.bmm(pg.transpose(0, 1), g.permute(1, 2, 0)).sum(dim=0)  # (m, m)
         part = [gain, (top + total.log())[None], 1 / total[None]]
-        if detail:  # E_pi[r|x], and the sum of squared weights
+        if detail:  # E_π_λ[r|x] and Σ_y π_λ(y|x)²
             part += torch.mul(p, r, out=pg[0]).sum(dim=1)[None], p.square().sum(dim=1)[None]
         parts.append(torch.cat(part))
     rows, m = torch.cat(parts, dim=1), len(lam)  # (m+2 or m+4, N)
     gain = rows[:m] / problem.weight.clamp_min(1e-300)  # (m, N)
-    value = beta * float((rows[m] - problem.log_count) @ problem.weight) - float(ref[0])  # D(lam), once <lam, b> is off
-    hessian = (second - rows[:m] @ (problem.mean[1:] + gain).T) / beta  # mean_x Cov_pi(g) / beta
+    value = beta * float((rows[m] - problem.log_count) @ problem.weight) - float(ref[0])  # still with ⟨λ,g⟩ for ⟨λ,h⟩
+    hessian = (second - rows[:m] @ (problem.mean[1:] + gain).T) / beta  # ∇²D = mean_x Cov_π_λ(g)/β
     return value - float(lam @ (margin + ref[1:].cpu())), rows[:m].sum(dim=1).cpu() - margin, hessian.cpu(), rows
 
 
 def model_step(x, grad, hessian, damp):
-    """x + argmin_e <grad, e> + <e, (hessian + damp) e> / 2 over x + e >= 0: entries go to the bound one by one."""
+    """x + argmin_e ⟨grad,e⟩ + ⟨e,(hessian + damp)e⟩/2 over x + e ≥ 0: entries go to the bound one by one."""
     h = hessian + torch.diag(damp + 1e-13 * hessian.diagonal() + 1e-200)  # collinear constraints make it singular
     free, pinned = (x > 0) | (grad < 0), torch.eye(len(x), dtype=x.dtype)
     while True:
@@ -157,15 +161,15 @@ def model_step(x, grad, hessian, damp):
 
 
 def newton(problem, lam, margin, beta, limit, tolerance):
-    """Minimise D over lam >= 0 by regularised Newton: (lam, evaluate() there, evaluations, whether KKT holds)."""
+    """Minimise D over λ ≥ 0 by regularised Newton: (λ, evaluate() there, evaluations, whether KKT holds)."""
     size, spread = problem.mean.abs().amax(dim=1).cpu() + problem.width, float(problem.width[0])
     level = size[1:] + margin.abs()  # (m,), size of the numbers that h_j is a difference of
     width = (problem.width[1:] + margin.abs() + 1e-12 * size[1:]).clamp_min(1e-100)  # (m,), natural unit of h_j
     state, count, radius = evaluate(problem, lam, margin, beta), 1, 8 * (spread + beta)
     while True:
         value, grad, hessian, _ = state
-        noise = 2e-15 * (float(size[0]) + 4 * beta + float(lam @ level))  # rounding of r + <lam, h>, hence of D
-        if value < -spread - beta * float(problem.log_count.max()) - noise:  # D >= R(lam) + this: R(lam) < 0
+        noise = 2e-15 * (float(size[0]) + 4 * beta + float(lam @ level))  # rounding of r + ⟨λ,h⟩, hence of D
+        if value < -spread - beta * float(problem.log_count.max()) - noise:  # D(λ) ≥ R(λ) + this: R(λ) < 0
             raise Infeasible(margin, lam, problem.top[1:])
         wrong = torch.where(lam > 0, grad, grad.clamp_max(0)).abs() / width  # (m,), violation of KKT
         done = bool((wrong <= tolerance + noise / beta + 1e-15 * level / width).all())
@@ -185,9 +189,9 @@ def newton(problem, lam, margin, beta, limit, tolerance):
 
 
 def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, start=None):
-    """lam* and its predictions from score (N, K), constraint (N, K) or (m, N, K), margin (float or (m,)) and beta.
+    """λ* and its predictions from score (N, K), constraint (N, K) or (m, N, K), margin (float or (m,)) and beta.
 
-    mask (N, K): True where a response exists. prompt_weight (N,). start (m,): a guess of lam*, e.g. at a near margin.
+    mask (N, K): True where a response exists. prompt_weight (N,). start (m,): a guess of λ*, e.g. at a near margin.
     Raises Infeasible with a certificate when no policy on these samples meets the margins.
     """
     problem, beta = prepare(score, constraint, mask, prompt_weight), float(beta)
@@ -202,7 +206,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
         raise Infeasible(margin, over, problem.top[1:])
     if start is not None:
         lam = torch.as_tensor(start, dtype=torch.float64).cpu().expand(m).clamp_min(0)
-    for stride in (64, 8):  # cold start: approach lam* on every 64th, then every 8th prompt
+    for stride in (64, 8):  # cold start: approach λ* on every 64th, then every 8th prompt
         weight = problem.weight[::stride]
         if start is None and len(weight) >= 64 and weight.sum() > 0:
             some = problem._replace(score=problem.score[::stride], constraint=problem.constraint[:, ::stride],
@@ -216,7 +220,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     heat = 1.0
     while not done and heat * beta < problem.width[0]:
         heat *= 4
-    while not done and heat >= 1:  # D is nearly piecewise linear: follow lam* from a large beta down to this one
+    while not done and heat >= 1:  # D is nearly piecewise linear: follow λ* from a large β down to this one
         lam, state, count, done = newton(problem, lam, margin, beta * heat, 400, 3e-11 if heat == 1 else 1e-6)
         iterations, done, heat = iterations + count, done and heat == 1, heat / 4
     if not done:
@@ -229,7 +233,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     gain, r_gain, ess = rows[:m] / tiny, rows[m + 2] / tiny - problem.mean[0], w * tiny / rows[m + 3].clamp_min(1e-300)
     psi = torch.cat([r_gain[None], gain, problem.mean[1:]])  # (1+2m, N), what the gains and E_ref[g] average
     mean = psi @ w
-    kl = (float(mean[0]) + float(lam @ grad) - value) / beta  # E_pi[ln pi_lam / pi_ref]
+    kl = (float(mean[0]) + float(lam @ grad) - value) / beta  # E_π_λ[ln π_λ/π_ref]
     spread = w * (psi - mean[:, None])
     cov = (spread @ spread.T * (N / (N - 1) if N > 1 else float("nan"))).cpu()  # (1+2m, 1+2m), of the averages
     se, on, lam_se = cov.diagonal().sqrt(), lam > 0, torch.zeros_like(lam)
@@ -245,7 +249,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
 
 
 def reachable(constraint, mask=None, prompt_weight=None):
-    """The largest reachable margin of each constraint alone, (m,): mean_x max_y g_j - E_ref[g_j]."""
+    """The largest reachable margin of each constraint alone, (m,): mean_x max_y g_j − E_ref[g_j]."""
     g = torch.as_tensor(constraint)
     return prepare(g if g.ndim == 2 else g[0], g, mask, prompt_weight).top[1:].to(g.device)
 
@@ -260,7 +264,7 @@ def sweep(score, constraint, margins, beta, *, mask=None, prompt_weight=None):
 
 
 def margin_of(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
-    """The inverse question: the margins (m,) that lam belongs to, E_pi_lam[g] - E_ref[g], in one evaluation."""
+    """The inverse question: the margins (m,) that λ belongs to, E_π_λ[g] − E_ref[g], in one evaluation."""
     problem = prepare(score, constraint, mask, prompt_weight)
     lam = torch.as_tensor(lam, dtype=torch.float64).flatten().cpu().expand(len(problem.constraint))
     if not (lam >= 0).all() or not lam.isfinite().all() or not 0 < beta < float("inf"):
@@ -269,7 +273,7 @@ def margin_of(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
 
 
 def jackknife(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
-    """Gains at lam (1+m,), score first, with less bias of finite K: K theta - (K-1) mean_k theta_without_k."""
+    """Gains at λ (1+m,), score first, with less bias of finite K: K·θ − (K−1)·mean_k θ_without_k."""
     problem, total = prepare(score, constraint, mask, prompt_weight), 0
     slope = torch.as_tensor(lam, dtype=torch.float64, device=problem.score.device).flatten()
     chunk = problem.buffer.shape[1]

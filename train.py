@@ -70,15 +70,15 @@ class Config:
     n_embd: int = setting(128, "reference", "width")
     block_size: int = setting(192, "reference", "longest prompt and response together, in tokens")
     # training
-    batch: int = setting(32, None, "pairs per micro-batch; a policy update: 2·batch/G prompts with G responses each")
+    batch: int = setting(16, None, "pairs per micro-batch; a policy update: 2·batch/G prompts with G responses each")
     accumulate: int = setting(1, "mocan", "micro-batches per policy update step")
     warmup: int = setting(20, None, "steps of linear warm-up, then cosine to 0")
     clip: float = setting(1.0, None, "largest gradient norm")
-    sft_steps: int = setting(300, "reference", "gradient steps of the reference policy")
+    sft_steps: int = setting(600, "reference", "gradient steps of the reference policy")
     sft_lr: float = setting(3e-3, "reference", "its learning rate")
     scores: str = setting("", "scores", "exact: the world's own functions; learned: trained on preferences "
                           "(default: exact in the world, learned on data)", ("", "exact", "learned"))
-    score_steps: int = setting(60, "scores", "gradient steps of each learned score model")
+    score_steps: int = setting(120, "scores", "gradient steps of each learned score model")
     score_lr: float = setting(1e-3, "scores", "its learning rate")
     # offline samples and the dual
     prompts: int = setting(512, "offline", "N, training prompts that the reference answers")
@@ -92,12 +92,12 @@ class Config:
     constraints: str = setting("", "scores", "safety preferences to constrain, comma separated (default: harmless in "
                                "the world, every one but helpful in data)")
     # policy
-    lr: float = setting(6e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
-    steps: int = setting(700, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
+    lr: float = setting(4e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
+    steps: int = setting(1400, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
     labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw", ("exact", "sampled"))
     group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all their pairs")
     pairs: str = setting("samples", "mocan", "MoCAN's: samples of the reference; data: the file's own", ("samples", "data"))
-    prealign_steps: int = setting(300, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
+    prealign_steps: int = setting(600, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
     prealign_lr: float = setting(7e-5, "prealign", "their learning rate")
     calibrate: bool = setting(True, "prealign", "scale PeCAN's implicit scores by a temperature fitted on held-out pairs")
     # evaluation
@@ -105,8 +105,8 @@ class Config:
     eval_responses: int = setting(32, None, "fresh responses to each")
 
 
-QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=180, sft_lr=6e-3, score_steps=40, prompts=128, responses=16, steps=60,
-             prealign_steps=60, prealign_lr=3e-4, lr=1e-3, eval_prompts=64, eval_responses=8)
+QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, score_steps=80, prompts=128, responses=16, steps=120,
+             prealign_steps=120, prealign_lr=3e-4, lr=1e-3, eval_prompts=64, eval_responses=8)
 
 
 def settings(argv):

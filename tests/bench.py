@@ -218,75 +218,85 @@ def bench_dual(argv):
 def bench_oneshot(argv):
     """One-shot dualization against the primal-dual policy optimization that it replaces, on one model, world and margin.
 
-    Both start from the same reference. Primal-dual alternates a KL-regularised policy step (DPO on fresh pairs of the
-    current policy, labelled by r + <lam, g>, whose fixed point at that lam is the same pi_lam) with a projected dual step
-    on the violation measured on those samples. Its policy is kept from round to round. Its step sizes
-    are untuned defaults: tune --dual_lr and --inner before quoting a comparison.
+    Both start from the same reference and see the same training prompts, learning rate, schedule and step size (2 * batch
+    responses in groups of G, all pairs of a group). A primal-dual round samples fresh responses of the current policy,
+    takes a projected dual step on the violation measured on them, and `--inner` DPO steps on r + <lam, g> of them, each
+    response used once; DPO's optimum at a fixed lam is the same pi_lam for samples of any policy. The policy is kept from
+    round to round. Evaluations are the ones of train.py, on the same prompts, and are not counted.
     """
-    parser = argparse.ArgumentParser(prog="bench.py oneshot", allow_abbrev=False)
-    parser.add_argument("--out", default="out", help="folder of a finished `python train.py --algo mocan` run")
-    parser.add_argument("--rounds", type=int, default=30, help="primal-dual rounds")
-    parser.add_argument("--inner", type=int, default=100, help="gradient steps of a round")
-    parser.add_argument("--dual_lr", type=float, default=2.0, help="dual step per unit of violation")
-    parser.add_argument("--samples", type=int, default=8, help="fresh responses a prompt and round")
+    parser = argparse.ArgumentParser(prog="bench.py oneshot", allow_abbrev=False, description=bench_oneshot.__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out", help="folder of a finished run of `python train.py`")
+    parser.add_argument("--rounds", type=int, default=140, help="primal-dual rounds")
+    parser.add_argument("--inner", type=int, default=50, help="gradient steps of a round")
+    parser.add_argument("--dual_lr", type=float, default=1.0, help="dual step per unit of violation")
+    parser.add_argument("--evaluations", type=int, default=14, help="of the primal-dual policy, evenly spaced")
     a = parser.parse_args(argv)
     with open(os.path.join(a.out, "results.json")) as file:
         ours = json.load(file)
-    with open(os.path.join(a.out, "run.json")) as file:
-        config = json.load(file)["config"]
-    c = train.Config(**{**config, "data": tuple(config["data"]), "start": "evaluate"})
+    c = train.Config(**{**ours["config"], "data": tuple(ours["config"]["data"]), "start": "evaluate"})
     if c.data or c.scores != "exact" or len(ours["dual"]["lam"]) != 1:
         sys.exit("bench.py oneshot: needs a run of the built-in world with one constraint")
     train_pairs, held_out, names = data.load(c, random.Random(f"{c.seed}/data"))
     tok = data.open_tokenizer(c, train_pairs, True)
-    load = lambda name: from_checkpoint(torch.load(os.path.join(a.out, name), weights_only=True))
-    reference, policy = load("reference.pt"), load("reference.pt")
+    load = lambda name: torch.load(os.path.join(a.out, name), weights_only=True)
+    reference, policy = from_checkpoint(load("reference.pt")), from_checkpoint(load("reference.pt"))
     prompts, held = data.spread(train_pairs, c.prompts), data.spread(held_out, c.eval_prompts)
-    offline = torch.load(os.path.join(a.out, "offline_scores.pt"), weights_only=True)["scores"]
-    b, ref_g = ours["dual"]["margin"][0], offline[1].mean().item()
+    ref_g = load("offline_scores.pt")["scores"][1].mean(dim=1)  # (N,)
+    b, mine = ours["dual"]["margin"][0], ours["policies"]["mocan"]
     quiet, generator = (lambda *_, **__: None), train.stream(c, "primal-dual")
     ref_eval, _, _ = mocan.measure(reference, reference, None, {}, names, held, tok, c, train.stream(c, "evaluate"), quiet)
 
-    lam, spent, history, optimizer = torch.zeros(1), 0.0, [], torch.optim.AdamW(policy.parameters(), lr=c.lr, fused=True)
+    G, size = c.group, max(1, 2 * c.batch // c.group)
+    i, j = torch.triu_indices(G, G, 1)
+    lam, spent, history, order = torch.zeros(1), 0.0, [], torch.empty(0, dtype=torch.long)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     for turn in range(a.rounds):
         began = time.time()
-        pool, _ = mocan.sample_pool(policy, tok, prompts, a.samples, c, generator, quiet)
-        scores = mocan.score_pool({}, names, prompts, pool, tok, c)
-        lam = (lam + a.dual_lr * (b - (scores[1].mean().item() - ref_g))).clamp_min(0) if turn else lam
+        while len(order) < a.inner * size:  # the round's prompts; an epoch visits each once
+            order = torch.cat([order, torch.randperm(len(prompts), generator=generator)])
+        some, order = order[:a.inner * size], order[a.inner * size:]
+        text = [prompts[n] for n in some.tolist()]
+        pool, _ = mocan.sample_pool(policy, tok, text, G, c, generator, quiet)
+        scores = mocan.score_pool({}, names, text, pool, tok, c)
+        if turn:  # at the first round the policy is the reference, and violates the margin by all of it
+            lam = (lam + a.dual_lr * (b - (scores[1].mean() - ref_g[some].mean()).item())).clamp_min(0)
         s, ref_logp = scores[0] + lam * scores[1], mocan.logprobs(reference, pool, c)
-        batches = mocan.pair_batches(pool.lengths(), c.batch, generator)
-        for step in range(a.inner):
-            optimizer.param_groups[0]["lr"] = c.lr * mocan.lr_at(turn * a.inner + step, a.rounds * a.inner, c.warmup)
+        batches = mocan.pair_batches(pool.lengths(), size, generator, G)
+        for step in range(turn * a.inner, (turn + 1) * a.inner):
+            optimizer.param_groups[0]["lr"] = c.lr * mocan.lr_at(step, a.rounds * a.inner, c.warmup)
             n, k = next(batches)
-            logp = sequence_logprob(policy, *mocan.gather_pairs(pool, n, k, c.device)).view(-1, 2)
-            ref, p_1 = ref_logp[n[:, None], k], mocan.bradley_terry(*s[n[:, None], k].unbind(dim=1))
-            mocan.preference_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], p_1, c.beta).mean().backward()
+            logp = sequence_logprob(policy, *mocan.gather_pairs(pool, n, k, c.device)).view(k.shape)
+            ref, score = ref_logp[n[:, None], k], s[n[:, None], k]
+            p_1 = mocan.bradley_terry(score[:, i], score[:, j])
+            mocan.preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], p_1, c.beta).mean().backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), c.clip)
             optimizer.step()
             optimizer.zero_grad()
         spent += time.time() - began
-        _, m, _ = mocan.measure(policy, reference, ref_eval, {}, names, held, tok, c, train.stream(c, "evaluate"), quiet)
-        history.append((m["reward_gain"], m["constraint_gain"][0], m["kl"], lam.item(), spent))
-        print(f"  round {turn + 1:3d}: lam {lam.item():.3f}  reward gain {m['reward_gain']:+.3f}  {names[0]} gain "
-              f"{m['constraint_gain'][0]:+.3f} (b {b:.3f})  KL {m['kl']:.3f}  {spent:.0f} s", flush=True)
+        if (turn + 1) * a.evaluations // a.rounds > turn * a.evaluations // a.rounds:
+            _, m, _ = mocan.measure(policy, reference, ref_eval, {}, names, held, tok, c, train.stream(c, "evaluate"), quiet)
+            history.append((m["reward_gain"], m["constraint_gain"][0], m["kl"], lam.item(), spent, turn + 1))
+            print(f"  round {turn + 1:3d}: lam {lam.item():.3f}  reward gain {m['reward_gain']:+.3f}  {names[0]} gain "
+                  f"{m['constraint_gain'][0]:+.3f} (b {b:.3f})  KL {m['kl']:.3f}  {spent:.0f} s", flush=True)
 
-    mine = ours["policies"]["mocan"]
-    feasible = [(row, i) for i, row in enumerate(history) if row[1] >= 0.95 * b]
-    best, at = max(feasible) if feasible else (history[-1], a.rounds - 1)
-    tail = torch.tensor(history[len(history) // 2:])
+    def row(name, x):  # one evaluated moment of primal-dual
+        reward, gain, kl, _, seconds, turns = x
+        return name, turns * a.inner, turns * a.inner * size * G, turns, seconds, reward, gain, kl
+
+    feasible = [x for x in history if x[1] >= 0.95 * b]
     rows = [("one-shot", mine["steps"], c.prompts * c.responses, 1, mine["seconds"] + ours["seconds"]["offline"]
-             + ours["seconds"]["dual"], mine["reward_gain"], mine["constraint_gain"][0], mine["kl"]),
-            (f"primal-dual, best feasible (round {at + 1})", (at + 1) * a.inner, (at + 1) * len(prompts) * a.samples, at + 1,
-             best[4], best[0], best[1], best[2]),
-            (f"primal-dual, last (round {a.rounds})", a.rounds * a.inner, a.rounds * len(prompts) * a.samples, a.rounds,
-             history[-1][4], *history[-1][:3])]
-    print(f"\nmargin {b:.3f}\n{'':42s}{'steps':>7s}{'samples':>9s}{'updates':>9s}{'seconds':>9s}{'reward':>9s}{'gain':>8s}"
+             + ours["seconds"]["dual"], mine["reward_gain"], mine["constraint_gain"][0], mine["kl"])]
+    rows += [row("primal-dual, best with gain >= 0.95 b", max(feasible))] if feasible else []
+    rows += [row("primal-dual, last", history[-1])]
+    print(f"\nmargin {b:.3f}\n{'':38s}{'steps':>7s}{'samples':>9s}{'updates':>9s}{'seconds':>9s}{'reward':>9s}{'gain':>8s}"
           f"{'violation':>11s}{'KL':>7s}")
     for name, steps, samples, updates, seconds, reward, gain, kl in rows:
-        print(f"{name:42s}{steps:7d}{samples:9d}{updates:9d}{seconds:9.0f}{reward:+9.3f}{gain:+8.3f}{max(0, b - gain):11.3f}"
+        print(f"{name:38s}{steps:7d}{samples:9d}{updates:9d}{seconds:9.0f}{reward:+9.3f}{gain:+8.3f}{max(0, b - gain):11.3f}"
               f"{kl:7.3f}")
-    print(f"oscillation of primal-dual over its second half: lam {tail[:, 3].min():.3f} to {tail[:, 3].max():.3f}, "
-          f"{names[0]} gain {tail[:, 1].min():+.3f} to {tail[:, 1].max():+.3f} (standard deviation {tail[:, 1].std():.3f}), "
+    tail = torch.tensor(history[len(history) // 2:])
+    print(f"oscillation of primal-dual over its second half: lam {tail[:, 3].min():.3f} to {tail[:, 3].max():.3f} (one-shot: "
+          f"{ours['dual']['lam'][0]:.3f}), {names[0]} gain {tail[:, 1].min():+.3f} to {tail[:, 1].max():+.3f}, "
           f"reward gain {tail[:, 0].min():+.3f} to {tail[:, 0].max():+.3f}")
 
 
