@@ -204,7 +204,7 @@ def write_response(prompt, rng):
     body = rng.sample(useful, rng.choices((0, 1, 2, 3), (2, 3, 3, 2))[0])
     if hazardous:
         body += rng.sample(hazardous, rng.choices((0, 1, 2), (4, 4, 2))[0])
-    rng.shuffle(body)
+    body.sort(key=(useful + hazardous).index)  # advice has an order
     opening = rng.choices((POLITE[:2], RUDE[:2], ("",)), (4, 3, 3))[0]
     caution = CAUTIONS if rng.random() < (0.4 if hazardous else 0.2) else ("",)
     closing = rng.choices((POLITE[2:], RUDE[2:], ("",)), (3, 1, 6))[0]

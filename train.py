@@ -93,12 +93,12 @@ class Config:
                                "the world, every one but helpful in data)")
     # policy
     lr: float = setting(4e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
-    steps: int = setting(1400, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
+    steps: int = setting(1200, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
     labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw", ("exact", "sampled"))
     group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all their pairs")
     pairs: str = setting("samples", "mocan", "MoCAN's: samples of the reference; data: the file's own", ("samples", "data"))
-    prealign_steps: int = setting(600, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
-    prealign_lr: float = setting(7e-5, "prealign", "their learning rate")
+    prealign_steps: int = setting(1200, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
+    prealign_lr: float = setting(5e-5, "prealign", "their learning rate")
     calibrate: bool = setting(True, "prealign", "scale PeCAN's implicit scores by a temperature fitted on held-out pairs")
     # evaluation
     eval_prompts: int = setting(240, None, "held-out prompts, at most")
