@@ -51,9 +51,9 @@ def load_preferences(paths):
                 rows = [_read_row(line, name, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: cannot be read as JSONL or JSONL.gz ({error}); check --data") from None
-        if not any(pair.prefers for pair in rows):
-            raise ValueError(f"{path}: no usable pair in {len(rows)} rows; each needs better_response_id or "
-                             "safer_response_id (0 or 1), or chosen and rejected")
+        if not rows:
+            raise ValueError(f"{path}: no usable pair: no row at all; each needs better_response_id or safer_response_id "
+                             "(0 or 1), or chosen and rejected")
         pairs += rows
     return pairs
 
@@ -121,6 +121,8 @@ def load(c, rng):
     known = list(dict.fromkeys(name for pair in pairs for name in pair.prefers))
     default = [name for name in known if name != "helpful"] if c.data else ["harmless"]
     names = c.constraints.split(",") if c.constraints else default
+    if "helpful" in names or len(set(names)) < len(names):
+        raise ValueError(f"--constraints {','.join(names)}: name each safety preference once; helpful is the reward")
     for name in ("helpful", *names):
         if not all(any(name in pair.prefers for pair in side) for side in (train, held_out)):
             raise ValueError(f"no preference {name!r} in both parts of the split; the data has {', '.join(known)}: add a "
@@ -280,9 +282,9 @@ def open_tokenizer(c, train, reuse):
 def encode_prompts(tok, prompts, limit):
     """Prompts (str) -> token ids in the chat template, at most `limit` each: a longer prompt loses its beginning.
     Returns (list of B id lists, how many were truncated)."""
-    room = limit - len(tok.before) - len(tok.after)
+    room = max(0, limit - len(tok.before) - len(tok.after))
     ids = [tok.encoding.encode_ordinary(" " + prompt) for prompt in prompts]
-    return [tok.before + x[-room:] + tok.after for x in ids], sum(len(x) > room for x in ids)
+    return [tok.before + x[max(0, len(x) - room):] + tok.after for x in ids], sum(len(x) > room for x in ids)
 
 
 def encode_responses(tok, responses, limit):

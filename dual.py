@@ -15,22 +15,22 @@ PeCAN is the same function with r → ln π_r/π_ref, g → ln π_g/π_ref, β �
     g_j(x,y)     constraint    (m, N, K)     E_π_λ[g|x] − mean_y g   gain                   (m, N)
     b_j, λ_j     margin, lam   (m,)          D, ∇D, ∇²D              value, grad, hessian   (), (m,), (m, m)
 
-Convergence: a step minimises the quadratic model + ‖∇D‖·‖step‖²/(2·radius) over λ ≥ 0, which keeps it shorter than
-radius; one that lowers D by too little of what the model promised is refused and shrinks radius, so for convex smooth D
-only KKT points are limits; near λ* the added term vanishes with ∇D, and convergence is quadratic.
+Convergence: a step lowers the quadratic model + v·‖step‖²/(2·radius) on λ ≥ 0, with v the violation of KKT, which keeps
+it within 2·radius; one that lowers D by too little of what the model promised is refused and shrinks radius, so for
+convex smooth D only KKT points are limits; near λ* v vanishes, and convergence is quadratic where ∇²D is regular there.
 Infeasible margins let D fall for ever. D(λ) ≥ R(λ) + mean_x min_y r − β ln K, with the recession function
 R(d) = mean_x max_y ⟨d,h⟩: a λ where D is below the last two terms has R(λ) < 0, which proves infeasibility.
 
 Error bars are clustered by prompt: ψ_x = E_π_λ[g|x] − mean_y g(x,y) contains the estimate of E_ref[g]. Those of the
 gains, sd(ψ_x)/√N, answer "what will the policy trained with this λ get on new prompts?"; that of λ* is the sandwich
-H⁻¹·Var(ψ)/N·H⁻¹ over the active constraints (delta method). What they leave out is finite K: the sample is never better
-than its best response, so gains come out too small and λ* too large, by about 3 % at an effective sample size of 40,
-6 % at 20, 18 % at 9; below 5 solve() warns. At β = 0.1, score spread 3, K = 128, the paper's setting, it is near 1:
-best-of-K, not π_λ. `jackknife` removes 3/4 of the bias above 20, half at 5 to 9, little near 1.
+H⁻¹·Var(ψ)/N·H⁻¹ over the active constraints (delta method). What they leave out is finite K: a sample is never better
+than its best response, so λ* comes out too large and gains too small, a constraint's by 3 % at an effective sample
+size of 40, 6 % at 20, 18 % at 9; below 5 solve() warns. At β = 0.1, score spread 3, K = 128, the paper's setting,
+it is near 1: best-of-K, not π_λ. `jackknife` removes 3/4 of the bias above 20, half at 5 to 9, little near 1.
 
 Differs from the paper and its published code: Newton for m ≥ 1 where they run projected gradient descent for m = 1;
-log-mean-exp per prompt everywhere (the code pools prompts in two places); failure raises, with a proof, where they
-return None.
+log-mean-exp per prompt everywhere (the code pools prompts in two places); infeasibility raises with a proof, and
+a failure to converge raises too, where they return None.
 
 Read next: mocan.py, where λ* labels the pairs.
 """
@@ -49,7 +49,8 @@ class Infeasible(ValueError):
     """No policy on these samples meets the margins. `direction` d ≥ 0 is the proof: mean_x max_y ⟨d,h⟩ < 0."""
 
     def __init__(self, margin, direction, reachable):
-        super().__init__(f"margin {margin.tolist()} is out of reach on these samples: the largest reachable"
+        joint = " jointly" * bool((margin <= reachable).all())
+        super().__init__(f"margin {margin.tolist()} is{joint} out of reach on these samples: the largest reachable"
                          f"{' alone' * (len(margin) > 1)} is {reachable.tolist()}; lower the margin or sample more "
                          "responses per prompt")
         self.direction, self.reachable = direction / direction.sum(), reachable  # (m,), (m,)
@@ -58,7 +59,7 @@ class Infeasible(ValueError):
 class Dual(NamedTuple):
     """λ*, how sure it is, and what the policy trained with it will get."""
     lam: torch.Tensor  # (m,) λ* ≥ 0
-    lam_se: torch.Tensor  # (m,) its standard error, 0 where the constraint is inactive
+    lam_se: torch.Tensor  # (m,) its standard error, 0 where inactive; if collinear, of what is determined
     value: float  # D(λ*)
     grad: torch.Tensor  # (m,) E_π_λ[h]: 0 where λ* > 0, else ≥ 0
     hessian: torch.Tensor  # (m, m)
@@ -72,7 +73,7 @@ class Dual(NamedTuple):
     reachable: torch.Tensor  # (m,) largest margin of each constraint alone
     kl: float  # KL(π_λ‖π_ref), mean over prompts
     ess: float  # effective sample size 1/Σ_y π_λ(y)², mean over prompts
-    ess_p5: float  # its 5th percentile
+    ess_p5: float  # its 5th percentile over prompts of weight > 0
     top_weight: float  # weight of the single best response, mean over prompts
 
 
@@ -117,7 +118,8 @@ def prepare(score, constraint, mask, prompt_weight):
     mean, low, high = ends[0] / count, ends[1], ends[2]  # (1+m, N) each
     if not mean.isfinite().all():
         j, row = divmod(int((~mean.isfinite()).flatten().int().argmax()), N)
-        raise ValueError(f"{'constraint' if j else 'score'} has a NaN or inf at prompt {row}: mask or repair it")
+        name = f"constraint {j - 1}" if j else "score"
+        raise ValueError(f"{name} has a NaN or inf at prompt {row}: mask or repair it")
     if mask is not None:
         score = score.double().masked_fill_(~exists, -1e300)  # finite: 0 * -1e300 is not NaN
     weight = weight / weight.sum()
@@ -135,13 +137,13 @@ def evaluate(problem, lam, margin, beta, detail=False):
         top = p.amax(dim=1)  # (n,) of p, here still (r + ⟨λ,g⟩)/β
         total = p.sub_(top[:, None]).exp_().sum(dim=1)
         p.mul_((problem.weight[i:i + n] / total)[:, None])  # π_λ(y|x), times the prompt's weight
-        gain = torch.sub(g, problem.mean[1:, i:i + n, None], out=pg).mul_(p).sum(dim=2)  # (m, n), E_π_λ[g|x] − mean_y g
+        gain = torch.sub(g, problem.mean[1:, i:i + n, None], out=pg).mul_(p).sum(dim=2)  # (m, n), w·(E_π_λ g − mean g)
         second = second + torch.bmm(pg.transpose(0, 1), g.permute(1, 2, 0)).sum(dim=0)  # (m, m)
         part = [gain, (top + total.log())[None], 1 / total[None]]
-        if detail:  # E_π_λ[r|x] and Σ_y π_λ(y|x)²
+        if detail:  # weight·E_π_λ[r|x] and weight²·Σ_y π_λ(y|x)²
             part += torch.mul(p, r, out=pg[0]).sum(dim=1)[None], p.square().sum(dim=1)[None]
         parts.append(torch.cat(part))
-    rows, m = torch.cat(parts, dim=1), len(lam)  # (m+2 or m+4, N)
+    rows, m = torch.cat(parts, dim=1), len(lam)  # (m+2 or m+4, N): gains, ln Σ_y exp, top weight [, E[r], Σ π²]
     gain = rows[:m] / problem.weight.clamp_min(1e-300)  # (m, N)
     value = beta * float((rows[m] - problem.log_count) @ problem.weight) - float(ref[0])  # still with ⟨λ,g⟩ for ⟨λ,h⟩
     hessian = (second - rows[:m] @ (problem.mean[1:] + gain).T) / beta  # ∇²D = mean_x Cov_π_λ(g)/β
@@ -149,15 +151,17 @@ def evaluate(problem, lam, margin, beta, detail=False):
 
 
 def model_step(x, grad, hessian, damp):
-    """x + argmin_e ⟨grad,e⟩ + ⟨e,(hessian + damp)e⟩/2 over x + e ≥ 0: entries go to the bound one by one."""
+    """x + e ≥ 0 that lowers ⟨grad,e⟩ + ⟨e,(hessian + damp)e⟩/2: go towards the minimum over the free entries, pin the
+    first that meets its bound, and so on, down to the minimum on the face where this ends. For m = 1 the argmin."""
     h = hessian + torch.diag(damp + 1e-13 * hessian.diagonal() + 1e-200)  # collinear constraints make it singular
-    free, pinned = (x > 0) | (grad < 0), torch.eye(len(x), dtype=x.dtype)
+    free, pinned, y = (x > 0) | (grad < 0), torch.eye(len(x), dtype=x.dtype), x
     while True:
-        e = torch.linalg.solve(torch.where(free[:, None], h, pinned), torch.where(free, -grad, -x))
-        over = free & (x + e < 0)
+        end = x + torch.linalg.solve(torch.where(free[:, None], h, pinned), torch.where(free, -grad, -x))
+        over = free & (end < 0)
         if not over.any():
-            return torch.where(free, x + e, 0.0)
-        free = free & ~over
+            return torch.where(free, end, 0.0)
+        meet = torch.where(over, y / (y - end), 2.0)  # how far along the path each meets its bound
+        y, free = y + meet.min() * (end - y), free & (meet > meet.min())
 
 
 def newton(problem, lam, margin, beta, limit, tolerance):
@@ -168,11 +172,13 @@ def newton(problem, lam, margin, beta, limit, tolerance):
     state, count, radius = evaluate(problem, lam, margin, beta), 1, 8 * (spread + beta)
     while True:
         value, grad, hessian, _ = state
+        grad = torch.where(grad.abs() <= 1e-15 * level, 0.0, grad)  # rounding has no direction
         noise = 2e-15 * (float(size[0]) + 4 * beta + float(lam @ level))  # rounding of r + ⟨λ,h⟩, hence of D
-        if value < -spread - beta * float(problem.log_count.max()) - noise:  # D(λ) ≥ R(λ) + this: R(λ) < 0
+        low = float(problem.top[0]) - spread - beta * float(problem.log_count.max())  # min r − E_ref[r] − β ln K
+        if value < low - noise:  # D(λ) − E_ref[r] ≥ R(λ) + low, hence R(λ) < 0
             raise Infeasible(margin, lam, problem.top[1:])
         wrong = torch.where(lam > 0, grad, grad.clamp_max(0)).abs() / width  # (m,), violation of KKT
-        done = bool((wrong <= tolerance + noise / beta + 1e-15 * level / width).all())
+        done = bool((wrong <= tolerance + min(noise / beta, 1e-8)).all())  # noise grows with λ
         if done or count == limit:
             return lam, state, count, done
         damp = float(wrong.norm()) / radius + 1e-15 / beta  # keeps the step, in units of r, below radius
@@ -191,7 +197,8 @@ def newton(problem, lam, margin, beta, limit, tolerance):
 def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, start=None):
     """λ* and its predictions from score (N, K), constraint (N, K) or (m, N, K), margin (float or (m,)) and beta.
 
-    mask (N, K): True where a response exists. prompt_weight (N,). start (m,): a guess of λ*, e.g. at a near margin.
+    mask (N, K): True where a response exists. prompt_weight (N,): relative weights of independent prompts, not counts.
+    start (m,): a guess of λ*, e.g. at a near margin.
     Raises Infeasible with a certificate when no policy on these samples meets the margins.
     """
     problem, beta = prepare(score, constraint, mask, prompt_weight), float(beta)
@@ -205,7 +212,10 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     if over.any():  # R of those axes is top - margin < 0
         raise Infeasible(margin, over, problem.top[1:])
     if start is not None:
-        lam = torch.as_tensor(start, dtype=torch.float64).cpu().expand(m).clamp_min(0)
+        lam = torch.as_tensor(start, dtype=torch.float64).flatten().cpu()
+        if len(lam) not in (1, m) or not lam.isfinite().all():
+            raise ValueError(f"start is {lam.tolist()}: give one finite number, or one for each of {m} constraints")
+        lam = lam.expand(m).clamp_min(0)
     for stride in (64, 8):  # cold start: approach λ* on every 64th, then every 8th prompt
         weight = problem.weight[::stride]
         if start is None and len(weight) >= 64 and weight.sum() > 0:
@@ -214,7 +224,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
                                     mean=problem.mean[:, ::stride])
             try:
                 lam = newton(some, lam, margin, beta, 40, 0.01)[0]
-            except Infeasible:  # of those prompts only: the full problem decides
+            except Infeasible:  # of those prompts: the full problem decides
                 break
     lam, state, iterations, done = newton(problem, lam, margin, beta, 40, 3e-11)
     heat = 1.0
@@ -235,7 +245,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     mean = psi @ w
     kl = (float(mean[0]) + float(lam @ grad) - value) / beta  # E_π_λ[ln π_λ/π_ref]
     spread = w * (psi - mean[:, None])
-    cov = (spread @ spread.T * (N / (N - 1) if N > 1 else float("nan"))).cpu()  # (1+2m, 1+2m), of the averages
+    cov = (spread @ spread.T / (1 - w @ w)).cpu()  # (1+2m, 1+2m), of the averages; equal weights: 1 - 1/N
     se, on, lam_se = cov.diagonal().sqrt(), lam > 0, torch.zeros_like(lam)
     inverse = torch.linalg.pinv(hessian[on][:, on], hermitian=True)
     lam_se[on] = (inverse @ cov[1:1 + m, 1:1 + m][on][:, on] @ inverse).diagonal().sqrt()  # sandwich
@@ -251,7 +261,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
 def reachable(constraint, mask=None, prompt_weight=None):
     """The largest reachable margin of each constraint alone, (m,): mean_x max_y g_j − E_ref[g_j]."""
     g = torch.as_tensor(constraint)
-    return prepare(g if g.ndim == 2 else g[0], g, mask, prompt_weight).top[1:].to(g.device)
+    return prepare(torch.zeros((), device=g.device).expand(g.shape[-2:]), g, mask, prompt_weight).top[1:].to(g.device)
 
 
 def sweep(score, constraint, margins, beta, *, mask=None, prompt_weight=None):
@@ -280,10 +290,13 @@ def jackknife(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
     for i in range(0, len(problem.score), chunk):
         rows = slice(i, i + chunk)
         r, g = problem.score[rows].double(), problem.constraint[:, rows].double()
-        p, exists = torch.softmax((r + torch.tensordot(slope, g, dims=1)) / beta, dim=1), r > -1e300
+        z, exists = (r + torch.tensordot(slope, g, dims=1)) / beta, r > -1e300
+        p, best = z.softmax(dim=1), z.argmax(dim=1, keepdim=True)
         x = torch.cat([torch.where(exists, r, 0.0)[None], g]) - problem.mean[:, rows, None]  # (1+m, n, K)
         theta, count = (p * x).sum(dim=2, keepdim=True), problem.log_count[rows].exp()  # (1+m, n, 1), (n,)
-        rest = torch.where(exists, (theta - p * x) / (1 - p).clamp_min(1e-12), 0.0).sum(dim=2) / count  # (1+m, n)
+        others = (z.scatter(1, best, -1.7e308).softmax(dim=1) * x).sum(dim=2, keepdim=True)  # 1 - p cancels there
+        rest = ((theta - p * x) / (1 - p)).scatter(2, best.expand(len(x), -1, 1), others)
+        rest = torch.where(exists, rest, 0.0).sum(dim=2) / count  # (1+m, n)
         total = total + (count * theta[..., 0] - (count - 1) * rest) @ problem.weight[rows]  # (1+m,)
     return total
 

@@ -17,7 +17,7 @@ the constants E_ref[g_j] and b_j of the dual cancel in the difference.
     g_j       constraint       (m, N, K)        ln π_ref(y|x)    ref_logp, ref   (N, K), (B, G)
     λ         lam              (m,)             P(y_1 ≻ y_0)     p_1             (B, G(G-1)/2)
 
-Left out: no value model, no online sampling, no λ that moves in training, no forward pass of the reference in the loop.
+Left out: a value model, online sampling, a λ that moves in training, the reference's forward pass in the loop.
 Different from the paper: labels are the exact p_1, not a Bernoulli draw of it (same minimiser, less noise; --labels
 sampled draws). Pairs come from the K samples, fresh every step, all G(G−1)/2 of a group of G: they cost nothing once each
 response's log-probability is there (--group 2: one pair; --pairs data: the data's own two responses, as in the paper).
@@ -312,6 +312,9 @@ def print_table(names, rows):
     print("\n" + "\n".join("  ".join([x[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(x[1:], widths[1:]))]) for x in table))
 
 
+COLORS = ("#3b82f6", "#e8590c", "#2b9e4f", "#b04ad8", "#c9a000", "#d6336c", "#0ea5a5", "#8d6e63")
+
+
 def svg(path, title, x_title, y_title, curves, points):
     """Write a chart. curves: {label: [(x, y), …]}; points: {label: (x, y, (x_low, x_high), (y_low, y_high))}. Text and axes
     are a mid gray and the series strong hues, so that it reads on light and on dark pages."""
@@ -332,13 +335,15 @@ def svg(path, title, x_title, y_title, curves, points):
                 f'x="{left - 8}" y="{Y(i * step) + 4}" text-anchor="end"'
             out.append(f'<path d="{line}" stroke="#888" stroke-opacity=".25"/><text {place}>{i * step:g}</text>')
     for i, (label, series) in enumerate([*curves.items(), *points.items()]):
-        color, x, y = ("#3b82f6", "#e8590c", "#2b9e4f", "#b04ad8", "#c9a000", "#d6336c", "#0ea5a5", "#8d6e63")[i % 8], left + 185 * (i % 3), 46 + 18 * (i // 3)
+        color, x, y = COLORS[i % len(COLORS)], left + 185 * (i % 3), 46 + 18 * (i // 3)
         if label in curves:
-            mark = f'<path d="M{" L".join(f"{X(a)} {Y(b)}" for a, b in series)}" fill="none" stroke="{color}" stroke-width="2"/>'
+            line = " L".join(f"{X(a)} {Y(b)}" for a, b in series)
+            mark = f'<path d="M{line}" fill="none" stroke="{color}" stroke-width="2"/>'
         else:
             a, b, (a0, a1), (b0, b1) = series
             mark = f'<path d="M{X(a0)} {Y(b)}H{X(a1)}M{X(a)} {Y(b0)}V{Y(b1)}" stroke="{color}"/>' \
                    f'<circle cx="{X(a)}" cy="{Y(b)}" r="4" fill="{color}"/>'
-        out.append(f'{mark}<rect x="{x}" y="{y - 7}" width="12" height="5" fill="{color}"/><text x="{x + 18}" y="{y}">{label}</text>')
+        out.append(f'{mark}<rect x="{x}" y="{y - 7}" width="12" height="5" fill="{color}"/>'
+                   f'<text x="{x + 18}" y="{y}">{label}</text>')
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join([*out, "</svg>\n"]))

@@ -20,7 +20,8 @@ E_ref[g] supplies it. λ is unchanged, since both problems share one minimiser.
     ln π_g(y|x)    logp_g     (m, N, K)    τ, calibration    tau          (), one per preference
 
 Different from the paper: its published labels lack the factor β, which makes them 1/β times too sharp. And implicit
-scores are miscalibrated, since a pre-alignment stops before DPO's optimum; `calibrate` fits the factor τ that mends it (--no-calibrate: 1).
+scores are miscalibrated, since a pre-alignment stops before DPO's optimum; `calibrate` fits the factor τ that mends it
+(--no-calibrate: 1).
 
 Read next: train.py, the whole job.
 """

@@ -14,7 +14,7 @@ The stages, and the artifact that each leaves in --out:
     mocan       one policy update                           mocan.pt
     prealign    PeCAN: one DPO policy per preference        dpo-*.pt, tuples.pt
     pecan       one policy update                           pecan.pt
-    evaluate    fresh responses on held-out prompts         results.json, samples.jsonl, tradeoff.svg, dual.svg
+    evaluate    fresh responses on held-out prompts         results.json, samples.jsonl; of MoCAN tradeoff.svg, dual.svg
 """
 
 import argparse
@@ -59,7 +59,7 @@ class Config:
                          ("float32", "bfloat16", "float16"))
     # text
     data: tuple = setting((), "reference", "preference files, FILE or NAME=FILE, one or more; none: the built-in world")
-    world_pairs: int = setting(12000, "reference", "preference pairs that the built-in world writes")
+    world_pairs: int = setting(24000, "reference", "preference pairs that the built-in world writes")
     held_out: float = setting(0.2, "reference", "share of the prompts kept for evaluation")
     tokenizer: str = setting("vocab", "reference", "vocab: built from the training text; gpt2: GPT-2's", ("vocab", "gpt2"))
     vocab_size: int = setting(4096, "reference", "largest size of the vocab tokenizer")
@@ -89,8 +89,7 @@ class Config:
                            "25%,50%,75%; comma separated, several constraints of one margin by ':'")
     margin: str = setting("50%", "dual", "b, required safety gain over the reference: a number in g's units or a share "
                           "of the largest reachable one, 50%; comma separated for several constraints")
-    constraints: str = setting("", "scores", "safety preferences to constrain, comma separated (default: harmless in "
-                               "the world, every one but helpful in data)")
+    constraints: str = setting("", "scores", "safety preferences to constrain, comma separated (default: harmless; data: all)")
     # policy
     lr: float = setting(4e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
     steps: int = setting(1200, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
@@ -212,8 +211,7 @@ def new_model(c, config, purpose):
 
 def parse_margin(text, separator, reach):
     """"50%" or "0.3", one or one per constraint -> (m,) margins in g's units; reach (m,) is the largest reachable."""
-    parts = text.split(separator)
-    parts = parts * len(reach) if len(parts) == 1 else parts
+    parts = text.split(separator) * (1 if separator in text else len(reach))
     try:
         b = [float(p[:-1]) / 100 * top if p.endswith("%") else float(p) for p, top in zip(parts, reach.tolist(), strict=True)]
     except ValueError:
@@ -225,7 +223,7 @@ def parse_margin(text, separator, reach):
 def dual_numbers(c, names, margin, found, unit):
     """Print λ* and what it predicts -> the same as a dict; `unit` turns PeCAN's log-ratios into the units of r and g."""
     for j, name in enumerate(names):
-        print(f"  λ*_{name} = {found.lam[j]:.4f} ± {1.96 * found.lam_se[j]:.4f} for a margin of {margin[j]:.3f}; predicted gain "
+        print(f"  λ*_{name} = {found.lam[j]:.4f} ± {1.96 * found.lam_se[j]:.4f} at a margin of {margin[j]:.3f}; predicted gain "
               f"{unit * found.constraint_gain[j]:.3f}, {name} of the reference {unit * found.ref[j]:.3f}")
     print(f"  predicted reward gain {unit * found.score_gain:.3f}, KL {found.kl:.3f}, effective sample size {found.ess:.1f} a "
           f"prompt (5th percentile {found.ess_p5:.1f}); {found.iterations} evaluations")
@@ -383,7 +381,9 @@ def main():
         for name in texts for i, text in enumerate(texts[name])))
     write(os.path.join(c.out, "results.json"), json.dumps(results, indent=1))
     for i in sorted({len(prompts) * j // 6 for j in (1, 3, 5)}):
-        print(f"\n  {prompts[i]}", *(f"    {name:>14}: {' '.join(texts[name][i * c.eval_responses].split())}" for name in texts), sep="\n")
+        print(f"\n  {prompts[i]}")
+        for name in texts:
+            print(f"    {name:>14}: {' '.join(texts[name][i * c.eval_responses].split())}")
     optimum = results.get("dual", results.get("dual_pecan"))
     mocan.print_table(names, {**results["policies"], "optimum (closed form)":
                                       {**optimum, "reward_gain": optimum["score_gain"]}})

@@ -402,13 +402,17 @@ def test_sampled_labels_are_zero_or_one_with_the_right_frequency(monkeypatch):
         assert (label[inside].mean() - p[inside].mean()).abs() < 4 * (0.25 / inside.sum()) ** 0.5
 
 
-def test_accumulated_micro_batches_are_one_batch():
+def test_accumulated_micro_batches_are_one_batch(monkeypatch):
+    """By plain gradient descent: Adam's first step is the gradient's sign, which is noise where the gradient is 0."""
+    real = mocan.mixed_precision
+    monkeypatch.setattr(mocan, "mixed_precision", lambda model, lr, dtype: (
+        torch.optim.SGD(model.parameters(), lr=lr), *real(model, lr, dtype)[1:]))
     whole, parts = run_mocan(steps=1, batch=8), run_mocan(steps=1, batch=4, accumulate=2)
     assert whole.losses == pytest.approx(parts.losses, abs=1e-6)
+    moved = [(a - b).abs().max().item() for a, b in zip(whole.policy.parameters(), tiny().parameters())]
     for a, b in zip(whole.policy.parameters(), parts.policy.parameters()):
-        assert torch.allclose(a, b, atol=2e-5, rtol=0)
-    start = tiny()
-    assert max((a - b).abs().max().item() for a, b in zip(whole.policy.parameters(), start.parameters())) > 5e-4
+        assert torch.allclose(a, b, atol=1e-3 * max(moved), rtol=0)
+    assert max(moved) > 1e-5
 
 
 @pytest.mark.parametrize("bad_step", [0, 2])

@@ -23,7 +23,7 @@ MODULES = ("model", "data", "dual", "mocan", "pecan", "train")
 POLICIES = ["reference", "mocan", "dpo-helpful", "dpo-harmless", "pecan"]
 TINY = ("--device cpu --dtype float32 --n_layer 1 --n_embd 32 --n_head 2 --world_pairs 300 --vocab_size 600 "
         "--max_new_tokens 24 --block_size 64 --sft_steps 80 --sft_lr 1e-2 --score_steps 4 --prompts 16 --responses 8 "
-        "--steps 6 --prealign_steps 6 --eval_prompts 8 "
+        "--batch 32 --steps 6 --prealign_steps 12 --prealign_lr 3e-3 --margin 10% --eval_prompts 8 "
         "--eval_responses 4 --warmup 2").split()  # its λ* is positive, else there would be little to test
 
 
@@ -145,7 +145,7 @@ def test_settings_and_three_samples_of_every_policy_are_printed(quick):
 
 
 def test_progress_says_rate_loss_and_time_left_without_control_characters(quick):
-    assert re.search(r"mocan \d+/60  loss \d\.\d+  [\d.]+/s  \d+ s elapsed, \d+ s left", quick[0].stdout)
+    assert re.search(r"mocan \d+/120  loss \d\.\d+  [\d.]+/s  \d+ s elapsed, \d+ s left", quick[0].stdout)
     assert "\r" not in quick[0].stdout and quick[0].stdout.count("mocan ") < 40
 
 
@@ -201,7 +201,7 @@ def test_how_one_evaluates_changes_no_training_number(tiny, tmp_path):
 
 
 def test_a_new_margin_from_the_dual_on_keeps_the_samples(tiny, tiny_copy):
-    job("--from", "dual", "--out", tiny_copy, "--margin", "20%", "--algo", "mocan")
+    job("--from", "dual", "--out", tiny_copy, "--margin", "4%", "--algo", "mocan")
     assert (tiny_copy / "offline.pt").read_bytes() == (tiny / "offline.pt").read_bytes()
     old, new = numbers(tiny)["dual"], numbers(tiny_copy)["dual"]
     assert new["margin"][0] == pytest.approx(0.4 * old["margin"][0]) and 0 < new["lam"][0] < old["lam"][0]
@@ -211,7 +211,7 @@ def test_a_new_margin_from_the_dual_on_keeps_the_samples(tiny, tiny_copy):
 # ---- other ways through the job
 
 def test_two_constraints_and_a_trade_off_curve(tmp_path, capsys):
-    job(*TINY, "--out", tmp_path, "--constraints", "harmless,polite", "--margin", "20%,10%",
+    job(*TINY, "--out", tmp_path, "--constraints", "harmless,polite", "--margin", "5%,10%",
         "--margins", "5%:5%,10%:20%")
     rows = numbers(tmp_path)["policies"]
     assert list(rows) == ["reference", "mocan", "mocan 5%:5%", "mocan 10%:20%", "dpo-helpful", "dpo-harmless",
