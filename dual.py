@@ -25,8 +25,8 @@ Error bars are clustered by prompt: ψ_x = E_π_λ[g|x] − mean_y g(x,y) contai
 gains, sd(ψ_x)/√N, answer "what will the policy trained with this λ get on new prompts?"; that of λ* is the sandwich
 H⁻¹·Var(ψ)/N·H⁻¹ over the active constraints (delta method). What they leave out is finite K: a sample is never better
 than its best response, so λ* comes out too large and gains too small, a constraint's by 3 % at an effective sample
-size of 40, 6 % at 20, 18 % at 9; below 5 solve() warns. At β = 0.1, score spread 3, K = 128, the paper's setting,
-it is near 1: best-of-K, not π_λ. `jackknife` removes 3/4 of the bias above 20, half at 5 to 9, little near 1.
+size of 40, 6 % at 20, 17 % at 9; below 5 solve() warns. At β = 0.1, score spread 3, K = 128, the paper's setting,
+it is near 1: best-of-K, not π_λ. `jackknife` removes 4/5 of the bias above 20, half at 9, a third at 5.
 
 Differs from the paper and its published code: Newton for m ≥ 1 where they run projected gradient descent for m = 1;
 log-mean-exp per prompt everywhere (the code pools prompts in two places); infeasibility raises with a proof, and

@@ -292,10 +292,10 @@ def bench_oneshot(argv):
     rows += [row("primal-dual, best with gain >= 0.95 b", max(feasible))] if feasible else []
     rows += [row("primal-dual, last", history[-1])]
     print(f"\nmargin {b:.3f}\n{'':38s}{'steps':>7s}{'samples':>9s}{'updates':>9s}{'seconds':>9s}{'reward':>9s}{'gain':>8s}"
-          f"{'violation':>11s}{'KL':>7s}")
+          f"{'violation':>11s}{'KL':>7s}{'reward - beta KL':>18s}")
     for name, steps, samples, updates, seconds, reward, gain, kl in rows:
         print(f"{name:38s}{steps:7d}{samples:9d}{updates:9d}{seconds:9.0f}{reward:+9.3f}{gain:+8.3f}{max(0, b - gain):11.3f}"
-              f"{kl:7.3f}")
+              f"{kl:7.3f}{reward - c.beta * kl:+18.3f}")
     tail = torch.tensor(history[len(history) // 2:])
     print(f"oscillation of primal-dual over its second half: lam {tail[:, 3].min():.3f} to {tail[:, 3].max():.3f} (one-shot: "
           f"{ours['dual']['lam'][0]:.3f}), {names[0]} gain {tail[:, 1].min():+.3f} to {tail[:, 1].max():+.3f}, "
