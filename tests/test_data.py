@@ -232,6 +232,12 @@ def test_data_without_a_safety_preference_is_refused(tmp_path):
         data.load(settings(data=(path,)), random.Random(0))
 
 
+@pytest.mark.parametrize("names", ["helpful", "harmless,harmless"])
+def test_a_constraint_is_named_once_and_is_not_the_reward(names):
+    with pytest.raises(ValueError, match="name each safety preference once; helpful is the reward"):
+        data.load(settings(constraints=names), random.Random(0))
+
+
 # ---- the built-in world
 
 HAND_SCORED = [  # prompt, response, r, g_1, g_2
@@ -375,6 +381,7 @@ def test_prompts_carry_the_template_and_a_long_one_loses_its_beginning():
     ids, cut = data.encode_prompts(tok, [short, long], 8)
     assert cut == 1
     assert ids[0] == [*tok.before, *b" abc", *tok.after] and ids[1] == [*tok.before, *b"efghij", *tok.after]
+    assert data.encode_prompts(tok, [short], 2) == ([[*tok.before, *tok.after]], 1)  # no room at all
 
 
 def test_a_long_response_loses_its_end_and_its_end_token():

@@ -408,6 +408,52 @@ def test_the_papers_setting_has_an_effective_sample_size_near_one():
         dual.solve(r, g, 0.05 * dual.reachable(g), 30.0)
 
 
+@pytest.mark.parametrize("beta, gap", [(1.0, 1e-5), (0.1, 1e-6), (0.01, 1e-5)])
+def test_margins_a_little_out_of_reach_together_are_never_called_solved(beta, gap):
+    g = rand(1, 40, 16)
+    with pytest.raises(dual.Infeasible, match="jointly") as caught:
+        dual.solve(rand(0, 40, 16), torch.stack([g, -g]), [0.3, -0.3 + gap], beta)
+    b = torch.tensor([0.3, -0.3 + gap], dtype=torch.float64)
+    assert recession(torch.stack([g, -g]), caught.value.direction, b) < 0
+
+
+def test_prompts_of_weight_zero_change_nothing():
+    r, g = rand(0, 40, 12), rand(1, 40, 12)
+    few = dual.solve(r[:5], g[:5], 0.3, 0.5)
+    all_ = dual.solve(r, g, 0.3, 0.5, prompt_weight=[1.0] * 5 + [0.0] * 35)
+    for x, y, name in zip(few, all_, few._fields):
+        if name != "iterations":
+            assert x == pytest.approx(y, abs=1e-9), name
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_jackknife_is_leaving_out_each_response(beta, ragged):
+    """Also at beta = 0.01, where one response has all of the weight."""
+    r, g = rand(0, 10, 8), rand(1, 10, 8)
+    mask = torch.ones(10, 8, dtype=torch.bool)
+    if ragged:
+        mask[:, 5:] = rand(2, 10, 3) > 0
+    total = torch.zeros(2, dtype=torch.float64)
+    for n in range(10):
+        x = torch.stack([r[n], g[n]])[:, mask[n]]  # (2, k)
+        gains = lambda keep: x[:, keep] @ ((x[0, keep] + 0.7 * x[1, keep]) / beta).softmax(dim=0)
+        k = x.shape[1]
+        rest = sum(gains([i for i in range(k) if i != out]) for out in range(k)) / k
+        total += (k * gains(list(range(k))) - (k - 1) * rest - x.mean(dim=1)) / 10
+    torch.testing.assert_close(dual.jackknife(r, g, 0.7, beta, mask=mask), total, atol=1e-9, rtol=0)
+
+
+def test_the_array_with_a_nan_is_named():
+    g = rand(1, 2, 4, 5)
+    g[1, 3, 2] = math.nan
+    for call in (lambda: dual.reachable(g), lambda: dual.solve(rand(0, 4, 5), g, 0.1, 1.0)):
+        with pytest.raises(ValueError, match="constraint 1 has a NaN or inf at prompt 3"):
+            call()
+    with pytest.raises(ValueError, match="start is"):
+        dual.solve(rand(0, 4, 5), rand(1, 4, 5), 0.1, 1.0, start=[1.0, 2.0])
+
+
 BAD = [
     (dict(beta=0.0), "beta is 0.0"), (dict(beta=math.nan), "beta is nan"), (dict(margin=math.inf), "margin is"),
     (dict(margin=[0.1, 0.2]), "margin is"), (dict(score=torch.zeros(3)), "score has shape"),
