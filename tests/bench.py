@@ -16,6 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else NumPy's idle threads spin on the core that the next solver needs
 import numpy as np
 import torch
 
