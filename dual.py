@@ -38,11 +38,13 @@ import argparse
 import json
 import sys
 
-import numpy as np
 import torch
 # From here down to the end of solve() the text also runs alone, pasted below `import torch`.
 import warnings
 from typing import NamedTuple
+
+import numpy as np  # for what has m entries: a fifth of torch's overhead
+
 
 
 class Infeasible(ValueError):
@@ -53,7 +55,7 @@ class Infeasible(ValueError):
         super().__init__(f"margin {margin.tolist()} is{joint} out of reach on these samples: the largest reachable"
                          f"{' alone' * (len(margin) > 1)} is {reachable.tolist()}; lower the margin or sample more "
                          "responses per prompt")
-        self.direction, self.reachable = direction / direction.sum(), reachable  # (m,), (m,)
+        self.direction, self.reachable = (torch.from_numpy(x) for x in (direction / direction.sum(), reachable))  # (m,)
 
 
 class Dual(NamedTuple):
@@ -84,11 +86,13 @@ class Problem(NamedTuple):
     weight: torch.Tensor  # (N,), sums to 1
     log_count: torch.Tensor  # (N,), ln of the number of responses
     mean: torch.Tensor  # (1+m, N), over responses, of score and constraints
-    top: torch.Tensor  # (1+m,), mean_x (max_y - mean_y) of both
-    width: torch.Tensor  # (1+m,), mean_x (max_y - min_y) of both
+    top: np.ndarray  # (1+m,), mean_x (max_y - mean_y) of both
+    width: np.ndarray  # (1+m,), mean_x (max_y - min_y) of both
+    size: np.ndarray  # (1+m,), max_x |mean_y| + width of both
     buffer: torch.Tensor  # (1+m, n, K) float64, for n prompts at a time
 
 
+@torch.inference_mode()
 def prepare(score, constraint, mask, prompt_weight):
     """Check the input and take its means and ends over responses; ValueError in one line."""
     score = torch.as_tensor(score).detach()
@@ -123,69 +127,76 @@ def prepare(score, constraint, mask, prompt_weight):
     if mask is not None:
         score = score.double().masked_fill_(~exists, -1e300)  # finite: 0 * -1e300 is not NaN
     weight = weight / weight.sum()
-    return Problem(score, constraint, weight, count.log(), mean, ((high - mean) @ weight).cpu(),
-                   ((high - low) @ weight).cpu(), torch.empty(1 + m, n, K, **like))
+    top, width, size = ((high - mean) @ weight).cpu(), ((high - low) @ weight).cpu(), mean.abs().amax(dim=1).cpu()
+    return Problem(score, constraint, weight, count.log(), mean, top.numpy(), width.numpy(), (size + width).numpy(),
+                   torch.empty(1 + m, n, K, **like))
 
 
+def vector(name, x, m):
+    """One finite number, or m -> (m,) float64."""
+    x = torch.as_tensor(x, dtype=torch.float64).flatten().cpu().numpy()
+    if len(x) not in (1, m) or not np.isfinite(x).all():
+        raise ValueError(f"{name} is {x.tolist()}: give one finite number, or one for each of {m} constraints")
+    return np.resize(x, m)
+
+
+@torch.inference_mode()
 def evaluate(problem, lam, margin, beta, detail=False):
     """D(λ) − E_ref[r] (solve adds it back), ∇D, ∇²D, and the rows they are made of, one column a prompt."""
-    n, second, parts, ref = problem.buffer.shape[1], 0, [], problem.mean @ problem.weight  # ref: E_ref[r], E_ref[g]
-    for i in range(0, len(problem.score), n):
-        r, g = problem.score[i:i + n].double(), problem.constraint[:, i:i + n].double()  # (n, K), (m, n, K)
-        p, pg = problem.buffer[0, :len(r)], problem.buffer[1:, :len(r)]
-        torch.addmv(r.reshape(-1), g.flatten(1).T, (lam / beta).to(p), beta=1 / beta, out=p.view(-1))
-        top = p.amax(dim=1)  # (n,) of p, here still (r + ⟨λ,g⟩)/β
-        total = p.sub_(top[:, None]).exp_().sum(dim=1)
-        p.mul_((problem.weight[i:i + n] / total)[:, None])  # π_λ(y|x), times the prompt's weight
-        gain = torch.sub(g, problem.mean[1:, i:i + n, None], out=pg).mul_(p).sum(dim=2)  # (m, n), w·(E_π_λ g − mean g)
-        second = second + torch.bmm(pg.transpose(0, 1), g.permute(1, 2, 0)).sum(dim=0)  # (m, m)
-        part = [gain, (top + total.log())[None], 1 / total[None]]
-        if detail:  # weight·E_π_λ[r|x] and weight²·Σ_y π_λ(y|x)²
-            part += torch.mul(p, r, out=pg[0]).sum(dim=1)[None], p.square().sum(dim=1)[None]
-        parts.append(torch.cat(part))
-    rows, m = torch.cat(parts, dim=1), len(lam)  # (m+2 or m+4, N): gains, ln Σ_y exp, top weight [, E[r], Σ π²]
-    gain = rows[:m] / problem.weight.clamp_min(1e-300)  # (m, N)
-    value = beta * float((rows[m] - problem.log_count) @ problem.weight) - float(ref[0])  # still with ⟨λ,g⟩ for ⟨λ,h⟩
-    hessian = (second - rows[:m] @ (problem.mean[1:] + gain).T) / beta  # ∇²D = mean_x Cov_π_λ(g)/β
-    return value - float(lam @ (margin + ref[1:].cpu())), rows[:m].sum(dim=1).cpu() - margin, hessian.cpu(), rows
+    score, constraint, weight, log_count, mean, *_, buffer = problem
+    m, n, second, rows, ref = len(lam), buffer.shape[1], 0, [], (mean @ weight).cpu().numpy()  # ref: E_ref[r], E_ref[g]
+    for r, g, w, mean_g in zip(score.split(n), constraint.split(n, 1), weight.split(n), mean[1:].split(n, 1)):
+        r, g, z, pg = r.double(), g.double(), buffer[0, :len(r)], buffer[1:, :len(r)]  # (n, K), (m, n, K), twice
+        torch.mul(r, 1 / beta, out=z)
+        for slope, x in zip((lam / beta).tolist(), g):
+            z.add_(x, alpha=slope)  # at the end (r + ⟨λ,g⟩)/β
+        p = z.softmax(dim=1)  # π_λ(y|x)
+        gain = torch.sub(g, mean_g[:, :, None], out=pg).mul_(p).sum(dim=2)  # (m, n), E_π_λ[g|x] − mean_y g
+        second = second + w @ torch.bmm(pg.transpose(0, 1), g.permute(1, 2, 0)).flatten(1)  # (m²,)
+        top = p.amax(dim=1)  # (n,)
+        rows += [gain, (z.amax(dim=1) - top.log())[None], top[None]],  # ln Σ_y exp z = max_y z − ln max_y p
+        if detail:  # E_π_λ[r|x] and Σ_y π_λ(y|x)²
+            rows[-1] += torch.mul(p, r, out=z).sum(dim=1)[None], p.square().sum(dim=1)[None]
+    rows = torch.cat([torch.cat(x) for x in rows], dim=1)  # (m+2 or m+4, N)
+    hessian = (second.view(m, m) - (rows[:m] * weight) @ (mean[1:] + rows[:m]).T) / beta  # ∇²D = mean_x Cov_π_λ(g)/β
+    value = beta * float((rows[m] - log_count) @ weight) - ref[0] - lam @ (margin + ref[1:])
+    return value, (rows[:m] @ weight).cpu().numpy() - margin, hessian.cpu().numpy(), rows
 
 
 def model_step(x, grad, hessian, damp):
     """x + e ≥ 0 that lowers ⟨grad,e⟩ + ⟨e,(hessian + damp)e⟩/2: go towards the minimum over the free entries, pin the
     first that meets its bound, and so on, down to the minimum on the face where this ends. For m = 1 the argmin."""
-    h = hessian + torch.diag(damp + 1e-13 * hessian.diagonal() + 1e-200)  # collinear constraints make it singular
-    free, pinned, y = (x > 0) | (grad < 0), torch.eye(len(x), dtype=x.dtype), x
+    h = hessian + np.diag(damp + 1e-13 * hessian.diagonal() + 1e-200)  # collinear constraints make it singular
+    free, pinned, y = (x > 0) | (grad < 0), np.eye(len(x)), x
     while True:
-        end = x + torch.linalg.solve(torch.where(free[:, None], h, pinned), torch.where(free, -grad, -x))
+        end = x + np.linalg.solve(np.where(free[:, None], h, pinned), np.where(free, -grad, -x))
         over = free & (end < 0)
         if not over.any():
-            return torch.where(free, end, 0.0)
-        meet = torch.where(over, y / (y - end), 2.0)  # how far along the path each meets its bound
+            return np.where(free, end, 0.0)
+        meet = np.divide(y, y - end, out=np.full_like(y, 2.0), where=over)  # where on the path each meets its bound
         y, free = y + meet.min() * (end - y), free & (meet > meet.min())
 
 
 def newton(problem, lam, margin, beta, limit, tolerance):
     """Minimise D over λ ≥ 0 by regularised Newton: (λ, evaluate() there, evaluations, whether KKT holds)."""
-    size, spread = problem.mean.abs().amax(dim=1).cpu() + problem.width, float(problem.width[0])
-    level = size[1:] + margin.abs()  # (m,), size of the numbers that h_j is a difference of
-    width = (problem.width[1:] + margin.abs() + 1e-12 * size[1:]).clamp_min(1e-100)  # (m,), natural unit of h_j
+    spread, level = problem.width[0], problem.size[1:] + abs(margin)  # level (m,): h_j is a difference of such numbers
+    width = np.maximum(problem.width[1:] + abs(margin) + 1e-12 * problem.size[1:], 1e-100)  # (m,), natural unit of h_j
+    low = problem.top[0] - spread - beta * float(problem.log_count.max())  # min r − E_ref[r] − β ln K
     state, count, radius = evaluate(problem, lam, margin, beta), 1, 8 * (spread + beta)
     while True:
         value, grad, hessian, _ = state
-        grad = torch.where(grad.abs() <= 1e-15 * level, 0.0, grad)  # rounding has no direction
-        noise = 2e-15 * (float(size[0]) + 4 * beta + float(lam @ level))  # rounding of r + ⟨λ,h⟩, hence of D
-        low = float(problem.top[0]) - spread - beta * float(problem.log_count.max())  # min r − E_ref[r] − β ln K
+        grad = np.where(abs(grad) <= 1e-15 * level, 0.0, grad)  # rounding has no direction
+        noise = 2e-15 * (problem.size[0] + 4 * beta + lam @ level)  # rounding of r + ⟨λ,h⟩, hence of D
         if value < low - noise:  # D(λ) − E_ref[r] ≥ R(λ) + low, hence R(λ) < 0
             raise Infeasible(margin, lam, problem.top[1:])
-        wrong = torch.where(lam > 0, grad, grad.clamp_max(0)).abs() / width  # (m,), violation of KKT
+        wrong = abs(np.where(lam > 0, grad, np.minimum(grad, 0))) / width  # (m,), violation of KKT
         done = bool((wrong <= tolerance + min(noise / beta, 1e-8)).all())  # noise grows with λ
         if done or count == limit:
             return lam, state, count, done
-        damp = float(wrong.norm()) / radius + 1e-15 / beta  # keeps the step, in units of r, below radius
-        x = lam * width  # in units of r
-        new = model_step(x, grad / width, hessian / (width[:, None] * width), damp) / width
+        damp = np.linalg.norm(wrong) / radius + 1e-15 / beta  # keeps the step, in units of r, below radius
+        new = model_step(lam * width, grad / width, hessian / (width[:, None] * width), damp) / width
         e = new - lam
-        promised, length = -float(grad @ e + e @ hessian @ e / 2), float((e * width).norm())
+        promised, length = -(grad @ e + e @ hessian @ e / 2), np.linalg.norm(e * width)
         trial, count = evaluate(problem, new, margin, beta, detail=promised < 1e-8 * beta), count + 1
         drop = value - trial[0]
         if drop < 1e-3 * abs(promised) - noise:
@@ -202,26 +213,19 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     Raises Infeasible with a certificate when no policy on these samples meets the margins.
     """
     problem, beta = prepare(score, constraint, mask, prompt_weight), float(beta)
-    (m, N, K), margin = problem.constraint.shape, torch.as_tensor(margin, dtype=torch.float64).flatten().cpu()
+    m, N, K = problem.constraint.shape
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta is {beta}: it must be a finite number above 0")
-    if len(margin) not in (1, m) or not margin.isfinite().all():
-        raise ValueError(f"margin is {margin.tolist()}: give one finite number, or one for each of {m} constraints")
-    margin, lam = margin.expand(m), torch.zeros(m, dtype=torch.float64)
-    over = (margin - problem.top[1:] > 1e-14 * problem.mean[1:].abs().amax(dim=1).cpu()).double()
+    margin, lam = vector("margin", margin, m), np.maximum(vector("start", 0.0 if start is None else start, m), 0)
+    over = 1.0 * (margin - problem.top[1:] > 1e-14 * problem.size[1:])
     if over.any():  # R of those axes is top - margin < 0
         raise Infeasible(margin, over, problem.top[1:])
-    if start is not None:
-        lam = torch.as_tensor(start, dtype=torch.float64).flatten().cpu()
-        if len(lam) not in (1, m) or not lam.isfinite().all():
-            raise ValueError(f"start is {lam.tolist()}: give one finite number, or one for each of {m} constraints")
-        lam = lam.expand(m).clamp_min(0)
     for stride in (64, 8):  # cold start: approach λ* on every 64th, then every 8th prompt
         weight = problem.weight[::stride]
         if start is None and len(weight) >= 64 and weight.sum() > 0:
-            some = problem._replace(score=problem.score[::stride], constraint=problem.constraint[:, ::stride],
-                                    weight=weight / weight.sum(), log_count=problem.log_count[::stride],
-                                    mean=problem.mean[:, ::stride])
+            some = problem._replace(
+                score=problem.score[::stride].contiguous(), constraint=problem.constraint[:, ::stride].contiguous(),
+                weight=weight / weight.sum(), log_count=problem.log_count[::stride], mean=problem.mean[:, ::stride])
             try:
                 lam = newton(some, lam, margin, beta, 40, 0.01)[0]
             except Infeasible:  # of those prompts: the full problem decides
@@ -238,30 +242,30 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
                            f"at lam {lam.tolist()} after {iterations} evaluations; use a larger beta")
     if len(state[3]) == m + 2:
         state, iterations = evaluate(problem, lam, margin, beta, detail=True), iterations + 1
-    (value, grad, hessian, rows), w, put = state, problem.weight, problem.score.device
-    tiny = w.clamp_min(1e-300)  # rows carry the prompts' weights
-    gain, r_gain, ess = rows[:m] / tiny, rows[m + 2] / tiny - problem.mean[0], w * tiny / rows[m + 3].clamp_min(1e-300)
-    psi = torch.cat([r_gain[None], gain, problem.mean[1:]])  # (1+2m, N), what the gains and E_ref[g] average
-    mean = psi @ w
-    kl = (float(mean[0]) + float(lam @ grad) - value) / beta  # E_π_λ[ln π_λ/π_ref]
+    (value, grad, hessian, rows), w = state, problem.weight
+    psi, ess = torch.cat([rows[m + 2:m + 3] - problem.mean[:1], rows[:m], problem.mean[1:]]), 1 / rows[m + 3]  # (N,)
+    mean = psi @ w  # (1+2m,), the gains and E_ref[g]
     spread = w * (psi - mean[:, None])
-    cov = (spread @ spread.T / (1 - w @ w)).cpu()  # (1+2m, 1+2m), of the averages; equal weights: 1 - 1/N
-    se, on, lam_se = cov.diagonal().sqrt(), lam > 0, torch.zeros_like(lam)
-    inverse = torch.linalg.pinv(hessian[on][:, on], hermitian=True)
-    lam_se[on] = (inverse @ cov[1:1 + m, 1:1 + m][on][:, on] @ inverse).diagonal().sqrt()  # sandwich
+    cov = (spread @ spread.T / (1 - w @ w)).cpu().numpy()  # (1+2m, 1+2m), of the averages; equal weights: 1 - 1/N
+    mean, se, on, lam_se = mean.cpu().numpy(), np.sqrt(cov.diagonal()), lam > 0, np.zeros(m)
+    inverse = torch.linalg.pinv(torch.from_numpy(hessian[on][:, on]), hermitian=True).numpy()
+    lam_se[on] = np.sqrt((inverse @ cov[1:1 + m, 1:1 + m][on][:, on] @ inverse).diagonal())  # sandwich
+    kl = (mean[0] + lam @ grad - value) / beta  # E_π_λ[ln π_λ/π_ref]
     if float(ess @ w) < 5 < K:
         warnings.warn(f"effective sample size {float(ess @ w):.1f} of {K} responses per prompt: gains come out too "
                       "small, lam* too large; sample more of them, raise beta or lower the margin", stacklevel=2)
-    return Dual(lam.to(put), lam_se.to(put), value + float(problem.mean[0] @ w), grad.to(put), hessian.to(put),
-                iterations, float(mean[0]), float(se[0]), (grad + margin).to(put), se[1:1 + m].to(put), mean[1 + m:],
-                se[1 + m:].to(put), problem.top[1:].to(put), max(0.0, kl), float(ess @ w),
+    put = lambda x: torch.from_numpy(x).to(problem.score.device)
+    return Dual(put(lam), put(lam_se), value + float(problem.mean[0] @ w), put(grad), put(hessian), iterations,
+                float(mean[0]), float(se[0]), put(grad + margin), put(se[1:1 + m]), put(mean[1 + m:]),
+                put(se[1 + m:]), put(problem.top[1:]), max(0.0, kl), float(ess @ w),
                 float(ess[w > 0].quantile(0.05)), float(rows[m + 1] @ w))
 
 
 def reachable(constraint, mask=None, prompt_weight=None):
     """The largest reachable margin of each constraint alone, (m,): mean_x max_y g_j − E_ref[g_j]."""
     g = torch.as_tensor(constraint)
-    return prepare(torch.zeros((), device=g.device).expand(g.shape[-2:]), g, mask, prompt_weight).top[1:].to(g.device)
+    top = prepare(torch.zeros((), device=g.device).expand(g.shape[-2:]), g, mask, prompt_weight).top[1:]
+    return torch.from_numpy(top).to(g.device)
 
 
 def sweep(score, constraint, margins, beta, *, mask=None, prompt_weight=None):
@@ -276,10 +280,10 @@ def sweep(score, constraint, margins, beta, *, mask=None, prompt_weight=None):
 def margin_of(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
     """The inverse question: the margins (m,) that λ belongs to, E_π_λ[g] − E_ref[g], in one evaluation."""
     problem = prepare(score, constraint, mask, prompt_weight)
-    lam = torch.as_tensor(lam, dtype=torch.float64).flatten().cpu().expand(len(problem.constraint))
-    if not (lam >= 0).all() or not lam.isfinite().all() or not 0 < beta < float("inf"):
+    lam = vector("lam", lam, len(problem.constraint))
+    if not (lam >= 0).all() or not 0 < beta < float("inf"):
         raise ValueError(f"lam is {lam.tolist()}, beta {beta}: they must be finite, lam >= 0 and beta > 0")
-    return evaluate(problem, lam, torch.zeros_like(lam), float(beta))[1].to(problem.score.device)
+    return torch.from_numpy(evaluate(problem, lam, 0 * lam, float(beta))[1]).to(problem.score.device)
 
 
 def jackknife(score, constraint, lam, beta, *, mask=None, prompt_weight=None):

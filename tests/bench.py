@@ -210,7 +210,7 @@ def bench_dual(argv):
     for N, K in ((1000, 128), (1604, 192), (10000, 256)):
         for m in (1, 4):
             r, g = synthetic(N, K, m)
-            problem, lam, every = dual.prepare(r, g, None, None), torch.ones(m, dtype=torch.float64), torch.cat([r[None], g])
+            problem, lam, every = dual.prepare(r, g, None, None), np.ones(m), torch.cat([r[None], g])
             times = [[timed(torch.logsumexp, r, 1)[0], timed(torch.logsumexp, every, 2)[0],
                       timed(dual.evaluate, problem, lam, lam, 0.1)[0]] for _ in range(20)]
             one, whole, ours = (statistics.median(x) for x in zip(*times))
