@@ -293,6 +293,9 @@ def print_table(names, rows):
     def cell(x, ci):
         return f"{x:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
 
+    def rate(x, ci):
+        return f"{x:.1%} ± {(ci[1] - ci[0]) / 2:.1%}"
+
     def holds(gain, ci, b):  # as far as the sample can tell
         return "yes" if gain >= b - 1e-6 else "within error" if ci and ci[1] >= b else "no"
 
@@ -301,11 +304,12 @@ def print_table(names, rows):
     for policy, row in rows.items():
         gains = zip(row["constraint_gain"], row.get("constraint_gain_ci") or [None] * len(names),
                     row.get("margin") or [None] * len(names))
-        wins = [row.get("reward_win_rate"), *row.get("constraint_win_rate", [None] * len(names))]
+        wins = [""] * (1 + len(names)) if "reward_win_rate" not in row else [rate(
+            row["reward_win_rate"], row["reward_win_rate_ci"]), *map(rate, row["constraint_win_rate"], row["constraint_win_rate_ci"])]
         table.append([policy, cell(row["reward_gain"], row.get("reward_gain_ci")),
                       *(x for g, ci, b in gains for x in ((cell(g, ci), "", "") if b is None else
                                                            (cell(g, ci), f"{b:.3f}", holds(g, ci, b)))),
-                      f"{row['kl']:.3f}", *("" if w is None else f"{w:.1%}" for w in wins),
+                      f"{row['kl']:.3f}", *wins,
                       ", ".join(f"{x:.3f}" for x in row.get("lam", [])), str(row.get("steps", "")),
                       f"{row['seconds']:.0f}" if "seconds" in row else ""])
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]

@@ -561,7 +561,7 @@ def test_the_table_says_what_holds_as_far_as_the_sample_can_tell(capsys):
     def row(gain, low, high):
         return {"reward_gain": 1.0, "reward_gain_ci": [0.9, 1.1], "constraint_gain": [gain], "margin": [0.3],
                 "constraint_gain_ci": [[low, high]], "kl": 0.5, "reward_win_rate": 0.625, "constraint_win_rate": [0.75],
-                "lam": [1.25], "steps": 60, "seconds": 7.4}
+                "reward_win_rate_ci": [0.605, 0.645], "constraint_win_rate_ci": [[0.72, 0.78]], "lam": [1.25], "steps": 60, "seconds": 7.4}
     rows = {"reference": {**row(0.0, 0.0, 0.0), "margin": None}, "above": row(0.31, 0.2, 0.4),
             "near": row(0.28, 0.2, 0.33), "below": row(0.2, 0.1, 0.25),
             "optimum": {"reward_gain": 1.2, "constraint_gain": [0.3], "margin": [0.3], "kl": 0.4, "lam": [1.25]}}
@@ -570,7 +570,7 @@ def test_the_table_says_what_holds_as_far_as_the_sample_can_tell(capsys):
     assert " yes " in lines["above"] and " within error " in lines["near"] and " no " in lines["below"]
     assert " yes " in lines["optimum"] and "[" not in lines["optimum"]
     assert not any(word in lines["reference"] for word in ("yes", "no ", "within"))
-    shown = ("+1.000 [+0.900, +1.100]", "+0.310 [+0.200, +0.400]", "0.500", "62.5%", "75.0%", "1.250", "60", "7")
+    shown = ("+1.000 [+0.900, +1.100]", "+0.310 [+0.200, +0.400]", "0.500", "62.5% ± 2.0%", "75.0% ± 3.0%", "1.250", "60", "7")
     assert all(x in lines["above"] for x in shown)
     assert len({len(line) for line in lines.values()}) == 1  # columns stand under each other
 
