@@ -51,10 +51,9 @@ class Infeasible(ValueError):
     """No policy on these samples meets the margins. `direction` d ≥ 0 is the proof: mean_x max_y ⟨d,h⟩ < 0."""
 
     def __init__(self, margin, direction, reachable):
-        joint = " jointly" * bool((margin <= reachable).all())
-        super().__init__(f"margin {margin.tolist()} is{joint} out of reach on these samples: the largest reachable"
-                         f"{' alone' * (len(margin) > 1)} is {reachable.tolist()}; lower the margin or sample more "
-                         "responses per prompt")
+        super().__init__(f"margin {margin.tolist()} is{' jointly' * bool((margin <= reachable).all())} out of reach on "
+                         f"these samples: the largest reachable{' alone' * (len(margin) > 1)} is {reachable.tolist()}; "
+                         "lower the margin or sample more responses per prompt")
         self.direction, self.reachable = (torch.from_numpy(x) for x in (direction / direction.sum(), reachable))  # (m,)
 
 
@@ -231,9 +230,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
             except Infeasible:  # of those prompts: the full problem decides
                 break
     lam, state, iterations, done = newton(problem, lam, margin, beta, 40, 3e-11)
-    heat = 1.0
-    while not done and heat * beta < problem.width[0]:
-        heat *= 4
+    heat = 4 ** np.ceil(np.log2(max(1.0, problem.width[0] / beta)) / 2)
     while not done and heat >= 1:  # D is nearly piecewise linear: follow λ* from a large β down to this one
         lam, state, count, done = newton(problem, lam, margin, beta * heat, 400, 3e-11 if heat == 1 else 1e-6)
         iterations, done, heat = iterations + count, done and heat == 1, heat / 4
@@ -289,10 +286,8 @@ def margin_of(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
 def jackknife(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
     """Gains at λ (1+m,), score first, with less bias of finite K: K·θ − (K−1)·mean_k θ_without_k."""
     problem, total = prepare(score, constraint, mask, prompt_weight), 0
-    slope = torch.as_tensor(lam, dtype=torch.float64, device=problem.score.device).flatten()
-    chunk = problem.buffer.shape[1]
-    for i in range(0, len(problem.score), chunk):
-        rows = slice(i, i + chunk)
+    slope, n = torch.as_tensor(lam, dtype=torch.float64, device=problem.score.device).flatten(), problem.buffer.shape[1]
+    for rows in (slice(i, i + n) for i in range(0, len(problem.score), n)):
         r, g = problem.score[rows].double(), problem.constraint[:, rows].double()
         z, exists = (r + torch.tensordot(slope, g, dims=1)) / beta, r > -1e300
         p, best = z.softmax(dim=1), z.argmax(dim=1, keepdim=True)

@@ -288,6 +288,17 @@ def measure(policy, reference, ref_scores, judges, names, prompts, tok, c, gener
     }, decode(tok, pool.tokens.flatten(0, 1), pool.response_mask.flatten(0, 1))
 
 
+def dual_numbers(c, names, margin, found, unit):
+    """Print λ* and what it predicts -> the same as a dict; `unit` turns PeCAN's log-ratios into the units of r and g."""
+    for j, name in enumerate(names):
+        print(f"  λ*_{name} = {found.lam[j]:.4f} ± {1.96 * found.lam_se[j]:.4f} at a margin of {margin[j]:.3f}; predicted gain "
+              f"{unit * found.constraint_gain[j]:.3f}, {name} of the reference {unit * found.ref[j]:.3f}")
+    print(f"  predicted reward gain {unit * found.score_gain:.3f}, KL {found.kl:.3f}, effective sample size {found.ess:.1f} a "
+          f"prompt (5th percentile {found.ess_p5:.1f}); {found.iterations} evaluations")
+    return {"margin": margin.tolist(), "lam": found.lam.tolist(), "score_gain": unit * found.score_gain, "kl": found.kl,
+            "constraint_gain": (unit * found.constraint_gain).tolist(), "ess": found.ess, "iterations": found.iterations}
+
+
 def print_table(names, rows):
     """rows {policy: measurements}; a row of the closed-form optimum has no intervals, since it is the dual's prediction."""
     def cell(x, ci):

@@ -102,17 +102,17 @@ def train_pecan(policy, pool, ref_logp, score, c, steps, lr, generators, log, st
 
 # ---- before the dual
 
-def prealign(policy, reference, pairs, prefers, c, generators, log):
-    """Step 1 for one preference: pairs (P, 2, T), prefers (P,) the preferred one's index; trains `policy` in place. Its
-    learning rate is low: hard labels are noise that a policy learns by heart, and `calibrate` mends a timid one."""
+def prealign(policy, pairs, ref_logp, prefers, c, generators, log):
+    """Step 1 for one preference: pairs (P, 2, T), their ref_logp (P, 2), prefers (P,) the preferred one's index; trains
+    `policy`, a copy of π_ref. Its learning rate is low: hard labels are noise that a policy learns by heart, and
+    `calibrate` mends a timid one."""
     score = torch.zeros(len(prefers), 2).scatter(1, prefers[:, None], float("inf"))
-    train_pecan(policy, pairs, logprobs(reference, pairs, c), score, c, c.prealign_steps,
-                c.prealign_lr, generators, log, "prealign")
+    train_pecan(policy, pairs, ref_logp, score, c, c.prealign_steps, c.prealign_lr, generators, log, "prealign")
 
 
-def temperature(policy, reference, name, pairs, prefers, c):
+def temperature(policy, name, pairs, ref_logp, prefers, c):
     """τ of a pre-aligned policy on held-out preferences; prints it and how well the implicit score predicts them."""
-    implicit = c.beta * (logprobs(policy, pairs, c) - logprobs(reference, pairs, c))  # (P, 2)
+    implicit = c.beta * (logprobs(policy, pairs, c) - ref_logp)  # (P, 2)
     tau = calibrate(implicit[:, 0], implicit[:, 1], prefers).item()
     right = (implicit.argmax(dim=1) == prefers).float().mean().item()
     print(f"  {name}: the implicit score agrees with {right:.1%} of {len(prefers)} held-out preferences; temperature "

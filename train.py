@@ -59,7 +59,7 @@ class Config:
                          ("float32", "bfloat16", "float16"))
     # text
     data: tuple = setting((), "reference", "preference files, FILE or NAME=FILE, one or more; none: the built-in world")
-    world_pairs: int = setting(24000, "reference", "preference pairs that the built-in world writes")
+    world_pairs: int = setting(48000, "reference", "preference pairs that the built-in world writes")
     held_out: float = setting(0.2, "reference", "share of the prompts kept for evaluation")
     tokenizer: str = setting("vocab", "reference", "vocab: built from the training text; gpt2: GPT-2's", ("vocab", "gpt2"))
     vocab_size: int = setting(4096, "reference", "largest size of the vocab tokenizer")
@@ -74,7 +74,7 @@ class Config:
     accumulate: int = setting(1, "mocan", "micro-batches per policy update step")
     warmup: int = setting(20, None, "steps of linear warm-up, then cosine to 0")
     clip: float = setting(1.0, None, "largest gradient norm")
-    sft_steps: int = setting(600, "reference", "gradient steps of the reference policy")
+    sft_steps: int = setting(1200, "reference", "gradient steps of the reference policy")
     sft_lr: float = setting(3e-3, "reference", "its learning rate")
     scores: str = setting("", "scores", "exact: the world's own functions; learned: trained on preferences "
                           "(default: exact in the world, learned on data)", ("", "exact", "learned"))
@@ -220,17 +220,6 @@ def parse_margin(text, separator, reach):
     return torch.tensor(b, dtype=torch.float64)
 
 
-def dual_numbers(c, names, margin, found, unit):
-    """Print λ* and what it predicts -> the same as a dict; `unit` turns PeCAN's log-ratios into the units of r and g."""
-    for j, name in enumerate(names):
-        print(f"  λ*_{name} = {found.lam[j]:.4f} ± {1.96 * found.lam_se[j]:.4f} at a margin of {margin[j]:.3f}; predicted gain "
-              f"{unit * found.constraint_gain[j]:.3f}, {name} of the reference {unit * found.ref[j]:.3f}")
-    print(f"  predicted reward gain {unit * found.score_gain:.3f}, KL {found.kl:.3f}, effective sample size {found.ess:.1f} a "
-          f"prompt (5th percentile {found.ess_p5:.1f}); {found.iterations} evaluations")
-    return {"margin": margin.tolist(), "lam": found.lam.tolist(), "score_gain": unit * found.score_gain, "kl": found.kl,
-            "constraint_gain": (unit * found.constraint_gain).tolist(), "ess": found.ess, "iterations": found.iterations}
-
-
 def draw(c, names, score, constraint, margins, solutions, policies):
     """tradeoff.svg: the predicted frontier and every realised policy; dual.svg: D(λ) and its minimum per margin."""
     warnings.simplefilter("ignore")  # of a small effective sample size, at the frontier's far end
@@ -323,7 +312,7 @@ def main():
         began = time.time()
         solutions = {name: dual.solve(score, constraint, b, c.beta) for name, b in margins.items()}
         seconds["dual"], margin = time.time() - began, margins["mocan"]
-        results["dual"] = dual_numbers(c, names, margin, solutions["mocan"], 1.0)
+        results["dual"] = mocan.dual_numbers(c, names, margin, solutions["mocan"], 1.0)
         pairs, pairs_ref, pairs_scores = pool, ref_logp, scores
         if c.pairs == "data":  # the preference file's own two responses, scored by the same judges
             pairs = data.pair_pool(tok, train, c, "pairs")
@@ -337,24 +326,34 @@ def main():
             rows[name].update(margin=margins[name].tolist(), predicted=[found.score_gain, *found.constraint_gain.tolist()])
 
     if c.algo != "mocan":  # ---- PeCAN
+        rarest = min(sum(name in pair.prefers for pair in train) for name in ("helpful", *names))
+        sides = {"training pairs": train[::max(1, rarest // (c.prealign_steps * c.batch * c.accumulate))],  # visited once
+                 "held-out pairs": held_out}
+        pairs_ref = artifact(c, seconds, "prealign", "pairs.pt", lambda: {
+            side: mocan.logprobs(reference, data.pair_pool(tok, pairs, c, side), c) for side, pairs in sides.items()},
+            "the reference's log-probabilities of the preference pairs")
+
+        def preference(name, side):  # Pool (P, 2, T), ln π_ref (P, 2) and prefers (P,) of the pairs that hold it
+            chosen, prefers, _ = data.preference_tensors(tok, sides[side], name, c)
+            return chosen, pairs_ref[side][[name in pair.prefers for pair in sides[side]]], prefers
+
         for name in ("helpful", *names):
             align("prealign", f"dpo-{name}", (), c.prealign_steps, lambda policy: pecan.prealign(
-                policy, reference, *data.preference_tensors(tok, train, name, c)[:2], c,
-                (stream(c, f"prealign/{name}"), stream(c, f"prealign/{name}/labels")), progress(f"dpo-{name}")),
+                policy, *preference(name, "training pairs"), c, (
+                    stream(c, f"prealign/{name}"), stream(c, f"prealign/{name}/labels")), progress(f"dpo-{name}")),
                 f"DPO on the preference {name}")
 
         def make_tuples():
             ratios = []  # τ·ln(π/π_ref) of each pre-aligned policy; below, ref_logp + ratio plays ln π
             for name in ("helpful", *names):
-                tau = pecan.temperature(policies[f"dpo-{name}"], reference, name,
-                                        *data.preference_tensors(tok, held_out, name, c)[:2], c)
+                tau = pecan.temperature(policies[f"dpo-{name}"], name, *preference(name, "held-out pairs"), c)
                 ratios.append((tau if c.calibrate else 1.0) * (mocan.logprobs(policies[f"dpo-{name}"], pool, c) - ref_logp))
             return {"ratios": torch.stack(ratios)}
         ratios = artifact(c, seconds, "prealign", "tuples.pt", make_tuples, "log-ratios on the offline pool")["ratios"]
         if c.algo == "pecan":
             margin = parse_margin(c.margin, ",", c.beta * dual.reachable(ratios[1:]))
         found = pecan.implicit_dual(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, margin, c.beta)
-        results["dual_pecan"] = dual_numbers(c, names, margin, found, c.beta)
+        results["dual_pecan"] = mocan.dual_numbers(c, names, margin, found, c.beta)
         if c.algo == "all":
             pecan.say_miscalibration(names, scores, c.beta * ratios)
         s = pecan.implicit_score(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, found.lam, c.beta)  # (N, K)
