@@ -96,7 +96,7 @@ class Config:
     labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw", ("exact", "sampled"))
     group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all their pairs")
     pairs: str = setting("samples", "mocan", "MoCAN's: samples of the reference; data: the file's own", ("samples", "data"))
-    prealign_steps: int = setting(1200, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
+    prealign_steps: int = setting(2400, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
     prealign_lr: float = setting(5e-5, "prealign", "their learning rate")
     calibrate: bool = setting(True, "prealign", "scale PeCAN's implicit scores by a temperature fitted on held-out pairs")
     # evaluation
