@@ -59,7 +59,7 @@ class Config:
                          ("float32", "bfloat16", "float16"))
     # text
     data: tuple = setting((), "reference", "preference files, FILE or NAME=FILE, one or more; none: the built-in world")
-    world_pairs: int = setting(48000, "reference", "preference pairs that the built-in world writes")
+    world_pairs: int = setting(36000, "reference", "preference pairs that the built-in world writes")
     held_out: float = setting(0.2, "reference", "share of the prompts kept for evaluation")
     tokenizer: str = setting("vocab", "reference", "vocab: built from the training text; gpt2: GPT-2's", ("vocab", "gpt2"))
     vocab_size: int = setting(4096, "reference", "largest size of the vocab tokenizer")
@@ -74,7 +74,7 @@ class Config:
     accumulate: int = setting(1, "mocan", "micro-batches per policy update step")
     warmup: int = setting(20, None, "steps of linear warm-up, then cosine to 0")
     clip: float = setting(1.0, None, "largest gradient norm")
-    sft_steps: int = setting(1200, "reference", "gradient steps of the reference policy")
+    sft_steps: int = setting(1000, "reference", "gradient steps of the reference policy")
     sft_lr: float = setting(3e-3, "reference", "its learning rate")
     scores: str = setting("", "scores", "exact: the world's own functions; learned: trained on preferences "
                           "(default: exact in the world, learned on data)", ("", "exact", "learned"))
@@ -96,12 +96,12 @@ class Config:
     labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw", ("exact", "sampled"))
     group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all their pairs")
     pairs: str = setting("samples", "mocan", "MoCAN's: samples of the reference; data: the file's own", ("samples", "data"))
-    prealign_steps: int = setting(2400, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
-    prealign_lr: float = setting(5e-5, "prealign", "their learning rate")
+    prealign_steps: int = setting(1800, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
+    prealign_lr: float = setting(6e-5, "prealign", "their learning rate")
     calibrate: bool = setting(True, "prealign", "scale PeCAN's implicit scores by a temperature fitted on held-out pairs")
     # evaluation
     eval_prompts: int = setting(240, None, "held-out prompts, at most")
-    eval_responses: int = setting(32, None, "fresh responses to each")
+    eval_responses: int = setting(24, None, "fresh responses to each")
 
 
 QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, score_steps=80, prompts=128, responses=16, steps=120,
