@@ -12,7 +12,7 @@ The stages, and the artifact that each leaves in --out:
     offline     K responses per prompt from π_ref, scored   offline.pt, offline_scores.pt
     dual        λ*, and what it predicts (solved each time) dual.json, written before evaluate
     mocan       one policy update                           mocan.pt
-    prealign    PeCAN: one DPO policy per preference        dpo-*.pt, tuples.pt
+    prealign    PeCAN: one DPO policy per preference        pairs.pt, dpo-*.pt, tuples.pt
     pecan       one policy update                           pecan.pt
     evaluate    fresh responses on held-out prompts         results.json, samples.jsonl; of MoCAN tradeoff.svg, dual.svg
 """

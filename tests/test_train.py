@@ -276,6 +276,32 @@ def one_line_on_stderr(done):
     return lines[0]
 
 
+def prealignments(monkeypatch, *flags):
+    """What train.py hands to each pre-alignment: (its ln π_ref, the policy's own before training, its pairs)."""
+    calls = []
+    monkeypatch.setattr(train.pecan, "prealign", lambda policy, pool, ref_logp, prefers, c, *rest: calls.append(
+        (ref_logp, mocan.logprobs(policy, pool, c), len(prefers))))
+    job(*TINY, "--algo", "pecan", "--margin", "0", *flags)
+    return calls
+
+
+def test_every_preference_gets_the_references_log_probabilities_of_its_own_pairs(tmp_path, monkeypatch, capsys):
+    for name, count in (("helpful", 30), ("safe", 45)):
+        rows = [{"chosen": f"\n\nHuman: {name} {i}?\n\nAssistant: yes {i * i}", "rejected":
+                 f"\n\nHuman: {name} {i}?\n\nAssistant: no {i}"} for i in range(count)]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    calls = prealignments(monkeypatch, "--out", tmp_path / "out", "--data", f"helpful={tmp_path / 'helpful'}",
+                          f"safe={tmp_path / 'safe'}", "--score_steps", 1)
+    assert sum(size for *_, size in calls) == int(re.search(r"(\d+) training", capsys.readouterr().out)[1])
+    assert len(calls) == 2 and calls[1][2] > calls[0][2] > 10
+    assert all(torch.allclose(ref, own, atol=1e-3) for ref, own, _ in calls)  # a copy of the reference, before training
+
+
+def test_prealignment_reads_no_more_pairs_than_it_visits(tmp_path, monkeypatch):
+    calls = prealignments(monkeypatch, "--out", tmp_path, "--prealign_steps", 2, "--batch", 8)
+    assert [size for *_, size in calls] == [calls[0][2]] * 2 and 16 <= calls[0][2] < 32  # of some 240 training pairs
+
+
 def test_an_unreachable_margin_stops_before_training_and_names_the_largest(tiny_copy):
     before = (tiny_copy / "mocan.pt").read_bytes()
     line = one_line_on_stderr(command("--from", "dual", "--margin", "99", "--out", tiny_copy))
