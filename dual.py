@@ -88,7 +88,7 @@ class Problem(NamedTuple):
     top: np.ndarray  # (1+m,), mean_x (max_y - mean_y) of both
     width: np.ndarray  # (1+m,), mean_x (max_y - min_y) of both
     size: np.ndarray  # (1+m,), max_x |mean_y| + width of both
-    buffer: torch.Tensor  # (1+m, n, K) float64, for n prompts at a time
+    buffer: torch.Tensor  # (2+m, n, K) float64, for n prompts at a time
 
 
 @torch.inference_mode()
@@ -128,7 +128,7 @@ def prepare(score, constraint, mask, prompt_weight):
     weight = weight / weight.sum()
     top, width, size = ((high - mean) @ weight).cpu(), ((high - low) @ weight).cpu(), mean.abs().amax(dim=1).cpu()
     return Problem(score, constraint, weight, count.log(), mean, top.numpy(), width.numpy(), (size + width).numpy(),
-                   torch.empty(1 + m, n, K, **like))
+                   torch.empty(2 + m, n, K, **like))
 
 
 def vector(name, x, m):
@@ -145,11 +145,11 @@ def evaluate(problem, lam, margin, beta, detail=False):
     score, constraint, weight, log_count, mean, *_, buffer = problem
     m, n, second, rows, ref = len(lam), buffer.shape[1], 0, [], (mean @ weight).cpu().numpy()  # ref: E_ref[r], E_ref[g]
     for r, g, w, mean_g in zip(score.split(n), constraint.split(n, 1), weight.split(n), mean[1:].split(n, 1)):
-        r, g, z, pg = r.double(), g.double(), buffer[0, :len(r)], buffer[1:, :len(r)]  # (n, K), (m, n, K), twice
+        r, g, z, p, pg = r.double(), g.double(), *buffer[:2, :len(r)], buffer[2:, :len(r)]  # (n, K), (m, n, K); again
         torch.mul(r, 1 / beta, out=z)
         for slope, x in zip((lam / beta).tolist(), g):
             z.add_(x, alpha=slope)  # at the end (r + ⟨λ,g⟩)/β
-        p = z.softmax(dim=1)  # π_λ(y|x)
+        torch.softmax(z, 1, out=p)  # π_λ(y|x)
         gain = torch.sub(g, mean_g[:, :, None], out=pg).mul_(p).sum(dim=2)  # (m, n), E_π_λ[g|x] − mean_y g
         second = second + w @ torch.bmm(pg.transpose(0, 1), g.permute(1, 2, 0)).flatten(1)  # (m²,)
         top = p.amax(dim=1)  # (n,)
