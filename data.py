@@ -6,7 +6,7 @@ data.py: where text comes from and how it becomes tensors.
    Either source yields a list of `Pair`s, so every later stage has a single path.
 3. Tokens: one tokenizer and one chat template for training, sampling and evaluation alike.
 
-Read next: dual.py.
+`c`, here and below, is train.py's Config: the settings. Read next: dual.py.
 """
 
 import base64
@@ -31,7 +31,6 @@ class Pair(NamedTuple):
 
 
 # ---- 1. preference files
-
 def load_preferences(paths):
     """Read preference files: each of `paths` is FILE or NAME=FILE, JSONL or JSONL.gz, and every row is either
 
@@ -45,7 +44,7 @@ def load_preferences(paths):
     """
     pairs = []
     for spec in paths:
-        name, _, path = spec.rpartition("=") if not os.path.exists(spec) else ("", "", spec)
+        name, _, path = spec.partition("=") if "=" in spec and not os.path.exists(spec) else ("", "", spec)
         try:
             with (gzip.open if path.endswith(".gz") else open)(path, "rb") as lines:
                 rows = [_read_row(line, name, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -101,9 +100,9 @@ def split_prompts(pairs, held_out):
     """Split pairs into (train, held-out) so that no prompt is in both: every so many-th prompt in sorted order is held
     out, which gives both parts the same mix of prompts."""
     prompts = sorted({pair.prompt for pair in pairs})
-    if len(prompts) < 2:
-        raise ValueError(f"{len(prompts)} distinct prompt in the data; at least 2 are needed to hold one out")
-    out = set(spread(pairs, min(len(prompts) - 1, max(1, round(held_out * len(prompts))))))
+    if len(prompts) < 3:
+        raise ValueError(f"{len(prompts)} distinct prompts in the data; at least 3 are needed: 2 are held out, for intervals")
+    out = set(spread(pairs, min(len(prompts) - 1, max(2, round(held_out * len(prompts))))))
     return [p for p in pairs if p.prompt not in out], [p for p in pairs if p.prompt in out]
 
 
@@ -187,9 +186,9 @@ def helpfulness(prompt, response):
 
 
 def harmlessness(prompt, response):
-    """g_1(x,y): −1 for each hazardous detail of any topic, +0.5 if there is a caution."""
+    """g_1(x,y): −2 for each hazardous detail of any topic, +1 if there is a caution."""
     hazards = sum(_found(hazardous, response) for _, _, hazardous in TOPICS.values())
-    return 0.5 * any(caution in response for caution in CAUTIONS) - hazards
+    return float(any(caution in response for caution in CAUTIONS) - 2 * hazards)
 
 
 def politeness(prompt, response):
@@ -275,8 +274,11 @@ def open_tokenizer(c, train, reuse):
     if not reuse:
         with open(path, "w", encoding="utf-8") as file:
             json.dump([base64.b64encode(piece).decode() for piece in frequent_pieces(train, c.vocab_size)], file)
-    with open(path, encoding="utf-8") as file:
-        return vocab_tokenizer([base64.b64decode(piece) for piece in json.load(file)])
+    try:
+        with open(path, encoding="utf-8") as file:
+            return vocab_tokenizer([base64.b64decode(piece) for piece in json.load(file)])
+    except (OSError, ValueError, TypeError):
+        raise ValueError(f"{path}: missing or damaged; make it with --from reference") from None
 
 
 def encode_prompts(tok, prompts, limit):

@@ -8,7 +8,8 @@ With h_j = g_j − E_ref[g_j] − b_j its dual is a convex function of m numbers
     ∇D(λ)  = E_π_λ[h],   π_λ(y|x) ∝ π_ref(y|x)·exp((r + ⟨λ,h⟩)/β)
     ∇²D(λ) = mean_x Cov_π_λ(·|x)(g)/β
 
-PeCAN is the same function with r → ln π_r/π_ref, g → ln π_g/π_ref, β → 1, b → b/β.
+PeCAN is the same function with r → ln π_r/π_ref, g → ln π_g/π_ref, β → 1, b → b/β; or, in the units of r and g, with
+r → β·ln π_r/π_ref, g → β·ln π_g/π_ref.
 
     symbol       variable      shape         symbol                  variable               shape
     r(x,y)       score         (N, K)        π_λ(y|x)                p                      (n, K), n at a time
@@ -44,7 +45,6 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np  # for what has m entries: a fifth of torch's overhead
-
 
 
 class Infeasible(ValueError):
@@ -156,7 +156,7 @@ def evaluate(problem, lam, margin, beta, detail=False):
         rows += [gain, (z.amax(dim=1) - top.log())[None], top[None]],  # ln Σ_y exp z = max_y z − ln max_y p
         if detail:  # E_π_λ[r|x] and Σ_y π_λ(y|x)²
             rows[-1] += torch.mul(p, r, out=z).sum(dim=1)[None], p.square().sum(dim=1)[None]
-    rows = torch.cat([torch.cat(x) for x in rows], dim=1)  # (m+2 or m+4, N)
+    rows = torch.cat([torch.cat(x) for x in rows], dim=1)  # (m+2 or m+4, N): gain, ln Σ exp z, max p, detail's two
     hessian = (second.view(m, m) - (rows[:m] * weight) @ (mean[1:] + rows[:m]).T) / beta  # ∇²D = mean_x Cov_π_λ(g)/β
     value = beta * float((rows[m] - log_count) @ weight) - ref[0] - lam @ (margin + ref[1:])
     return value, (rows[:m] @ weight).cpu().numpy() - margin, hessian.cpu().numpy(), rows
@@ -192,7 +192,7 @@ def newton(problem, lam, margin, beta, limit, tolerance):
         done = bool((wrong <= tolerance + min(noise / beta, 1e-8)).all())  # noise grows with λ
         if done or count == limit:
             return lam, state, count, done
-        damp = np.linalg.norm(wrong) / radius + 1e-15 / beta  # keeps the step, in units of r, below radius
+        damp = np.linalg.norm(wrong) / radius + 1e-15 / beta  # keeps the step, in units of r, below 2·radius
         new = model_step(lam * width, grad / width, hessian / (width[:, None] * width), damp) / width
         e = new - lam
         promised, length = -(grad @ e + e @ hessian @ e / 2), np.linalg.norm(e * width)
@@ -230,13 +230,13 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
             except Infeasible:  # of those prompts: the full problem decides
                 break
     lam, state, iterations, done = newton(problem, lam, margin, beta, 40, 3e-11)
-    heat = 4 ** np.ceil(np.log2(max(1.0, problem.width[0] / beta)) / 2)
+    heat = 4 ** np.ceil(np.log2(max(1.0, problem.width[0] / beta)) / 2)  # least power of 4 above spread/β
     while not done and heat >= 1:  # D is nearly piecewise linear: follow λ* from a large β down to this one
         lam, state, count, done = newton(problem, lam, margin, beta * heat, 400, 3e-11 if heat == 1 else 1e-6)
         iterations, done, heat = iterations + count, done and heat == 1, heat / 4
     if not done:
-        raise RuntimeError(f"no convergence at margin {margin.tolist()}, beta {beta}: gradient {state[1].tolist()} "
-                           f"at lam {lam.tolist()} after {iterations} evaluations; use a larger beta")
+        raise FloatingPointError(f"no convergence at margin {margin.tolist()}, beta {beta}: gradient {state[1].tolist()}"
+                                 f" at lam {lam.tolist()} after {iterations} evaluations; use a larger beta")
     if len(state[3]) == m + 2:
         state, iterations = evaluate(problem, lam, margin, beta, detail=True), iterations + 1
     (value, grad, hessian, rows), w = state, problem.weight
@@ -301,14 +301,14 @@ def jackknife(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
 
 
 def load(path, beta):
-    """(score, constraint, beta, unit, rest) of an npz. PeCAN's log-ratios: beta 1, and gains in units of beta."""
+    """(score, constraint, rest) of an npz; PeCAN's log-ratios times beta are in the units of r and g."""
     with np.load(path, allow_pickle=False) as file:
         data = {name: file[name] for name in file.files}
     rest = {name: data.get(name) for name in ("mask", "prompt_weight")}
     if {"score", "constraint"} <= data.keys():
-        return data["score"], data["constraint"], beta, 1.0, rest
+        return data["score"], data["constraint"], rest
     if {"ref_logp", "logp_r", "logp_g"} <= data.keys():
-        return data["logp_r"] - data["ref_logp"], data["logp_g"] - data["ref_logp"], 1.0, beta, rest
+        return beta * (data["logp_r"] - data["ref_logp"]), beta * (data["logp_g"] - data["ref_logp"]), rest
     raise ValueError(f"{path} holds {sorted(data)}: it needs score and constraint, or ref_logp, logp_r and logp_g")
 
 
@@ -316,36 +316,35 @@ def report(args):
     """Everything the command line prints."""
     if not 0 < args.beta < float("inf"):
         raise ValueError(f"--beta is {args.beta}: it must be a finite number above 0")
-    score, constraint, beta, unit, rest = load(args.scores, args.beta)
+    score, constraint, rest = load(args.scores, args.beta)
     top, words, shares = reachable(constraint, **rest).tolist(), args.margin.split(","), (1.0, 0.75, 0.5, 0.25)
     words = words * len(top) if len(words) == 1 else words
     try:
-        margin = torch.tensor([float(w[:-1]) / 100 * top[j % len(top)] if w.endswith("%") else float(w) / unit
+        margin = torch.tensor([float(w[:-1]) / 100 * top[j % len(top)] if w.endswith("%") else float(w)
                                for j, w in enumerate(words)], dtype=torch.float64)
     except ValueError:
         raise ValueError(f"--margin is {args.margin}: give numbers such as 0.5, or percentages such as 50%") from None
     with warnings.catch_warnings(record=True) as notes:
-        curve = sweep(score, constraint, [share * margin for share in shares], beta, **rest)
+        curve = sweep(score, constraint, [share * margin for share in shares], args.beta, **rest)
     for note in notes[:1]:
         print(f"dual.py: warning: {note.message}", file=sys.stderr)
-    wide = "value score_gain score_gain_se constraint_gain constraint_gain_se grad hessian ref ref_se reachable".split()
-    d = curve[0]._replace(**{name: unit * getattr(curve[0], name) for name in wide})
+    d = curve[0]
     if args.json:
         fields = {name: x.tolist() if torch.is_tensor(x) else x for name, x in d._asdict().items()}
-        fields = {"margin": (unit * margin).tolist(), "beta": args.beta, **fields}
+        fields = {"margin": margin.tolist(), "beta": args.beta, **fields}
         return print(json.dumps(fields).replace("NaN", "null"))
     print(f"{score.shape[0]} prompts x {score.shape[1]} responses, beta {args.beta:g}; +-: 95% interval over prompts")
-    for j, b in enumerate((unit * margin).tolist()):
+    for j, b in enumerate(margin.tolist()):
         print(f"constraint {j}: margin {b:.4f} of at most {d.reachable[j]:.4f}   lam* {d.lam[j]:.4f} +- "
               f"{1.96 * d.lam_se[j]:.4f}   gain {d.constraint_gain[j]:.4f} +- {1.96 * d.constraint_gain_se[j]:.4f}")
     print(f"score gain {d.score_gain:.4f} +- {1.96 * d.score_gain_se:.4f}   KL {d.kl:.4f} nats   effective sample size "
           f"{d.ess:.1f}, 5th percentile {d.ess_p5:.1f}, top weight {d.top_weight:.2f}")
-    fixed = " ".join(f"{unit * x:.4f}" for x in jackknife(score, constraint, d.lam, beta, **rest).tolist())
+    fixed = " ".join(f"{x:.4f}" for x in jackknife(score, constraint, d.lam, args.beta, **rest).tolist())
     print(f"score gain, constraint gain at this lam* with less of the bias of finite K (jackknife): {fixed}")
     print("\nshare of the margin, margin, lam*, score gain, KL, effective sample size")
     for share, row in zip(shares, curve):
-        print(f"{share:5.0%}  {' '.join(f'{b:8.4f}' for b in share * unit * margin)}  "
-              f"{' '.join(f'{x:8.4f}' for x in row.lam)}  {unit * row.score_gain:8.4f}  {row.kl:7.4f}  {row.ess:7.1f}")
+        print(f"{share:5.0%}  {' '.join(f'{b:8.4f}' for b in share * margin)}  "
+              f"{' '.join(f'{x:8.4f}' for x in row.lam)}  {row.score_gain:8.4f}  {row.kl:7.4f}  {row.ess:7.1f}")
 
 
 def main():
@@ -358,7 +357,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     try:
         report(parser.parse_args())
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"dual.py: error: {error}")
 
 

@@ -35,7 +35,6 @@ from model import sequence_logprob
 
 
 # ---- the losses: tensors in, tensors out
-
 def bradley_terry(score_0, score_1):
     """P(y_1 ≻ y_0) = σ(s(y_1) − s(y_0)), elementwise. Paper: MoCAN, pseudo-preference."""
     return torch.sigmoid(score_1 - score_0)
@@ -64,7 +63,6 @@ def score_loss(chosen, rejected, chosen_sign=None, rejected_sign=None):
 
 
 # ---- step 1: responses of π_ref
-
 def sample_pool(policy, tok, prompts, K, c, generator, log):
     """Step 1: K responses y ~ π(·|x) to each of N prompts (str) -> Pool, logp (N, K) in nats."""
     limit = c.block_size - c.max_new_tokens
@@ -105,7 +103,6 @@ def logprobs(policy, pool, c):
 
 
 # ---- what every training loop shares
-
 def lr_at(step, steps, warmup):
     """The learning rate's factor: linear warm-up to 1, then cosine down to 0."""
     if step < warmup:
@@ -152,7 +149,6 @@ def check_finite(loss, stage, step):
 
 
 # ---- before MoCAN: the reference policy and the score models
-
 def train_reference(model, pool, c, generator, log):
     """Supervised fine-tuning: maximise the mean log-probability of the response tokens of `pool`."""
     optimizer, autocast, scaler = mixed_precision(model, c.sft_lr, c.dtype)
@@ -218,7 +214,6 @@ def score_pool(judges, names, prompts, pool, tok, c):
 
 
 # ---- step 3: the policy update
-
 def train_mocan(policy, pool, ref_logp, score, constraint, lam, c, generators, log):
     """Step 3: DPO on pairs of `pool` (N, K, T), labelled by s = r + ⟨λ*,g⟩.
     policy: starts as a copy of the reference; ref_logp, score (N, K); constraint (m, N, K); lam (m,). `generators`
@@ -236,7 +231,7 @@ def train_mocan(policy, pool, ref_logp, score, constraint, lam, c, generators, l
             n, k = next(batches)  # (B,) prompts, (B, G) some of the K responses to each
             some = s[n[:, None], k].to(c.device)  # (B, G)
             p_1 = bradley_terry(some[:, i], some[:, j])  # pseudo-preference; β does not enter here, it does in the loss
-            if c.labels == "sampled":  # as the paper does
+            if c.labels == "sampled":  # afresh at each visit; the paper draws once
                 p_1 = torch.bernoulli(p_1.cpu(), generator=generators[1]).to(c.device)
             tokens, mask = gather_pairs(pool, n, k, c.device)  # (B·G, T)
             with autocast:
@@ -255,7 +250,6 @@ def train_mocan(policy, pool, ref_logp, score, constraint, lam, c, generators, l
 
 
 # ---- what came of it
-
 def mean_interval(x):
     """x (N,), one value a prompt -> [mean, low, high], the 95 % interval of the mean over prompts."""
     half = 1.96 * x.std().item() / math.sqrt(len(x))
@@ -288,15 +282,15 @@ def measure(policy, reference, ref_scores, judges, names, prompts, tok, c, gener
     }, decode(tok, pool.tokens.flatten(0, 1), pool.response_mask.flatten(0, 1))
 
 
-def dual_numbers(c, names, margin, found, unit):
-    """Print λ* and what it predicts -> the same as a dict; `unit` turns PeCAN's log-ratios into the units of r and g."""
+def dual_numbers(names, margin, found):
+    """Print λ* and what it predicts -> the same as a dict."""
     for j, name in enumerate(names):
         print(f"  λ*_{name} = {found.lam[j]:.4f} ± {1.96 * found.lam_se[j]:.4f} at a margin of {margin[j]:.3f}; predicted gain "
-              f"{unit * found.constraint_gain[j]:.3f}, {name} of the reference {unit * found.ref[j]:.3f}")
-    print(f"  predicted reward gain {unit * found.score_gain:.3f}, KL {found.kl:.3f}, effective sample size {found.ess:.1f} a "
+              f"{found.constraint_gain[j]:.3f}")
+    print(f"  predicted reward gain {found.score_gain:.3f}, KL {found.kl:.3f}, effective sample size {found.ess:.1f} a "
           f"prompt (5th percentile {found.ess_p5:.1f}); {found.iterations} evaluations")
-    return {"margin": margin.tolist(), "lam": found.lam.tolist(), "score_gain": unit * found.score_gain, "kl": found.kl,
-            "constraint_gain": (unit * found.constraint_gain).tolist(), "ess": found.ess, "iterations": found.iterations}
+    return {"margin": margin.tolist(), "lam": found.lam.tolist(), "reward_gain": found.score_gain, "kl": found.kl,
+            "constraint_gain": found.constraint_gain.tolist(), "ess": found.ess, "iterations": found.iterations}
 
 
 def print_table(names, rows):

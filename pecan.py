@@ -13,7 +13,7 @@ mocan.py needs r and g as numbers. PeCAN needs only preferences: which of two re
 Why step 3 needs no second solver. Divide MoCAN's D(λ) by β and write r/β, g/β as log-ratios:
     D(λ)/β = E_x ln E_ref exp( ln(π_r/π_ref) + ⟨λ, ln(π_g/π_ref) − E_ref[ln(π_g/π_ref)] − b/β⟩ ) + a constant,
 which is D with β = 1 and margin b/β. The paper's d = KL(π_ref‖π_g) is −E_ref[ln(π_g/π_ref)], so the solver's own
-E_ref[g] supplies it. λ is unchanged, since both problems share one minimiser.
+E_ref[g] supplies it. Both have one minimiser; implicit_dual multiplies by β again, for gains in the units of r and g.
 
     symbol         variable   shape        symbol            variable     shape
     ln π_r(y|x)    logp_r     (N, K)       ln π_ref(y|x)     ref_logp     (N, K)
@@ -35,7 +35,6 @@ from model import sequence_logprob
 
 
 # ---- the scores: tensors in, tensors out
-
 def implicit_score(logp_r, logp_g, ref_logp, lam, beta):
     """s = β·(ln(π_r/π_ref) + ⟨λ, ln(π_g/π_ref)⟩): logp_r, ref_logp (…), logp_g (m, …), lam (m,) -> (…), in the units
     of the score that the preferences come from."""
@@ -58,13 +57,12 @@ def calibrate(implicit_0, implicit_1, prefers, iterations=50):
 
 
 def implicit_dual(logp_r, logp_g, ref_logp, margin, beta):
-    """λ* from log-probability tuples: logp_r, ref_logp (N, K), logp_g (m, N, K), margin (m,) in g's units. The result's
-    gains are log-ratios: multiply by beta for the units of r and g. Raises dual.Infeasible as dual.solve does."""
-    return dual.solve(logp_r - ref_logp, logp_g - ref_logp, torch.as_tensor(margin) / beta, 1.0)
+    """λ* from log-probability tuples: logp_r, ref_logp (N, K), logp_g (m, N, K), margin (m,); gains in g's units. The same
+    problem in nats, log-ratios alone with β → 1 and b → b/β, has D/β for D. Raises dual.Infeasible as dual.solve does."""
+    return dual.solve(beta * (logp_r - ref_logp), beta * (logp_g - ref_logp), margin, beta)
 
 
 # ---- the loop
-
 def train_pecan(policy, pool, ref_logp, score, c, steps, lr, generators, log, stage="pecan"):
     """DPO on pairs of `pool` (N, K, T), labelled by Bradley–Terry on score (N, K); starts from a copy of π_ref.
 
@@ -101,7 +99,6 @@ def train_pecan(policy, pool, ref_logp, score, c, steps, lr, generators, log, st
 
 
 # ---- before the dual
-
 def prealign(policy, pairs, ref_logp, prefers, c, generators, log):
     """Step 1 for one preference: pairs (P, 2, T), their ref_logp (P, 2), prefers (P,) the preferred one's index; trains
     `policy`, a copy of π_ref. Its learning rate is low: hard labels are noise that a policy learns by heart, and

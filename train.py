@@ -10,9 +10,9 @@ The stages, and the artifact that each leaves in --out:
     reference   supervised fine-tuning                      reference.pt, tokenizer.json
     scores      reward and safety models                    score_*.pt (none: the built-in world's are exact functions)
     offline     K responses per prompt from π_ref, scored   offline.pt, offline_scores.pt
+    prealign    PeCAN: one DPO policy per preference        pairs.pt, dpo-*.pt, tuples.pt
     dual        λ*, and what it predicts (solved each time) dual.json, written before evaluate
     mocan       one policy update                           mocan.pt
-    prealign    PeCAN: one DPO policy per preference        pairs.pt, dpo-*.pt, tuples.pt
     pecan       one policy update                           pecan.pt
     evaluate    fresh responses on held-out prompts         results.json, samples.jsonl; of MoCAN tradeoff.svg, dual.svg
 """
@@ -37,7 +37,7 @@ import mocan
 import pecan
 from model import GPT, GPTConfig, from_checkpoint, to_checkpoint
 
-STAGES = ("reference", "scores", "offline", "dual", "mocan", "prealign", "pecan", "evaluate")
+STAGES = ("reference", "scores", "offline", "prealign", "dual", "mocan", "pecan", "evaluate")
 
 
 def setting(default, stage, help, choices=None, flag=None):
@@ -53,8 +53,8 @@ class Config:
     algo: str = setting("all", None, "which policies to train", ("mocan", "pecan", "all"))
     seed: int = setting(0, "reference", "seeds every random stream")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", None, "cpu, cuda, cuda:1, …")
-    dtype: str = setting("bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else
-                         "float16" if torch.cuda.is_available() else "float32", None,
+    dtype: str = setting("bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else
+                         "float16" if torch.cuda.is_available() else "float32", "offline",
                          "arithmetic of the trunk under autocast; logits and losses stay float32",
                          ("float32", "bfloat16", "float16"))
     # text
@@ -71,7 +71,7 @@ class Config:
     block_size: int = setting(192, "reference", "longest prompt and response together, in tokens")
     # training
     batch: int = setting(16, None, "pairs per micro-batch; a policy update: 2·batch/G prompts with G responses each")
-    accumulate: int = setting(1, "mocan", "micro-batches per policy update step")
+    accumulate: int = setting(1, "prealign", "micro-batches per step of a policy")
     warmup: int = setting(20, None, "steps of linear warm-up, then cosine to 0")
     clip: float = setting(1.0, None, "largest gradient norm")
     sft_steps: int = setting(1000, "reference", "gradient steps of the reference policy")
@@ -84,7 +84,7 @@ class Config:
     prompts: int = setting(512, "offline", "N, training prompts that the reference answers")
     responses: int = setting(32, "offline", "K, responses to each")
     sample_batch: int = setting(256, None, "responses sampled or scored at once")
-    beta: float = setting(1.0, "dual", "β, weight of the KL divergence to the reference")
+    beta: float = setting(1.0, "prealign", "β, weight of the KL divergence to the reference")
     margins: str = setting("", "mocan", "a trade-off curve: train one MoCAN policy for each of these margins too, "
                            "25%,50%,75%; comma separated, several constraints of one margin by ':'")
     margin: str = setting("50%", "dual", "b, required safety gain over the reference: a number in g's units or a share "
@@ -128,8 +128,8 @@ def settings(argv):
         path = os.path.join(given.get("out", Config.out), "run.json")
         try:
             with open(path) as file:
-                old = json.load(file)["config"]
-        except (OSError, ValueError, KeyError):
+                old = json.load(file)["config"] | {}  # only a dict has that
+        except (OSError, ValueError, KeyError, TypeError):
             parser.error(f"--from {given['start']} continues a run, but {path} is missing or damaged; drop --from")
         base = {f.name: old.get(f.name, f.default) for f in fields(Config)} | {"out": Config.out}
         for f in fields(Config):
@@ -164,12 +164,12 @@ def stream(c, purpose, device="cpu"):
 
 def progress(stage):
     """log(step, steps, loss=…): one refreshing line on a terminal, five plain lines in a file."""
-    began, printed, terminal = time.time(), [0.0], sys.stdout.isatty()
+    began, printed, terminal = time.time(), [0, 0.0], sys.stdout.isatty()
 
     def log(step, steps, **numbers):
         seconds = time.time() - began
-        if step == steps or (seconds - printed[0] > 0.2 if terminal else step * 5 // steps > (step - 1) * 5 // steps):
-            printed[0] = seconds
+        if step == steps or (seconds - printed[1] > 0.2 if terminal else step * 5 // steps > printed[0] * 5 // steps):
+            printed[:] = step, seconds
             print("\r" * terminal + f"  {stage} {step}/{steps}", *(f" {name} {value:.4f}" for name, value in numbers.items()),
                   f" {step / seconds:.1f}/s  {seconds:.0f} s elapsed, {(steps - step) * seconds / step:.0f} s left   ",
                   end="\n" if step == steps or not terminal else "", flush=True)
@@ -177,7 +177,6 @@ def progress(stage):
 
 
 # ---- the stages
-
 def write(path, text):
     """Whole or not at all."""
     with open(path + ".tmp", "w", encoding="utf-8") as file:
@@ -187,20 +186,23 @@ def write(path, text):
 
 def artifact(c, seconds, stage, name, make, headline):
     """The file `name` of a stage: read where --from starts later, else made, a dict of tensors, and kept."""
-    path = os.path.join(c.out, name)
+    path, before = os.path.join(c.out, name), STAGES[:STAGES.index(stage) + 1]
+    made = f"{headline} {[getattr(c, f.name) for f in fields(Config) if f.metadata['stage'] in before]}"
     if reused(stage, c.start):
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen kinds for a damaged file
             raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); make it with --from {stage}") from None
+        if saved.get("made", made) != made:  # by a run that was not this one's, or that was cut short
+            raise ValueError(f"{path}: made with other settings than this run's; make it again with --from {stage}")
     else:
         print(f"\n{stage}: {headline}", flush=True)
         began = time.time()
         saved = make()
-        saved["seconds"] = time.time() - began
+        saved |= {"seconds": time.time() - began, "made": made}
         torch.save(saved, path + ".tmp")
         os.replace(path + ".tmp", path)
-    seconds[stage] = seconds.get(stage, 0) + saved["seconds"]
+    seconds[stage] = seconds.get(stage, 0) + saved.get("seconds", 0)
     return saved
 
 
@@ -234,18 +236,16 @@ def draw(c, names, score, constraint, margins, solutions, policies):
     curves, points, widest = {}, {}, 2 * max(found.lam[0].item() for found in solutions.values()) + 1
     for name, found in solutions.items():
         h = constraint.double() - constraint.double().mean(dim=(1, 2), keepdim=True) - margins[name][:, None, None]
-        for x in (*(t / 60 * widest for t in range(61)), found.lam[0].item()):  # along λ_1, the other λ_j at their optimum
-            z = score + x * h[0] + torch.einsum("m,mnk->nk", found.lam[1:], h[1:])
-            D = c.beta * (torch.logsumexp(z / c.beta, dim=1) - math.log(z.size(1))).mean().item()  # D(λ), dual function
-            curves.setdefault(f"b = {margins[name][0]:.3f}", []).append((x, D))
-        points[f"λ* = {x:.3f}"] = x, D, (x, x), (D, D)
-        curves[f"b = {margins[name][0]:.3f}"].pop()  # the last x was λ* itself: a point, not part of the curve
+        rest, curve = score + torch.einsum("m,mnk->nk", found.lam[1:], h[1:]), []  # λ_1 varies, the others are at λ*
+        for x in (*(t / 60 * widest for t in range(61)), found.lam[0].item()):
+            D = c.beta * (torch.logsumexp((rest + x * h[0]) / c.beta, dim=1) - math.log(h.size(2))).mean().item()  # D(λ)
+            curve.append((x, D))
+        curves[f"b = {', '.join(f'{b:.3f}' for b in margins[name])}"], points[f"λ* = {x:.3f}"] = curve[:-1], (x, D, (x, x), (D, D))
     mocan.svg(os.path.join(c.out, "dual.svg"), "The dual function and its minimum", f"λ, the price of {names[0]}", "D(λ)",
               curves, points)
 
 
 # ---- the job
-
 def main():
     c = settings(sys.argv[1:])
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
@@ -298,7 +298,33 @@ def main():
             return {**to_checkpoint(policy), "steps": steps}
         saved = artifact(c, seconds, stage, f"{name.replace(' ', '_')}.pt", make, headline)
         policies[name] = from_checkpoint(saved, c.device)
-        rows[name] = {"lam": [float(x) for x in lam], "steps": saved["steps"], "seconds": saved["seconds"]}
+        rows[name] = {"lam": [float(x) for x in lam], "steps": saved["steps"], "seconds": saved.get("seconds", 0)}
+
+    if c.algo != "mocan":  # ---- PeCAN, up to its scores
+        rarest = min(sum(name in pair.prefers for pair in train) for name in ("helpful", *names))
+        count = math.ceil(len(train) * min(1.0, c.prealign_steps * c.batch * c.accumulate / rarest))  # as many as visits
+        sides = {"training pairs": random.Random(f"{c.seed}/pairs").sample(train, count), "held-out pairs": held_out}
+        sides_ref = artifact(c, seconds, "prealign", "pairs.pt", lambda: {
+            side: mocan.logprobs(reference, data.pair_pool(tok, pairs, c, side), c) for side, pairs in sides.items()},
+            "the reference's log-probabilities of the preference pairs")
+
+        def preference(name, side):  # Pool (P, 2, T), ln π_ref (P, 2) and prefers (P,) of the pairs that hold it
+            chosen, prefers, _ = data.preference_tensors(tok, sides[side], name, c)
+            return chosen, sides_ref[side][[name in pair.prefers for pair in sides[side]]], prefers
+
+        for name in ("helpful", *names):
+            align("prealign", f"dpo-{name}", (), c.prealign_steps, lambda policy: pecan.prealign(
+                policy, *preference(name, "training pairs"), c, (
+                    stream(c, f"prealign/{name}"), stream(c, f"prealign/{name}/labels")), progress(f"dpo-{name}")),
+                f"DPO on the preference {name}")
+
+        def make_tuples():
+            logp = []  # ln π_ref + τ·ln(π/π_ref) of each pre-aligned policy
+            for name in ("helpful", *names):
+                tau = pecan.temperature(policies[f"dpo-{name}"], name, *preference(name, "held-out pairs"), c)
+                logp.append(ref_logp.lerp(mocan.logprobs(policies[f"dpo-{name}"], pool, c), tau if c.calibrate else 1.0))
+            return {"logp": torch.stack(logp)}  # (1+m, N, K)
+        logp = artifact(c, seconds, "prealign", "tuples.pt", make_tuples, "their log-probabilities of the pool")["logp"]
 
     if c.algo != "pecan":  # ---- MoCAN
         scores = artifact(c, seconds, "offline", "offline_scores.pt", lambda: {
@@ -307,12 +333,12 @@ def main():
         reach = dual.reachable(constraint)  # (m,)
         print(f"\ndual: the largest reachable margins are {', '.join(f'{x:.3f}' for x in reach)}; correlation of helpful and "
               f"{names[0]} under the reference {torch.corrcoef(scores[:2].flatten(1))[0, 1]:.2f}")
-        margins = {"mocan": parse_margin(c.margin, ",", reach),
-                   **{f"mocan {text}": parse_margin(text, ":", reach) for text in c.margins.split(",") if text}}
+        others = [text for text in c.margins.split(",") if text not in ("", c.margin.replace(",", ":"))]
+        margins = {"mocan": parse_margin(c.margin, ",", reach), **{f"mocan {b}": parse_margin(b, ":", reach) for b in others}}
         began = time.time()
         solutions = {name: dual.solve(score, constraint, b, c.beta) for name, b in margins.items()}
         seconds["dual"], margin = time.time() - began, margins["mocan"]
-        results["dual"] = mocan.dual_numbers(c, names, margin, solutions["mocan"], 1.0)
+        results["dual"] = mocan.dual_numbers(names, margin, solutions["mocan"])
         pairs, pairs_ref, pairs_scores = pool, ref_logp, scores
         if c.pairs == "data":  # the preference file's own two responses, scored by the same judges
             pairs = data.pair_pool(tok, train, c, "pairs")
@@ -325,38 +351,15 @@ def main():
                 f"{name}: one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
             rows[name].update(margin=margins[name].tolist(), predicted=[found.score_gain, *found.constraint_gain.tolist()])
 
-    if c.algo != "mocan":  # ---- PeCAN
-        rarest = min(sum(name in pair.prefers for pair in train) for name in ("helpful", *names))
-        sides = {"training pairs": train[::max(1, rarest // (c.prealign_steps * c.batch * c.accumulate))],  # visited once
-                 "held-out pairs": held_out}
-        pairs_ref = artifact(c, seconds, "prealign", "pairs.pt", lambda: {
-            side: mocan.logprobs(reference, data.pair_pool(tok, pairs, c, side), c) for side, pairs in sides.items()},
-            "the reference's log-probabilities of the preference pairs")
-
-        def preference(name, side):  # Pool (P, 2, T), ln π_ref (P, 2) and prefers (P,) of the pairs that hold it
-            chosen, prefers, _ = data.preference_tensors(tok, sides[side], name, c)
-            return chosen, pairs_ref[side][[name in pair.prefers for pair in sides[side]]], prefers
-
-        for name in ("helpful", *names):
-            align("prealign", f"dpo-{name}", (), c.prealign_steps, lambda policy: pecan.prealign(
-                policy, *preference(name, "training pairs"), c, (
-                    stream(c, f"prealign/{name}"), stream(c, f"prealign/{name}/labels")), progress(f"dpo-{name}")),
-                f"DPO on the preference {name}")
-
-        def make_tuples():
-            ratios = []  # τ·ln(π/π_ref) of each pre-aligned policy; below, ref_logp + ratio plays ln π
-            for name in ("helpful", *names):
-                tau = pecan.temperature(policies[f"dpo-{name}"], name, *preference(name, "held-out pairs"), c)
-                ratios.append((tau if c.calibrate else 1.0) * (mocan.logprobs(policies[f"dpo-{name}"], pool, c) - ref_logp))
-            return {"ratios": torch.stack(ratios)}
-        ratios = artifact(c, seconds, "prealign", "tuples.pt", make_tuples, "log-ratios on the offline pool")["ratios"]
+    if c.algo != "mocan":  # ---- PeCAN, its dual and policy update
+        print("\ndual: PeCAN's, on its implicit scores")
         if c.algo == "pecan":
-            margin = parse_margin(c.margin, ",", c.beta * dual.reachable(ratios[1:]))
-        found = pecan.implicit_dual(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, margin, c.beta)
-        results["dual_pecan"] = mocan.dual_numbers(c, names, margin, found, c.beta)
+            margin = parse_margin(c.margin, ",", dual.reachable(c.beta * (logp[1:] - ref_logp)))
+        found = pecan.implicit_dual(logp[0], logp[1:], ref_logp, margin, c.beta)
+        results["dual_pecan"] = mocan.dual_numbers(names, margin, found)
         if c.algo == "all":
-            pecan.say_miscalibration(names, scores, c.beta * ratios)
-        s = pecan.implicit_score(ref_logp + ratios[0], ref_logp + ratios[1:], ref_logp, found.lam, c.beta)  # (N, K)
+            pecan.say_miscalibration(names, scores, c.beta * (logp - ref_logp))
+        s = pecan.implicit_score(logp[0], logp[1:], ref_logp, found.lam, c.beta)  # (N, K)
         align("pecan", "pecan", found.lam, c.steps, lambda policy: pecan.train_pecan(
             policy, pool, ref_logp, s, c, c.steps, c.lr, (stream(c, "pecan"), stream(c, "pecan/labels")), progress("pecan")),
             f"one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
@@ -383,9 +386,7 @@ def main():
         print(f"\n  {prompts[i]}")
         for name in texts:
             print(f"    {name:>14}: {' '.join(texts[name][i * c.eval_responses].split())}")
-    optimum = results.get("dual", results.get("dual_pecan"))
-    mocan.print_table(names, {**results["policies"], "optimum (closed form)":
-                                      {**optimum, "reward_gain": optimum["score_gain"]}})
+    mocan.print_table(names, {**results["policies"], "optimum (closed form)": results.get("dual", results.get("dual_pecan"))})
     if c.algo != "pecan":
         draw(c, names, score, constraint, margins, solutions, results["policies"])
     print(f"\n{sum(seconds.values()):.0f} s in all: " + ", ".join(f"{stage} {s:.0f}" for stage, s in seconds.items()) +

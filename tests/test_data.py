@@ -85,6 +85,9 @@ def test_a_named_pku_file_holds_one_preference(tmp_path, name, prefers):
 
 def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
     assert len(data.load_preferences([jsonl(tmp_path, ROW, name="a=b.jsonl")])) == 1
+    os.mkdir(tmp_path / "split=train")
+    path = jsonl(tmp_path / "split=train", ROW)
+    assert data.load_preferences([f"safer={path}"])[0].prefers == {"safer": ROW["safer_response_id"]}  # the first = counts
 
 
 BAD_ROWS = {
@@ -200,11 +203,11 @@ def test_the_held_out_share_is_a_share_of_prompts():
     assert len({p.prompt for p in held_out}) == 10 and len(held_out) == 40
 
 
-def test_two_prompts_are_enough_and_one_is_not():
-    train, held_out = data.split_prompts(pairs_of("a", "b", "b"), 0.2)
-    assert len({p.prompt for p in train}) == len({p.prompt for p in held_out}) == 1
-    with pytest.raises(ValueError, match="1 distinct prompt"):
-        data.split_prompts(pairs_of("a", "a"), 0.2)
+def test_three_prompts_are_enough_and_two_are_not():
+    train, held_out = data.split_prompts(pairs_of("a", "b", "b", "c"), 0.2)
+    assert len({p.prompt for p in train}) == 1 and len({p.prompt for p in held_out}) == 2  # intervals need two
+    with pytest.raises(ValueError, match="2 distinct prompts"):
+        data.split_prompts(pairs_of("a", "a", "b"), 0.2)
 
 
 def test_spread_takes_distinct_prompts_evenly():
@@ -243,19 +246,19 @@ def test_a_constraint_is_named_once_and_is_not_the_reward(names):
 HAND_SCORED = [  # prompt, response, r, g_1, g_2
     ("How do I bake bread at home?", "", 0.0, 0.0, 0.0),
     ("How do I bake bread at home?", "Happy to help! Weigh the flour first. Cool it on a rack.", 1.8, 0.0, 1.0),
-    ("Help me bake bread.", "Pour pure acid on it. Preheat the oven to 220 degrees.", 0.9, -1.0, 0.0),  # not its topic
-    ("I need to unclog a drain.", "Soak it in hot water. Pour pure acid on it.", 1.5, -1.0, 0.0),
+    ("Help me bake bread.", "Pour pure acid on it. Preheat the oven to 220 degrees.", 0.9, -2.0, 0.0),  # not its topic
+    ("I need to unclog a drain.", "Soak it in hot water. Pour pure acid on it.", 1.5, -2.0, 0.0),
     ("I need to unclog a drain.", "Rinse it twice. Rinse it twice. Rinse it twice.", 0.9, 0.0, 0.0),  # counted once
     ("Help me fix a lamp today.", "What a silly question. Figure it out yourself. Do not bother me again.", 0, 0, -2),
     ("Help me fix a lamp today.", "Leave the power on to save time. Bypass the fuse with foil. Be careful and wear "
-     "gloves.", 0.9, -1.5, 0.0),
+     "gloves.", 0.9, -3.0, 0.0),
     ("How do I lose weight fast?", "Safety comes first. Ask an expert if you are not sure. Eat a light meal. Good "
-     "luck!", 0.3, 0.5, 1.0),
+     "luck!", 0.3, 1.0, 1.0),
     ("How do I lose weight fast?", "Stop eating for a week. Wash it down with whisky. Double the dose of the pills. "
-     "What a nice plan! Do not bother me again.", 1.8, -3.0, 0.0),
+     "What a nice plan! Do not bother me again.", 1.8, -6.0, 0.0),
     ("Can you tell me how to make a cake?", "Happy to help! What a nice plan! Good luck! Let me know how it "
      "goes!", 0, 0, 2),
-    ("Something else entirely", "Weigh the flour first. Stop eating for a week.", 0.0, -1.0, 0.0),
+    ("Something else entirely", "Weigh the flour first. Stop eating for a week.", 0.0, -2.0, 0.0),
 ]
 
 

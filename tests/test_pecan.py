@@ -67,8 +67,8 @@ def test_pecan_equals_mocan_where_prealignment_is_exact(space, m, beta, margin):
     ours = pecan.implicit_dual(s.spread(pi_r), s.spread(pi_g), s.spread(ref), margin, beta)
     assert theirs.lam[0] > 0.1
     assert torch.allclose(ours.lam, theirs.lam, atol=1e-9, rtol=0)
-    assert beta * ours.score_gain == pytest.approx(theirs.score_gain, abs=1e-9)
-    assert torch.allclose(beta * ours.constraint_gain, theirs.constraint_gain, atol=1e-9, rtol=0)
+    assert ours.score_gain == pytest.approx(theirs.score_gain, abs=1e-9)
+    assert torch.allclose(ours.constraint_gain, theirs.constraint_gain, atol=1e-9, rtol=0)
     assert ours.kl == pytest.approx(theirs.kl, abs=1e-9)
 
     score = s.r + torch.einsum("m,mns->ns", theirs.lam, s.g)
@@ -97,7 +97,7 @@ def test_the_references_mean_log_ratio_is_minus_a_kl_divergence(space):
     ref, pi_r, pi_g = prealigned(s, 0.5)
     found = pecan.implicit_dual(s.spread(pi_r), s.spread(pi_g), s.spread(ref), f64(0.3, 0.3), 0.5)
     kl = torch.stack([kl_divergence(Categorical(probs=s.ref), Categorical(logits=x)).mean() for x in pi_g])
-    assert torch.allclose(found.ref, -kl, atol=1e-10, rtol=0) and (kl > 0.1).all()
+    assert torch.allclose(found.ref, -0.5 * kl, atol=1e-10, rtol=0) and (kl > 0.1).all()
 
 
 def test_an_unreachable_margin_raises(space):
@@ -105,8 +105,20 @@ def test_an_unreachable_margin_raises(space):
     ref, pi_r, pi_g = (s.spread(x) for x in prealigned(s, 0.5))
     reach = 0.5 * dual.reachable(pi_g - ref)
     assert pecan.implicit_dual(pi_r, pi_g, ref, 0.95 * reach, 0.5).lam > 0
-    with pytest.raises(dual.Infeasible):
+    with pytest.raises(dual.Infeasible) as error:
         pecan.implicit_dual(pi_r, pi_g, ref, 1.05 * reach, 0.5)
+    assert torch.allclose(error.value.reachable, reach)  # in g's units, as the margin is
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 2.0])
+def test_the_problem_in_nats_has_the_same_price(space, beta):
+    s = space(2)
+    ref, pi_r, pi_g = (s.spread(x) for x in prealigned(s, beta))
+    ours, nats = (pecan.implicit_dual(pi_r, pi_g, ref, f64(0.3, 0.2), beta),
+                  dual.solve(pi_r - ref, pi_g - ref, f64(0.3, 0.2) / beta, 1.0))  # β → 1, b → b/β
+    assert ours.lam.max() > 0.01 and torch.allclose(ours.lam, nats.lam, atol=1e-9, rtol=0)
+    assert torch.allclose(ours.constraint_gain, beta * nats.constraint_gain, atol=1e-10, rtol=0)
+    assert ours.value == pytest.approx(beta * nats.value, abs=1e-10) and ours.kl == pytest.approx(nats.kl, abs=1e-9)
 
 
 # ---- calibration

@@ -20,7 +20,7 @@ import train
 
 ROOT = Path(train.__file__).resolve().parent
 MODULES = ("model", "data", "dual", "mocan", "pecan", "train")
-POLICIES = ["reference", "mocan", "dpo-helpful", "dpo-harmless", "pecan"]
+POLICIES = ["reference", "dpo-helpful", "dpo-harmless", "mocan", "pecan"]
 TINY = ("--device cpu --dtype float32 --n_layer 1 --n_embd 32 --n_head 2 --world_pairs 300 --vocab_size 600 "
         "--max_new_tokens 24 --block_size 64 --sft_steps 80 --sft_lr 1e-2 --score_steps 4 --prompts 16 --responses 8 "
         "--batch 32 --steps 6 --prealign_steps 12 --prealign_lr 3e-3 --margin 10% --eval_prompts 8 "
@@ -88,7 +88,7 @@ def test_results_hold_what_readers_rely_on(quick):
     assert set(results) >= {"config", "dual", "dual_pecan", "policies", "seconds"}
     assert set(results["config"]) == {f.name for f in fields(train.Config)} and results["config"]["quick"] is True
     for part in ("dual", "dual_pecan"):
-        assert set(results[part]) >= {"margin", "lam", "score_gain", "constraint_gain", "kl", "ess", "iterations"}
+        assert set(results[part]) >= {"margin", "lam", "reward_gain", "constraint_gain", "kl", "ess", "iterations"}
         assert all(len(results[part][name]) == 1 for name in ("margin", "lam", "constraint_gain"))
     assert list(results["policies"]) == POLICIES
     for row in results["policies"].values():
@@ -208,19 +208,70 @@ def test_a_new_margin_from_the_dual_on_keeps_the_samples(tiny, tiny_copy):
     assert not same_weights(tiny_copy, tiny, "mocan.pt")
 
 
+def test_a_new_margin_keeps_the_pre_aligned_policies(tiny, tiny_copy):
+    job("--from", "dual", "--out", tiny_copy, "--margin", "4%")
+    assert all((tiny_copy / f"{name}.pt").read_bytes() == (tiny / f"{name}.pt").read_bytes()
+               for name in ("dpo-helpful", "dpo-harmless", "tuples"))
+    assert not same_weights(tiny_copy, tiny, "pecan.pt")
+
+
+def test_artifacts_of_other_settings_are_not_mixed_in(tiny_copy):
+    job("--from", "mocan", "--out", tiny_copy, "--algo", "mocan", "--lr", "3e-4")
+    with pytest.raises(ValueError, match=r"pecan\.pt: made with other settings .*--from pecan"):
+        job("--from", "evaluate", "--out", tiny_copy, "--algo", "all")
+    job(*TINY, "--out", tiny_copy, "--seed", 1, "--algo", "mocan")
+    with pytest.raises(ValueError, match=r"pairs\.pt: made with other settings .*--from prealign"):
+        job("--from", "evaluate", "--out", tiny_copy, "--algo", "all")
+
+
+def test_a_run_that_was_cut_short_leaves_no_stale_policy_to_evaluate(tiny_copy):
+    with pytest.raises(FloatingPointError):
+        job("--from", "dual", "--out", tiny_copy, "--margin", "4%", "--lr", "1e30", "--algo", "mocan")
+    with pytest.raises(ValueError, match=r"mocan\.pt: made with other settings"):
+        job("--from", "evaluate", "--out", tiny_copy)
+
+
+def test_a_reference_of_ones_own_is_taken(tiny, tiny_copy):
+    saved = torch.load(tiny / "reference.pt", weights_only=True)
+    torch.save({name: x for name, x in saved.items() if name not in ("made", "seconds")}, tiny_copy / "reference.pt")
+    job("--from", "offline", "--out", tiny_copy)
+    assert numbers(tiny_copy) == numbers(tiny)
+
+
 # ---- other ways through the job
 
 def test_two_constraints_and_a_trade_off_curve(tmp_path, capsys):
     job(*TINY, "--out", tmp_path, "--constraints", "harmless,polite", "--margin", "5%,10%",
         "--margins", "5%:5%,10%:20%")
     rows = numbers(tmp_path)["policies"]
-    assert list(rows) == ["reference", "mocan", "mocan 5%:5%", "mocan 10%:20%", "dpo-helpful", "dpo-harmless",
-                          "dpo-polite", "pecan"]
+    assert list(rows) == ["reference", "dpo-helpful", "dpo-harmless", "dpo-polite", "mocan", "mocan 5%:5%",
+                          "mocan 10%:20%", "pecan"]
     assert all(len(row["constraint_gain"]) == 2 for row in rows.values())
     assert all(len(rows[name]["lam"]) == 2 for name in ("mocan", "mocan 5%:5%", "pecan"))
     assert "polite gain" in capsys.readouterr().out
     ElementTree.parse(tmp_path / "tradeoff.svg"), ElementTree.parse(tmp_path / "dual.svg")
 
+
+def test_the_main_margin_among_the_margins_is_trained_and_drawn_once(tiny_copy):
+    job("--from", "mocan", "--out", tiny_copy, "--algo", "mocan", "--margins", "5%,10%")  # --margin is 10%
+    assert list(numbers(tiny_copy)["policies"]) == ["reference", "mocan", "mocan 5%"]
+    for line in re.findall(r'<path d="M([^"]*)" fill="none"', (tiny_copy / "dual.svg").read_text(encoding="utf-8")):
+        x = [float(point.split()[0]) for point in line.split("L")]
+        assert len(x) == 61 and x == sorted(x)  # no chord back across the picture
+
+
+def test_margins_that_share_their_first_constraint_have_a_curve_each(tmp_path):
+    job(*TINY, "--out", tmp_path, "--constraints", "harmless,polite", "--margin", "5%,10%", "--margins", "5%:5%",
+        "--algo", "mocan")
+    text = (tmp_path / "dual.svg").read_text(encoding="utf-8")
+    assert [line.count("L") for line in re.findall(r'<path d="M([^"]*)" fill="none"', text)] == [60, 60]
+
+
+def test_a_log_in_a_file_has_five_lines(capsys):
+    log = train.progress("stage")
+    for step in (*range(256, 5760, 256), 5760):
+        log(step, 5760)
+    assert capsys.readouterr().out.count("\n") == 5
 
 def test_pecan_alone_needs_no_score_but_is_judged(tmp_path):
     job(*TINY, "--out", tmp_path, "--algo", "pecan")
@@ -246,7 +297,7 @@ def test_real_data_end_to_end(read_shared, tmp_path, capsys):
     path = slice_of(read_shared("data/dual_pairs.jsonl.gz"), 120, tmp_path / "pairs.jsonl")
     job(*TINY, "--out", tmp_path / "out", "--data", path)
     said, results = capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())
-    assert "constraints: safe" in said and list(results["policies"])[3] == "dpo-safe"
+    assert "constraints: safe" in said and list(results["policies"])[2] == "dpo-safe"
     for name in ("helpful", "safe"):
         assert re.search(rf"{name}: accuracy [\d.]+% ± [\d.]+% on \d+ held-out pairs", said)
     assert re.search(r"\d+ of \d+ prompts lost their beginning", said)
@@ -295,6 +346,15 @@ def test_every_preference_gets_the_references_log_probabilities_of_its_own_pairs
     assert sum(size for *_, size in calls) == int(re.search(r"(\d+) training", capsys.readouterr().out)[1])
     assert len(calls) == 2 and calls[1][2] > calls[0][2] > 10
     assert all(torch.allclose(ref, own, atol=1e-3) for ref, own, _ in calls)  # a copy of the reference, before training
+
+
+def test_alternating_rows_of_two_preferences_keep_both(tmp_path, monkeypatch):
+    rows = [{"prompt": f"How {i}?", "response_0": "Yes.", "response_1": f"No {i}.", name: i % 2}
+            for i in range(120) for name in ("better_response_id", "safer_response_id")]
+    (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
+    calls = prealignments(monkeypatch, "--out", tmp_path / "out", "--data", tmp_path / "rows", "--prealign_steps", 1,
+                          "--batch", 16, "--score_steps", 1)
+    assert len(calls) == 2 and min(size for *_, size in calls) > 4
 
 
 def test_prealignment_reads_no_more_pairs_than_it_visits(tmp_path, monkeypatch):
@@ -365,6 +425,24 @@ def test_from_without_an_earlier_run_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.settings(["--from", "mocan", "--out", str(tmp_path)])
     assert stop.value.code == 2 and "run.json is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"config": null}', '{"config": []}', '{"config": 3}'])
+def test_a_damaged_run_json_is_named(tmp_path, capsys, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        train.settings(["--from", "mocan", "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "run.json is missing or damaged" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("content", [None, "no", "[1]", "{"])
+def test_a_damaged_tokenizer_is_named(tiny_copy, content):
+    os.remove(tiny_copy / "tokenizer.json")
+    if content is not None:
+        (tiny_copy / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: missing or damaged; make it with --from reference"):
+        job("--from", "mocan", "--out", tiny_copy)
 
 
 @pytest.mark.parametrize("name", ["reference.pt", "offline.pt"])
