@@ -235,7 +235,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
         lam, state, count, done = newton(problem, lam, margin, beta * heat, 400, 3e-11 if heat == 1 else 1e-6)
         iterations, done, heat = iterations + count, done and heat == 1, heat / 4
     if not done:
-        raise FloatingPointError(f"no convergence at margin {margin.tolist()}, beta {beta}: gradient {state[1].tolist()}"
+        raise FloatingPointError(f"no convergence: margin {margin.tolist()}, beta {beta}: gradient {state[1].tolist()}"
                                  f" at lam {lam.tolist()} after {iterations} evaluations; use a larger beta")
     if len(state[3]) == m + 2:
         state, iterations = evaluate(problem, lam, margin, beta, detail=True), iterations + 1
