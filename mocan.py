@@ -223,7 +223,7 @@ def train_mocan(policy, pool, ref_logp, score, constraint, lam, c, generators, l
     optimizer, autocast, scaler = mixed_precision(policy, c.lr, c.dtype)
     group = min(c.group, s.size(1))  # G responses to a prompt, compared in all their pairs, i against j
     batches = pair_batches(pool.lengths(), max(1, 2 * c.batch // group), generators[0], group)
-    i, j = torch.triu_indices(group, group, 1)  # (G(G-1)/2,) each
+    i, j = torch.triu_indices(group, group, 1, device=c.device)  # (G(G-1)/2,) each
     for step in range(c.steps):
         optimizer.param_groups[0]["lr"] = c.lr * lr_at(step, c.steps, c.warmup)
         mean_loss = 0.0
@@ -238,9 +238,9 @@ def train_mocan(policy, pool, ref_logp, score, constraint, lam, c, generators, l
                 logp = sequence_logprob(policy, tokens, mask).view(k.shape)  # (B, G)
             ref = ref_logp[n[:, None], k].to(c.device)
             loss = preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], p_1, c.beta).mean()
-            check_finite(loss.item(), "mocan", step)
+            check_finite(value := loss.item(), "mocan", step)
             scaler.scale(loss / c.accumulate).backward()
-            mean_loss += loss.item() / c.accumulate
+            mean_loss += value / c.accumulate
         scaler.unscale_(optimizer)  # so that clipping sees true gradients
         torch.nn.utils.clip_grad_norm_(policy.parameters(), c.clip)
         scaler.step(optimizer)

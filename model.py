@@ -192,7 +192,7 @@ def sequence_logprob(model, tokens, response_mask):
 
 def to_checkpoint(model):
     """Configuration and weights: what torch.save takes, and torch.load gives back with weights_only=True."""
-    return {"config": asdict(model.config), "weights": model.state_dict()}
+    return {"config": asdict(model.config), "weights": {k: x.cpu() for k, x in model.state_dict().items()}}
 
 
 def from_checkpoint(saved, device="cpu"):

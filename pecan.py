@@ -72,7 +72,7 @@ def train_pecan(policy, pool, ref_logp, score, c, steps, lr, generators, log, st
     optimizer, autocast, scaler = mixed_precision(policy, lr, c.dtype)
     group = min(c.group, score.size(1))  # 2 for preference data, whatever --group says
     batches = pair_batches(pool.lengths(), max(1, 2 * c.batch // group), generators[0], group)
-    i, j = torch.triu_indices(group, group, 1)  # (G(G-1)/2,) each
+    i, j = torch.triu_indices(group, group, 1, device=c.device)  # (G(G-1)/2,) each
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * lr_at(step, steps, c.warmup)
         mean_loss = 0.0
@@ -87,9 +87,9 @@ def train_pecan(policy, pool, ref_logp, score, c, steps, lr, generators, log, st
                 logp = sequence_logprob(policy, tokens, mask).view(k.shape)  # (B, G)
             ref = ref_logp[n[:, None], k].to(c.device)
             loss = preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], p_1, c.beta).mean()
-            check_finite(loss.item(), stage, step)
+            check_finite(value := loss.item(), stage, step)
             scaler.scale(loss / c.accumulate).backward()
-            mean_loss += loss.item() / c.accumulate
+            mean_loss += value / c.accumulate
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(policy.parameters(), c.clip)
         scaler.step(optimizer)

@@ -123,7 +123,7 @@ def settings(argv):
             choices = m["choices"] and [x for x in m["choices"] if x]
             parser.add_argument(flag, dest=f.name, type=type(f.default), choices=choices, help=shown)
     given = vars(parser.parse_args(argv))
-    base = QUICK if given.get("quick") else {}
+    base = (QUICK if given.get("quick") else {}) | ({"dtype": "float32"} if given.get("device") == "cpu" else {})
     if "start" in given and not (given["start"] == STAGES[0] and given.get("quick")):
         path = os.path.join(given.get("out", Config.out), "run.json")
         try:
@@ -146,7 +146,7 @@ def settings(argv):
     if c.held_out >= 1 or c.max_new_tokens + 8 > c.block_size:
         parser.error(f"--held_out {c.held_out} must be < 1, --max_new_tokens {c.max_new_tokens} at most --block_size "
                      f"{c.block_size} − 8")
-    if c.device != "cpu" and not (re.fullmatch("cuda(:[0-9])?", c.device) and torch.cuda.is_available()):
+    if c.device != "cpu" and not (re.fullmatch("cuda(:[0-9])?", c.device) and int(c.device[5:] or 0) < torch.cuda.device_count()):
         parser.error(f"--device {c.device} cannot be used here; expected cpu, or cuda or cuda:N where CUDA is available")
     if c.scores == "exact" and c.data:
         parser.error("--scores exact exists in the built-in world only; use --scores learned with --data")
@@ -198,8 +198,7 @@ def artifact(c, seconds, stage, name, make, headline):
     else:
         print(f"\n{stage}: {headline}", flush=True)
         began = time.time()
-        saved = make()
-        saved |= {"seconds": time.time() - began, "made": made}
+        saved = {**make(), "seconds": time.time() - began, "made": made}
         torch.save(saved, path + ".tmp")
         os.replace(path + ".tmp", path)
     seconds[stage] = seconds.get(stage, 0) + saved.get("seconds", 0)
@@ -248,6 +247,7 @@ def draw(c, names, score, constraint, margins, solutions, policies):
 # ---- the job
 def main():
     c = settings(sys.argv[1:])
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape of batch
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
     os.makedirs(c.out, exist_ok=True)
     write(os.path.join(c.out, "run.json"), json.dumps({"config": asdict(c)}, indent=1))

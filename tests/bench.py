@@ -242,25 +242,26 @@ def bench_oneshot(argv):
         sys.exit("bench.py oneshot: needs a run of the built-in world with one constraint")
     train_pairs, held_out, names = data.load(c, random.Random(f"{c.seed}/data"))
     tok = data.open_tokenizer(c, train_pairs, True)
-    load = lambda name: torch.load(os.path.join(a.out, name), weights_only=True)
-    reference, policy = from_checkpoint(load("reference.pt")), from_checkpoint(load("reference.pt"))
+    load = lambda name: torch.load(os.path.join(a.out, name), map_location="cpu", weights_only=True)
+    reference, policy = (from_checkpoint(load("reference.pt"), c.device) for _ in range(2))
     prompts, held = data.spread(train_pairs, c.prompts), data.spread(held_out, c.eval_prompts)
     ref_g = load("offline_scores.pt")["scores"][1].mean(dim=1)  # (N,)
     b, mine = ours["dual"]["margin"][0], ours["policies"]["mocan"]
     quiet, generator = (lambda *_, **__: None), train.stream(c, "primal-dual")
-    ref_eval, _, _ = mocan.measure(reference, reference, None, {}, names, held, tok, c, train.stream(c, "evaluate"), quiet)
+    sampling = generator if c.device == "cpu" else train.stream(c, "primal-dual", c.device)
+    ref_eval, _, _ = mocan.measure(reference, reference, None, {}, names, held, tok, c, train.stream(c, "evaluate", c.device), quiet)
 
     G, size = c.group, max(1, 2 * c.batch // c.group)
     i, j = torch.triu_indices(G, G, 1)
     lam, spent, history, order = torch.zeros(1), 0.0, [], torch.empty(0, dtype=torch.long)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer, autocast, scaler = mocan.mixed_precision(policy, c.lr, c.dtype)
     for turn in range(a.rounds):
         began = time.time()
         while len(order) < a.inner * size:  # the round's prompts; an epoch visits each once
             order = torch.cat([order, torch.randperm(len(prompts), generator=generator)])
         some, order = order[:a.inner * size], order[a.inner * size:]
         text = [prompts[n] for n in some.tolist()]
-        pool, _ = mocan.sample_pool(policy, tok, text, G, c, generator, quiet)
+        pool, _ = mocan.sample_pool(policy, tok, text, G, c, sampling, quiet)
         scores = mocan.score_pool({}, names, text, pool, tok, c)
         if turn:  # at the first round the policy is the reference, and violates the margin by all of it
             lam = (lam + a.dual_lr * (b - (scores[1].mean() - ref_g[some].mean()).item())).clamp_min(0)
@@ -269,16 +270,15 @@ def bench_oneshot(argv):
         for step in range(turn * a.inner, (turn + 1) * a.inner):
             optimizer.param_groups[0]["lr"] = c.lr * mocan.lr_at(step, a.rounds * a.inner, c.warmup)
             n, k = next(batches)
-            logp = sequence_logprob(policy, *mocan.gather_pairs(pool, n, k, c.device)).view(k.shape)
-            ref, score = ref_logp[n[:, None], k], s[n[:, None], k]
+            with autocast:
+                logp = sequence_logprob(policy, *mocan.gather_pairs(pool, n, k, c.device)).view(k.shape)
+            ref, score = ref_logp[n[:, None], k].to(c.device), s[n[:, None], k].to(c.device)
             p_1 = mocan.bradley_terry(score[:, i], score[:, j])
-            mocan.preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], p_1, c.beta).mean().backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), c.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = mocan.preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], p_1, c.beta).mean()
+            mocan.update(policy, optimizer, scaler, loss, c.clip)
         spent += time.time() - began
         if (turn + 1) * a.evaluations // a.rounds > turn * a.evaluations // a.rounds:
-            _, m, _ = mocan.measure(policy, reference, ref_eval, {}, names, held, tok, c, train.stream(c, "evaluate"), quiet)
+            _, m, _ = mocan.measure(policy, reference, ref_eval, {}, names, held, tok, c, train.stream(c, "evaluate", c.device), quiet)
             history.append((m["reward_gain"], m["constraint_gain"][0], m["kl"], lam.item(), spent, turn + 1))
             print(f"  round {turn + 1:3d}: lam {lam.item():.3f}  reward gain {m['reward_gain']:+.3f}  {names[0]} gain "
                   f"{m['constraint_gain'][0]:+.3f} (b {b:.3f})  KL {m['kl']:.3f}  {spent:.0f} s", flush=True)

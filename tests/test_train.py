@@ -416,6 +416,11 @@ def test_a_flag_that_contradicts_a_reused_stage_is_refused(tiny, capsys, flags, 
     assert stop.value.code == 2 and named in error and "use --from" in error
 
 
+def test_a_cpu_run_is_in_float32_wherever_it_runs():
+    assert train.settings(["--device", "cpu"]).dtype == "float32"
+    assert train.settings(["--device", "cpu", "--dtype", "bfloat16"]).dtype == "bfloat16"
+
+
 def test_a_flag_that_agrees_with_the_reused_stages_is_accepted(tiny):
     c = train.settings(["--from", "mocan", "--out", str(tiny), "--seed", "0", "--lr", "5e-4"])
     assert c.lr == 5e-4 and c.n_embd == 32 and c.start == "mocan"
@@ -491,6 +496,14 @@ def test_every_purpose_has_a_random_stream_of_its_own():
     assert len({tuple(x) for x in draws.values()}) == 4
     assert draws["mocan"] == torch.rand(2, generator=train.stream(c, "mocan")).tolist()
     assert draws["mocan"] != torch.rand(2, generator=train.stream(train.Config(seed=4), "mocan")).tolist()
+
+
+def test_the_readmes_snippet_samples_from_a_policy(tiny, tmp_path):
+    os.symlink(tiny, tmp_path / "out")
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") >= 4
 
 
 # ---- the source
