@@ -209,7 +209,8 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
 
     mask (N, K): True where a response exists. prompt_weight (N,): relative weights of independent prompts, not counts.
     start (m,): a guess of λ*, e.g. at a near margin.
-    Raises Infeasible with a certificate when no policy on these samples meets the margins.
+    Raises Infeasible with a certificate when no policy on these samples meets the margins, FloatingPointError without
+    convergence, ValueError on bad input.
     """
     problem, beta = prepare(score, constraint, mask, prompt_weight), float(beta)
     m, N, K = problem.constraint.shape

@@ -273,6 +273,7 @@ def test_a_log_in_a_file_has_five_lines(capsys):
         log(step, 5760)
     assert capsys.readouterr().out.count("\n") == 5
 
+
 def test_pecan_alone_needs_no_score_but_is_judged(tmp_path):
     job(*TINY, "--out", tmp_path, "--algo", "pecan")
     assert list(numbers(tmp_path)["policies"]) == ["reference", "dpo-helpful", "dpo-harmless", "pecan"]
