@@ -313,18 +313,24 @@ def load(path, beta):
     raise ValueError(f"{path} holds {sorted(data)}: it needs score and constraint, or ref_logp, logp_r and logp_g")
 
 
+def parse_margin(text, reach, separator=","):
+    """"50%" or "0.3", one or one per constraint -> (m,) margins in g's units; reach (m,) is the largest reachable."""
+    parts = text.split(separator) * (1 if separator in text else len(reach))
+    try:
+        b = [float(p[:-1]) / 100 * top if p.endswith("%") else float(p)
+             for p, top in zip(parts, reach.tolist(), strict=True)]
+    except ValueError:
+        raise ValueError(f"margin {text!r}: expected a number in g's units, 0.3, or a share of the largest reachable "
+                         f"one, 50%; a single one, or {len(reach)} separated by {separator!r}") from None
+    return torch.tensor(b, dtype=torch.float64)
+
+
 def report(args):
     """Everything the command line prints."""
     if not 0 < args.beta < float("inf"):
         raise ValueError(f"--beta is {args.beta}: it must be a finite number above 0")
     score, constraint, rest = load(args.scores, args.beta)
-    top, words, shares = reachable(constraint, **rest).tolist(), args.margin.split(","), (1.0, 0.75, 0.5, 0.25)
-    words = words * len(top) if len(words) == 1 else words
-    try:
-        margin = torch.tensor([float(w[:-1]) / 100 * top[j % len(top)] if w.endswith("%") else float(w)
-                               for j, w in enumerate(words)], dtype=torch.float64)
-    except ValueError:
-        raise ValueError(f"--margin is {args.margin}: give numbers such as 0.5, or percentages such as 50%") from None
+    margin, shares = parse_margin(args.margin, reachable(constraint, **rest)), (1.0, 0.75, 0.5, 0.25)
     with warnings.catch_warnings(record=True) as notes:
         curve = sweep(score, constraint, [share * margin for share in shares], args.beta, **rest)
     for note in notes[:1]:

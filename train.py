@@ -110,8 +110,9 @@ QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, score_step
 
 def settings(argv):
     """Defaults, then --quick or the run that --from continues, then the command line. Bad values exit with code 2."""
-    parser = argparse.ArgumentParser(prog="train.py", description="One-shot safety alignment: a dual, then one policy "
-                                     "update.", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(prog="train.py", usage="python train.py [--SETTING VALUE ...]   (--help lists them)",
+                                     description="One-shot safety alignment: a dual, then one policy update.",
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         m, flag = f.metadata, "--" + (f.metadata["flag"] or f.name)
         shown = f"{m['help']} (default: {f.default})".replace("%", "%%")
@@ -208,17 +209,6 @@ def artifact(c, seconds, stage, name, make, headline):
 def new_model(c, config, purpose):
     torch.manual_seed(random.Random(f"{c.seed}/{purpose}").getrandbits(62))
     return GPT(config).to(c.device)
-
-
-def parse_margin(text, separator, reach):
-    """"50%" or "0.3", one or one per constraint -> (m,) margins in g's units; reach (m,) is the largest reachable."""
-    parts = text.split(separator) * (1 if separator in text else len(reach))
-    try:
-        b = [float(p[:-1]) / 100 * top if p.endswith("%") else float(p) for p, top in zip(parts, reach.tolist(), strict=True)]
-    except ValueError:
-        raise ValueError(f"margin {text!r}: expected a number in g's units, 0.3, or a share of the largest reachable margin, "
-                         f"50%; one, or one for each of {len(reach)} constraints, separated by {separator!r}") from None
-    return torch.tensor(b, dtype=torch.float64)
 
 
 def draw(c, names, score, constraint, margins, solutions, policies):
@@ -334,7 +324,7 @@ def main():
         print(f"\ndual: the largest reachable margins are {', '.join(f'{x:.3f}' for x in reach)}; correlation of helpful and "
               f"{names[0]} under the reference {torch.corrcoef(scores[:2].flatten(1))[0, 1]:.2f}")
         others = [text for text in c.margins.split(",") if text not in ("", c.margin.replace(",", ":"))]
-        margins = {"mocan": parse_margin(c.margin, ",", reach), **{f"mocan {b}": parse_margin(b, ":", reach) for b in others}}
+        margins = {"mocan": dual.parse_margin(c.margin, reach), **{f"mocan {b}": dual.parse_margin(b, reach, ":") for b in others}}
         began = time.time()
         solutions = {name: dual.solve(score, constraint, b, c.beta) for name, b in margins.items()}
         seconds["dual"], margin = time.time() - began, margins["mocan"]
@@ -354,15 +344,22 @@ def main():
     if c.algo != "mocan":  # ---- PeCAN, its dual and policy update
         print("\ndual: PeCAN's, on its implicit scores")
         if c.algo == "pecan":
-            margin = parse_margin(c.margin, ",", dual.reachable(c.beta * (logp[1:] - ref_logp)))
-        found = pecan.implicit_dual(logp[0], logp[1:], ref_logp, margin, c.beta)
-        results["dual_pecan"] = mocan.dual_numbers(names, margin, found)
-        if c.algo == "all":
+            margin = dual.parse_margin(c.margin, dual.reachable(c.beta * (logp[1:] - ref_logp)))
+        else:
             pecan.say_miscalibration(names, scores, c.beta * (logp - ref_logp))
-        s = pecan.implicit_score(logp[0], logp[1:], ref_logp, found.lam, c.beta)  # (N, K)
-        align("pecan", "pecan", found.lam, c.steps, lambda policy: pecan.train_pecan(
-            policy, pool, ref_logp, s, c, c.steps, c.lr, (stream(c, "pecan"), stream(c, "pecan/labels")), progress("pecan")),
-            f"one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
+        found = None
+        try:
+            found = pecan.implicit_dual(logp[0], logp[1:], ref_logp, margin, c.beta)
+        except dual.Infeasible as error:  # what MoCAN's scores reach, PeCAN's may not; the other policies are worth a table
+            if c.algo == "pecan":
+                raise
+            print(f"  no PeCAN policy, by its implicit scores: {error}")
+        if found:
+            results["dual_pecan"] = mocan.dual_numbers(names, margin, found)
+            s = pecan.implicit_score(logp[0], logp[1:], ref_logp, found.lam, c.beta)  # (N, K)
+            align("pecan", "pecan", found.lam, c.steps, lambda policy: pecan.train_pecan(
+                policy, pool, ref_logp, s, c, c.steps, c.lr, (stream(c, "pecan"), stream(c, "pecan/labels")),
+                progress("pecan")), f"one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
 
     write(os.path.join(c.out, "dual.json"), json.dumps({k: results[k] for k in ("dual", "dual_pecan") if k in results}))
 

@@ -371,6 +371,17 @@ def test_an_unreachable_margin_stops_before_training_and_names_the_largest(tiny_
     assert (tiny_copy / "mocan.pt").read_bytes() == before
 
 
+def test_a_margin_that_only_pecans_scores_cannot_reach_keeps_the_table(tiny_copy, monkeypatch, capsys):
+    monkeypatch.setattr(train.pecan, "temperature", lambda *_: 0.0)  # scores that know nothing
+    job("--from", "prealign", "--out", tiny_copy)
+    results = json.loads((tiny_copy / "results.json").read_text())
+    assert list(results["policies"]) == POLICIES[:-1] and "dual_pecan" not in results
+    out = capsys.readouterr().out
+    assert re.search(r"no PeCAN policy, by its implicit scores: margin \[0\.\d+\] is out of reach .* is \[0\.0\]; lower", out)
+    with pytest.raises(dual.Infeasible):  # alone, there is no table to save
+        job("--from", "dual", "--algo", "pecan", "--margin", "0.1", "--out", tiny_copy)
+
+
 def test_a_bad_data_file_ends_in_one_line_with_file_and_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
     done = command("--data", tmp_path / "bad.jsonl", "--out", tmp_path / "out")
@@ -379,8 +390,8 @@ def test_a_bad_data_file_ends_in_one_line_with_file_and_line(tmp_path):
 
 
 BAD_FLAGS = {
-    "unknown flag": (["--marginn", "1"], "--margin"),
-    "abbreviated flag": (["--marg", "1"], "--margin"),
+    "unknown flag": (["--marginn", "1"], "arguments: --marginn"),
+    "abbreviated flag": (["--marg", "1"], "arguments: --marg 1"),
     "unknown choice": (["--algo", "ppo"], "mocan"),
     "unknown dtype": (["--dtype", "float8"], "bfloat16"),
     "unknown stage": (["--from", "nowhere"], "prealign"),
@@ -406,6 +417,7 @@ def test_a_bad_flag_exits_with_2_and_names_what_is_valid(case, capsys):
         train.settings(flags)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and named in error and "Traceback" not in error
+    assert error.count("\n") == 2 and "--help" in error  # usage, and the error
 
 
 @pytest.mark.parametrize("flags, named", [(["--seed", "5"], "--seed was 0"), (["--n_embd", "64"], "--n_embd was 32"),
@@ -477,16 +489,16 @@ def test_a_non_finite_loss_keeps_the_last_artifact(tiny_copy, monkeypatch):
 
 def test_margins_by_hand():
     reach = torch.tensor([2.0, 0.5], dtype=torch.float64)
-    assert train.parse_margin("50%", ",", reach).tolist() == [1.0, 0.25]
-    assert train.parse_margin("0.3", ",", reach).tolist() == [0.3, 0.3]
-    assert train.parse_margin("0.3,10%", ",", reach).tolist() == pytest.approx([0.3, 0.05])
-    assert train.parse_margin("-1:0", ":", reach).tolist() == [-1.0, 0.0]
+    assert dual.parse_margin("50%", reach).tolist() == [1.0, 0.25]
+    assert dual.parse_margin("0.3", reach).tolist() == [0.3, 0.3]
+    assert dual.parse_margin("0.3,10%", reach).tolist() == pytest.approx([0.3, 0.05])
+    assert dual.parse_margin("-1:0", reach, ":").tolist() == [-1.0, 0.0]
 
 
 @pytest.mark.parametrize("text", ["", "half", "50 percent", "1,2,3", "1,", "%"])
 def test_a_margin_that_makes_no_sense_is_named(text):
     with pytest.raises(ValueError) as error:
-        train.parse_margin(text, ",", torch.tensor([2.0, 0.5]))
+        dual.parse_margin(text, torch.tensor([2.0, 0.5]))
     assert repr(text) in str(error.value) and "\n" not in str(error.value)
 
 
