@@ -434,6 +434,13 @@ def test_a_cpu_run_is_in_float32_wherever_it_runs():
     assert train.settings(["--device", "cpu", "--dtype", "bfloat16"]).dtype == "bfloat16"
 
 
+def test_defaults_of_real_data_give_way_to_the_command_line_and_to_quick():
+    assert (train.settings([]).margin, train.settings([]).lr) == ("50%", 4e-4)
+    c = train.settings(["--data", "x.jsonl", "--lr", "1e-3"])
+    assert (c.margin, c.prealign_steps, c.lr) == ("25%", 300, 1e-3)
+    assert train.settings(["--quick", "--data", "x.jsonl"]).prealign_steps == train.QUICK["prealign_steps"]
+
+
 def test_a_flag_that_agrees_with_the_reused_stages_is_accepted(tiny):
     c = train.settings(["--from", "mocan", "--out", str(tiny), "--seed", "0", "--lr", "5e-4"])
     assert c.lr == 5e-4 and c.n_embd == 32 and c.start == "mocan"
