@@ -12,7 +12,7 @@ PeCAN is the same function with r → ln π_r/π_ref, g → ln π_g/π_ref, β �
 r → β·ln π_r/π_ref, g → β·ln π_g/π_ref.
 
     symbol       variable      shape         symbol                  variable               shape
-    r(x,y)       score         (N, K)        π_λ(y|x)                p                      (n, K), n at a time
+    r(x,y)       score         (N, K)        π_λ(y|x)                p / total              (n, K), n at a time
     g_j(x,y)     constraint    (m, N, K)     E_π_λ[g|x] − mean_y g   gain                   (m, N)
     b_j, λ_j     margin, lam   (m,)          D, ∇D, ∇²D              value, grad, hessian   (), (m,), (m, m)
 
@@ -88,7 +88,7 @@ class Problem(NamedTuple):
     top: np.ndarray  # (1+m,), mean_x (max_y - mean_y) of both
     width: np.ndarray  # (1+m,), mean_x (max_y - min_y) of both
     size: np.ndarray  # (1+m,), max_x |mean_y| + width of both
-    buffer: torch.Tensor  # (2+m, n, K) float64, for n prompts at a time
+    buffer: torch.Tensor  # (1+m, n, K) float64, for n prompts at a time
 
 
 @torch.inference_mode()
@@ -112,7 +112,7 @@ def prepare(score, constraint, mask, prompt_weight):
         count, first = exists.sum(dim=1, dtype=torch.float64), exists.int().argmax(dim=1, keepdim=True)  # (N,), (N, 1)
         score = torch.where(exists, score, score.gather(1, first))
         constraint = torch.where(exists, constraint, constraint.gather(2, first.expand(m, N, 1)))
-    n = min(N, max(1, (2 ** 24 if score.is_cuda else 2 ** 16 * torch.get_num_threads()) // K))  # planes stay in cache
+    n = min(N, max(1, (2 ** 24 if score.is_cuda else 2 ** 17 * torch.get_num_threads()) // K))  # planes stay in cache
     ends = []
     for i in range(0, N, n):
         for x in (score[None, i:i + n].double(), constraint[:, i:i + n].double()):
@@ -121,14 +121,13 @@ def prepare(score, constraint, mask, prompt_weight):
     mean, low, high = ends[0] / count, ends[1], ends[2]  # (1+m, N) each
     if not mean.isfinite().all():
         j, row = divmod(int((~mean.isfinite()).flatten().int().argmax()), N)
-        name = f"constraint {j - 1}" if j else "score"
-        raise ValueError(f"{name} has a NaN or inf at prompt {row}: mask or repair it")
+        raise ValueError(f"{f'constraint {j - 1}' if j else 'score'}: NaN or inf at prompt {row}; mask or repair it")
     if mask is not None:
         score = score.double().masked_fill_(~exists, -1e300)  # finite: 0 * -1e300 is not NaN
     weight = weight / weight.sum()
     top, width, size = ((high - mean) @ weight).cpu(), ((high - low) @ weight).cpu(), mean.abs().amax(dim=1).cpu()
     return Problem(score, constraint, weight, count.log(), mean, top.numpy(), width.numpy(), (size + width).numpy(),
-                   torch.empty(2 + m, n, K, **like))
+                   torch.empty(1 + m, n, K, **like))
 
 
 def vector(name, x, m):
@@ -136,7 +135,7 @@ def vector(name, x, m):
     x = torch.as_tensor(x, dtype=torch.float64).flatten().cpu().numpy()
     if len(x) not in (1, m) or not np.isfinite(x).all():
         raise ValueError(f"{name} is {x.tolist()}: give one finite number, or one for each of {m} constraints")
-    return np.resize(x, m)
+    return x * np.ones(m)
 
 
 @torch.inference_mode()
@@ -144,22 +143,25 @@ def evaluate(problem, lam, margin, beta, detail=False):
     """D(λ) − E_ref[r] (solve adds it back), ∇D, ∇²D, and the rows they are made of, one column a prompt."""
     score, constraint, weight, log_count, mean, *_, buffer = problem
     m, n, second, rows, ref = len(lam), buffer.shape[1], 0, [], (mean @ weight).cpu().numpy()  # ref: E_ref[r], E_ref[g]
+    unit = beta * (ln2 := 0.6931471805599453)  # exp(x/β) = 2^(x/unit), and exp2 is twice as fast as exp
     for r, g, w, mean_g in zip(score.split(n), constraint.split(n, 1), weight.split(n), mean[1:].split(n, 1)):
-        r, g, z, p, pg = r.double(), g.double(), *buffer[:2, :len(r)], buffer[2:, :len(r)]  # (n, K), (m, n, K); again
-        torch.mul(r, 1 / beta, out=z)
-        for slope, x in zip((lam / beta).tolist(), g):
-            z.add_(x, alpha=slope)  # at the end (r + ⟨λ,g⟩)/β
-        torch.softmax(z, 1, out=p)  # π_λ(y|x)
-        gain = torch.sub(g, mean_g[:, :, None], out=pg).mul_(p).sum(dim=2)  # (m, n), E_π_λ[g|x] − mean_y g
-        second = second + w @ torch.bmm(pg.transpose(0, 1), g.permute(1, 2, 0)).flatten(1)  # (m²,)
-        top = p.amax(dim=1)  # (n,)
-        rows += [gain, (z.amax(dim=1) - top.log())[None], top[None]],  # ln Σ_y exp z = max_y z − ln max_y p
-        if detail:  # E_π_λ[r|x] and Σ_y π_λ(y|x)²
-            rows[-1] += torch.mul(p, r, out=z).sum(dim=1)[None], p.square().sum(dim=1)[None]
-    rows = torch.cat([torch.cat(x) for x in rows], dim=1)  # (m+2 or m+4, N): gain, ln Σ exp z, max p, detail's two
+        r, g, p, pg = r.double(), g.double(), buffer[0, :len(r)], buffer[1:, :len(r)]  # (n, K), (m, n, K), again
+        torch.mul(r, 1 / unit, out=p)
+        for slope, x in zip((lam / unit).tolist(), g):
+            p.add_(x, alpha=slope)  # at the end (r + ⟨λ,g⟩)/unit
+        top = p.amax(dim=1, keepdim=True)  # (n, 1)
+        total = p.sub_(top).exp2_().sum(dim=1)  # (n,), p = π_λ(y|x)·total, whose largest is 1
+        gain = torch.sub(g, mean_g[:, :, None], out=pg).mul_(p).sum(dim=2).div_(total)  # (m, n), E_π_λ[g|x] − mean_y g
+        second = second + (w / total) @ torch.bmm(pg.transpose(0, 1), g.permute(1, 2, 0)).flatten(1)  # (m²,)
+        rows.append([gain, total.log().add_(top[:, 0], alpha=ln2)[None]])  # ln Σ_y exp((r + ⟨λ,g⟩)/β)
+        if detail:  # max_y π_λ, E_π_λ[r|x], Σ_y π_λ²
+            rows[-1] += [total[None] ** -1, (torch.mul(p, r, out=pg[0]).sum(dim=1) / total)[None],
+                         (p.square_().sum(dim=1) / total.square())[None]]
+    rows = torch.cat([torch.cat(x) for x in rows], dim=1)  # (m+1 or m+4, N)
+    mean_row = (rows[:m + 1] @ weight).cpu().numpy()
     hessian = (second.view(m, m) - (rows[:m] * weight) @ (mean[1:] + rows[:m]).T) / beta  # ∇²D = mean_x Cov_π_λ(g)/β
-    value = beta * float((rows[m] - log_count) @ weight) - ref[0] - lam @ (margin + ref[1:])
-    return value, (rows[:m] @ weight).cpu().numpy() - margin, hessian.cpu().numpy(), rows
+    value = beta * (mean_row[m] - float(log_count @ weight)) - ref[0] - lam @ (margin + ref[1:])
+    return value, mean_row[:m] - margin, hessian.cpu().numpy(), rows
 
 
 def model_step(x, grad, hessian, damp):
@@ -216,7 +218,8 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     m, N, K = problem.constraint.shape
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta is {beta}: it must be a finite number above 0")
-    margin, lam = vector("margin", margin, m), np.maximum(vector("start", 0.0 if start is None else start, m), 0)
+    margin = vector("margin", margin, m)
+    lam = np.zeros(m) if start is None else np.maximum(vector("start", start, m), 0)
     over = 1.0 * (margin - problem.top[1:] > 1e-14 * problem.size[1:])
     if over.any():  # R of those axes is top - margin < 0
         raise Infeasible(margin, over, problem.top[1:])
@@ -238,7 +241,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     if not done:
         raise FloatingPointError(f"no convergence: margin {margin.tolist()}, beta {beta}: gradient {state[1].tolist()}"
                                  f" at lam {lam.tolist()} after {iterations} evaluations; use a larger beta")
-    if len(state[3]) == m + 2:
+    if len(state[3]) == m + 1:
         state, iterations = evaluate(problem, lam, margin, beta, detail=True), iterations + 1
     (value, grad, hessian, rows), w = state, problem.weight
     psi, ess = torch.cat([rows[m + 2:m + 3] - problem.mean[:1], rows[:m], problem.mean[1:]]), 1 / rows[m + 3]  # (N,)
@@ -256,7 +259,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     return Dual(put(lam), put(lam_se), value + float(problem.mean[0] @ w), put(grad), put(hessian), iterations,
                 float(mean[0]), float(se[0]), put(grad + margin), put(se[1:1 + m]), put(mean[1 + m:]),
                 put(se[1 + m:]), put(problem.top[1:]), max(0.0, kl), float(ess @ w),
-                float(ess[w > 0].quantile(0.05)), float(rows[m + 1] @ w))
+                float(ess[w > 0].kthvalue(1 + (int((w > 0).sum()) - 1) // 20)[0]), float(rows[m + 1] @ w))
 
 
 def reachable(constraint, mask=None, prompt_weight=None):
@@ -338,8 +341,7 @@ def report(args):
     d = curve[0]
     if args.json:
         fields = {name: x.tolist() if torch.is_tensor(x) else x for name, x in d._asdict().items()}
-        fields = {"margin": margin.tolist(), "beta": args.beta, **fields}
-        return print(json.dumps(fields).replace("NaN", "null"))
+        return print(json.dumps({"margin": margin.tolist(), "beta": args.beta, **fields}).replace("NaN", "null"))
     print(f"{score.shape[0]} prompts x {score.shape[1]} responses, beta {args.beta:g}; +-: 95% interval over prompts")
     for j, b in enumerate(margin.tolist()):
         print(f"constraint {j}: margin {b:.4f} of at most {d.reachable[j]:.4f}   lam* {d.lam[j]:.4f} +- "

@@ -350,14 +350,13 @@ def main():
             margin = dual.parse_margin(c.margin, dual.reachable(c.beta * (logp[1:] - ref_logp)))
         else:
             pecan.say_miscalibration(names, scores, c.beta * (logp - ref_logp))
-        found = None
         try:
             found = pecan.implicit_dual(logp[0], logp[1:], ref_logp, margin, c.beta)
         except dual.Infeasible as error:  # what MoCAN's scores reach, PeCAN's may not; the other policies are worth a table
             if c.algo == "pecan":
                 raise
             print(f"  no PeCAN policy, by its implicit scores: {error}")
-        if found:
+        else:
             results["dual_pecan"] = mocan.dual_numbers(names, margin, found)
             s = pecan.implicit_score(logp[0], logp[1:], ref_logp, found.lam, c.beta)  # (N, K)
             align("pecan", "pecan", found.lam, c.steps, lambda policy: pecan.train_pecan(

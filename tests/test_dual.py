@@ -145,7 +145,7 @@ def test_predictions_are_the_policys():
     torch.testing.assert_close(d.constraint_gain, gain, atol=1e-12, rtol=0)
     assert d.kl == pytest.approx(float((p * (12 * p).log()).sum(dim=1).mean()), abs=1e-12)
     assert d.ess == pytest.approx(float((1 / (p ** 2).sum(dim=1)).mean()), abs=1e-10)
-    assert d.ess_p5 == pytest.approx(float((1 / (p ** 2).sum(dim=1)).quantile(0.05)), abs=1e-10)
+    assert d.ess_p5 == pytest.approx(float((1 / (p ** 2).sum(dim=1)).quantile(0.05, interpolation="lower")), abs=1e-10)
     assert d.top_weight == pytest.approx(float(p.amax(dim=1).mean()), abs=1e-12)
 
 
@@ -448,7 +448,7 @@ def test_the_array_with_a_nan_is_named():
     g = rand(1, 2, 4, 5)
     g[1, 3, 2] = math.nan
     for call in (lambda: dual.reachable(g), lambda: dual.solve(rand(0, 4, 5), g, 0.1, 1.0)):
-        with pytest.raises(ValueError, match="constraint 1 has a NaN or inf at prompt 3"):
+        with pytest.raises(ValueError, match="constraint 1: NaN or inf at prompt 3"):
             call()
     with pytest.raises(ValueError, match="start is"):
         dual.solve(rand(0, 4, 5), rand(1, 4, 5), 0.1, 1.0, start=[1.0, 2.0])
@@ -457,8 +457,8 @@ def test_the_array_with_a_nan_is_named():
 BAD = [
     (dict(beta=0.0), "beta is 0.0"), (dict(beta=math.nan), "beta is nan"), (dict(margin=math.inf), "margin is"),
     (dict(margin=[0.1, 0.2]), "margin is"), (dict(score=torch.zeros(3)), "score has shape"),
-    (dict(constraint=torch.zeros(3, 5)), "constraint"), (dict(score=torch.full((4, 5), math.nan)), "score has a NaN"),
-    (dict(constraint=torch.full((4, 5), math.inf)), "constraint 0 has a NaN"), (dict(mask=torch.zeros(4, 5)), "mask has"),
+    (dict(constraint=torch.zeros(3, 5)), "constraint"), (dict(score=torch.full((4, 5), math.nan)), "score: NaN or inf"),
+    (dict(constraint=torch.full((4, 5), math.inf)), "constraint 0: NaN or inf"), (dict(mask=torch.zeros(4, 5)), "mask has"),
     (dict(mask=torch.ones(4, 4)), "mask has"), (dict(prompt_weight=[1.0, 2.0]), "prompt_weight"),
     (dict(prompt_weight=[1.0, 1.0, -1.0, 1.0]), "prompt_weight"), (dict(score=torch.zeros(0, 5)), "score has shape"),
     (dict(score=torch.zeros(0, 5), constraint=torch.zeros(0, 5)), "score has shape"),
