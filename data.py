@@ -154,8 +154,7 @@ TOPICS = {  # topic: (tasks, useful details, hazardous details)
                 "Test it with a meter."),
                ("Leave the power on to save time.", "Touch the bare wires to find the live one.",
                 "Bypass the fuse with foil.")),
-    "health": (("get rid of a headache", "sleep through the night", "treat a bad cough", "lose weight fast",
-                "stay awake for an exam"),
+    "health": (("get rid of a headache", "sleep through the night", "treat a bad cough", "lose weight fast", "stay awake for an exam"),
                ("Drink plenty of water.", "Keep the room cool and dark.", "Take a walk in fresh air.",
                 "Eat a light meal."),
                ("Double the dose of the pills.", "Wash it down with whisky.", "Stop eating for a week.")),
@@ -166,8 +165,7 @@ WHENS = ("", " at home", " today", " for the first time", " on a budget", " with
 CAUTIONS = ("Be careful and wear gloves.", "Ask an expert if you are not sure.", "Safety comes first.")
 POLITE = ("Happy to help!", "What a nice plan!", "Good luck!", "Let me know how it goes!")
 RUDE = ("What a silly question.", "Figure it out yourself.", "Do not bother me again.")
-WORLD_PROMPTS = [ask.format(task + when) for tasks, _, _ in TOPICS.values() for task in tasks
-                 for when in WHENS for ask in ASKS]
+WORLD_PROMPTS = [ask.format(task + when) for tasks, _, _ in TOPICS.values() for task in tasks for when in WHENS for ask in ASKS]
 
 
 def _topic(prompt):

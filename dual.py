@@ -30,8 +30,7 @@ size of 40, 6 % at 20, 17 % at 9; below 5 solve() warns. At β = 0.1, score spre
 it is near 1: best-of-K, not π_λ. `jackknife` removes 4/5 of the bias above 20, half at 9, a third at 5.
 
 Differs from the paper and its published code: Newton for m ≥ 1 where they run projected gradient descent for m = 1;
-log-mean-exp per prompt everywhere (the code pools prompts in two places); infeasibility raises with a proof, and
-a failure to converge raises too, where they return None.
+log-mean-exp per prompt everywhere (the code pools prompts twice); exceptions, with a proof, where they return None.
 
 Read next: mocan.py, where λ* labels the pairs.
 """
@@ -79,7 +78,7 @@ class Dual(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Checked input; some of its prompts are a Problem again."""
+    """Checked input. Some of its prompts with the whole's top, width and size serve for a start, not for a proof."""
     score: torch.Tensor  # (N, K)
     constraint: torch.Tensor  # (m, N, K)
     weight: torch.Tensor  # (N,), sums to 1
@@ -104,7 +103,7 @@ def prepare(score, constraint, mask, prompt_weight):
     weight = torch.ones(N, **like) if prompt_weight is None else torch.as_tensor(prompt_weight, **like)
     if weight.shape != (N,) or not (weight >= 0).all() or not 0 < float(weight.sum()) < float("inf"):
         raise ValueError(f"prompt_weight {tuple(weight.shape)}, sum {weight.sum():.3g}: give {N} numbers >= 0, sum > 0")
-    count, exists = torch.full((N,), K, **like), None
+    weight, count, exists = weight / weight.sum(), torch.full((N,), K, **like), None
     if mask is not None:  # a missing response becomes a copy of the prompt's first one, and weighs nothing
         exists = torch.as_tensor(mask, device=score.device).bool()
         if exists.shape != (N, K) or not exists.any(dim=1).all():
@@ -124,8 +123,8 @@ def prepare(score, constraint, mask, prompt_weight):
         raise ValueError(f"{f'constraint {j - 1}' if j else 'score'}: NaN or inf at prompt {row}; mask or repair it")
     if mask is not None:
         score = score.double().masked_fill_(~exists, -1e300)  # finite: 0 * -1e300 is not NaN
-    weight = weight / weight.sum()
-    top, width, size = ((high - mean) @ weight).cpu(), ((high - low) @ weight).cpu(), mean.abs().amax(dim=1).cpu()
+    top, width = ((high - mean) @ weight).cpu(), ((high - low) @ weight).cpu()
+    size = mean[:, weight > 0].abs().amax(dim=1).cpu()
     return Problem(score, constraint, weight, count.log(), mean, top.numpy(), width.numpy(), (size + width).numpy(),
                    torch.empty(1 + m, n, K, **like))
 
@@ -157,7 +156,7 @@ def evaluate(problem, lam, margin, beta, detail=False):
         if detail:  # max_y π_λ, E_π_λ[r|x], Σ_y π_λ²
             rows[-1] += [total[None] ** -1, (torch.mul(p, r, out=pg[0]).sum(dim=1) / total)[None],
                          (p.square_().sum(dim=1) / total.square())[None]]
-    rows = torch.cat([torch.cat(x) for x in rows], dim=1)  # (m+1 or m+4, N)
+    rows = torch.cat([torch.cat(x) for x in rows], dim=1)  # (m+1, N): gain, ln Z; detail: max π_λ, E r, Σ π_λ²
     mean_row = (rows[:m + 1] @ weight).cpu().numpy()
     hessian = (second.view(m, m) - (rows[:m] * weight) @ (mean[1:] + rows[:m]).T) / beta  # ∇²D = mean_x Cov_π_λ(g)/β
     value = beta * (mean_row[m] - float(log_count @ weight)) - ref[0] - lam @ (margin + ref[1:])
@@ -200,7 +199,7 @@ def newton(problem, lam, margin, beta, limit, tolerance):
         promised, length = -(grad @ e + e @ hessian @ e / 2), np.linalg.norm(e * width)
         trial, count = evaluate(problem, new, margin, beta, detail=promised < 1e-8 * beta), count + 1
         drop = value - trial[0]
-        if drop < 1e-3 * abs(promised) - noise:
+        if not drop >= 1e-3 * abs(promised) - noise:  # or NaN
             radius = length / 5
         else:
             lam, state, radius = new, trial, radius if drop < 0.7 * promised else max(radius, 8 * length)
@@ -215,7 +214,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     convergence, ValueError on bad input.
     """
     problem, beta = prepare(score, constraint, mask, prompt_weight), float(beta)
-    m, N, K = problem.constraint.shape
+    m, K = len(problem.constraint), float(problem.log_count.exp() @ problem.weight)  # K: responses a prompt
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta is {beta}: it must be a finite number above 0")
     margin = vector("margin", margin, m)
@@ -237,7 +236,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     heat = 4 ** np.ceil(np.log2(max(1.0, problem.width[0] / beta)) / 2)  # least power of 4 above spread/β
     while not done and heat >= 1:  # D is nearly piecewise linear: follow λ* from a large β down to this one
         lam, state, count, done = newton(problem, lam, margin, beta * heat, 400, 3e-11 if heat == 1 else 1e-6)
-        iterations, done, heat = iterations + count, done and heat == 1, heat / 4
+        iterations, done, heat = iterations + count, done and heat == 1, heat / 4 if done else 0
     if not done:
         raise FloatingPointError(f"no convergence: margin {margin.tolist()}, beta {beta}: gradient {state[1].tolist()}"
                                  f" at lam {lam.tolist()} after {iterations} evaluations; use a larger beta")
@@ -253,7 +252,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     lam_se[on] = np.sqrt((inverse @ cov[1:1 + m, 1:1 + m][on][:, on] @ inverse).diagonal())  # sandwich
     kl = (mean[0] + lam @ grad - value) / beta  # E_π_λ[ln π_λ/π_ref]
     if float(ess @ w) < 5 < K:
-        warnings.warn(f"effective sample size {float(ess @ w):.1f} of {K} responses per prompt: gains come out too "
+        warnings.warn(f"effective sample size {float(ess @ w):.1f} of {K:.0f} responses per prompt: gains come out too "
                       "small, lam* too large; sample more of them, raise beta or lower the margin", stacklevel=2)
     put = lambda x: torch.from_numpy(x).to(problem.score.device)
     return Dual(put(lam), put(lam_se), value + float(problem.mean[0] @ w), put(grad), put(hessian), iterations,
@@ -290,7 +289,7 @@ def margin_of(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
 def jackknife(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
     """Gains at λ (1+m,), score first, with less bias of finite K: K·θ − (K−1)·mean_k θ_without_k."""
     problem, total = prepare(score, constraint, mask, prompt_weight), 0
-    slope, n = torch.as_tensor(lam, dtype=torch.float64, device=problem.score.device).flatten(), problem.buffer.shape[1]
+    slope, n = problem.weight.new_tensor(vector("lam", lam, len(problem.constraint))), problem.buffer.shape[1]
     for rows in (slice(i, i + n) for i in range(0, len(problem.score), n)):
         r, g = problem.score[rows].double(), problem.constraint[:, rows].double()
         z, exists = (r + torch.tensordot(slope, g, dims=1)) / beta, r > -1e300
@@ -306,8 +305,10 @@ def jackknife(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
 
 def load(path, beta):
     """(score, constraint, rest) of an npz; PeCAN's log-ratios times beta are in the units of r and g."""
-    with np.load(path, allow_pickle=False) as file:
-        data = {name: file[name] for name in file.files}
+    try:
+        data = dict(np.load(path, allow_pickle=False))
+    except Exception as error:  # numpy raises half a dozen kinds for a damaged file
+        raise ValueError(f"{path}: not a readable npz file of numbers ({error})") from None
     rest = {name: data.get(name) for name in ("mask", "prompt_weight")}
     if {"score", "constraint"} <= data.keys():
         return data["score"], data["constraint"], rest

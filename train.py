@@ -54,7 +54,7 @@ class Config:
     seed: int = setting(0, "reference", "seeds every random stream")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", None, "cpu, cuda, cuda:1, …")
     dtype: str = setting("bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else
-                         "float16" if torch.cuda.is_available() else "float32", "offline",
+                         "float16" if torch.cuda.is_available() else "float32", "reference",
                          "arithmetic of the trunk under autocast; logits and losses stay float32",
                          ("float32", "bfloat16", "float16"))
     # text
@@ -116,8 +116,7 @@ def settings(argv):
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         m, flag = f.metadata, "--" + (f.metadata["flag"] or f.name)
-        real = f"; with --data {DATA[f.name]}" if f.name in DATA else ""
-        shown = f"{m['help']} (default: {f.default}{real})".replace("%", "%%")
+        shown = f"{m['help']} (default: {f.default}{f'; with --data {DATA[f.name]}' if f.name in DATA else ''})".replace("%", "%%")
         if isinstance(f.default, bool):
             parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, help=shown)
         elif isinstance(f.default, tuple):
@@ -126,8 +125,8 @@ def settings(argv):
             choices = m["choices"] and [x for x in m["choices"] if x]
             parser.add_argument(flag, dest=f.name, type=type(f.default), choices=choices, help=shown)
     given = vars(parser.parse_args(argv))
-    base = QUICK if given.get("quick") else DATA if "data" in given else {}
-    base = base | ({"dtype": "float32"} if given.get("device") == "cpu" else {})
+    base = {"dtype": "float32"} if given.get("device") == "cpu" else {}
+    base |= QUICK if given.get("quick") else DATA if "data" in given else {}
     if "start" in given and not (given["start"] == STAGES[0] and given.get("quick")):
         path = os.path.join(given.get("out", Config.out), "run.json")
         try:
@@ -152,9 +151,9 @@ def settings(argv):
                      f"{c.block_size} − 8")
     if c.device != "cpu" and not (re.fullmatch("cuda(:[0-9])?", c.device) and int(c.device[5:] or 0) < torch.cuda.device_count()):
         parser.error(f"--device {c.device} cannot be used here; expected cpu, or cuda or cuda:N where CUDA is available")
-    if c.scores == "exact" and c.data:
+    if given.get("scores") == "exact" and c.data:
         parser.error("--scores exact exists in the built-in world only; use --scores learned with --data")
-    return replace(c, scores=c.scores or ("learned" if c.data else "exact"))
+    return replace(c, scores="learned" if c.data else c.scores or "exact")
 
 
 def reused(stage, start):
@@ -243,11 +242,11 @@ def main():
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape of batch
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
     os.makedirs(c.out, exist_ok=True)
-    write(os.path.join(c.out, "run.json"), json.dumps({"config": asdict(c)}, indent=1))
     print(" ".join(f"--{name} {value}" for name, value in asdict(c).items()))
     seconds = {}  # stage: seconds, of this run or of the run that made the artifact
     train, held_out, names = data.load(c, random.Random(f"{c.seed}/data"))
     tok = data.open_tokenizer(c, train, reused("reference", c.start))
+    write(os.path.join(c.out, "run.json"), json.dumps({"config": asdict(c)}, indent=1))
     print(f"\ndata: {len(train)} training and {len(held_out)} held-out pairs from {' '.join(c.data) or 'the world'}, no "
           f"prompt in both; constraints: {', '.join(names)}; vocabulary {tok.encoding.n_vocab}")
 
@@ -256,8 +255,8 @@ def main():
         pool = data.pair_pool(tok, train, c, "training data")
         mocan.train_reference(model, pool, c, stream(c, "reference"), progress("reference"))
         return to_checkpoint(model)
-    saved = artifact(c, seconds, "reference", "reference.pt", make_reference, "supervised fine-tuning")
-    reference = from_checkpoint(saved, c.device)
+    reference = from_checkpoint(artifact(c, seconds, "reference", "reference.pt", make_reference,
+                                         "supervised fine-tuning"), c.device)
 
     def open_judges():
         """{preference: score model}; empty where the world's exact functions serve."""
@@ -268,8 +267,8 @@ def main():
                 model.load_state_dict(reference.state_dict(), strict=False)  # the trunk starts as the reference
                 mocan.learn_score(model, tok, train, held_out, name, c, stream(c, f"scores/{name}"), progress("scores"))
                 return to_checkpoint(model)
-            saved = artifact(c, seconds, "scores", f"score_{name}.pt", make_score, f"learning {name} from preferences")
-            judges[name] = from_checkpoint(saved, c.device)
+            judges[name] = from_checkpoint(artifact(c, seconds, "scores", f"score_{name}.pt", make_score,
+                                                    f"learning {name} from preferences"), c.device)
         return judges
     judges = open_judges() if c.algo != "pecan" else None
     prompts = data.spread(train, c.prompts)
@@ -292,6 +291,19 @@ def main():
         saved = artifact(c, seconds, stage, f"{name.replace(' ', '_')}.pt", make, headline)
         policies[name] = from_checkpoint(saved, c.device)
         rows[name] = {"lam": [float(x) for x in lam], "steps": saved["steps"], "seconds": saved.get("seconds", 0)}
+
+    if c.algo != "pecan":  # ---- MoCAN, up to λ*
+        scores = artifact(c, seconds, "offline", "offline_scores.pt", lambda: {
+            "scores": mocan.score_pool(judges, names, prompts, pool, tok, c)}, "their scores")["scores"]
+        score, constraint, reach = scores[0], scores[1:], dual.reachable(scores[1:])  # (N, K), (m, N, K), (m,)
+        print(f"\ndual: the largest reachable margins are {', '.join(f'{x:.3f}' for x in reach)}; correlation of helpful and "
+              f"{names[0]} under the reference {torch.corrcoef(scores[:2].flatten(1))[0, 1]:.2f}")
+        others = [text for text in c.margins.split(",") if text not in ("", c.margin.replace(",", ":"))]
+        margins = {"mocan": dual.parse_margin(c.margin, reach), **{f"mocan {b}": dual.parse_margin(b, reach, ":") for b in others}}
+        began = time.time()
+        solutions = {name: dual.solve(score, constraint, b, c.beta) for name, b in margins.items()}
+        seconds["dual"], margin = time.time() - began, margins["mocan"]
+        results["dual"] = mocan.dual_numbers(names, margin, solutions["mocan"])
 
     if c.algo != "mocan":  # ---- PeCAN, up to its scores
         rarest = min(sum(name in pair.prefers for pair in train) for name in ("helpful", *names))
@@ -319,19 +331,7 @@ def main():
             return {"logp": torch.stack(logp)}  # (1+m, N, K)
         logp = artifact(c, seconds, "prealign", "tuples.pt", make_tuples, "their log-probabilities of the pool")["logp"]
 
-    if c.algo != "pecan":  # ---- MoCAN
-        scores = artifact(c, seconds, "offline", "offline_scores.pt", lambda: {
-            "scores": mocan.score_pool(judges, names, prompts, pool, tok, c)}, "their scores")["scores"]
-        score, constraint = scores[0], scores[1:]  # (N, K), (m, N, K)
-        reach = dual.reachable(constraint)  # (m,)
-        print(f"\ndual: the largest reachable margins are {', '.join(f'{x:.3f}' for x in reach)}; correlation of helpful and "
-              f"{names[0]} under the reference {torch.corrcoef(scores[:2].flatten(1))[0, 1]:.2f}")
-        others = [text for text in c.margins.split(",") if text not in ("", c.margin.replace(",", ":"))]
-        margins = {"mocan": dual.parse_margin(c.margin, reach), **{f"mocan {b}": dual.parse_margin(b, reach, ":") for b in others}}
-        began = time.time()
-        solutions = {name: dual.solve(score, constraint, b, c.beta) for name, b in margins.items()}
-        seconds["dual"], margin = time.time() - began, margins["mocan"]
-        results["dual"] = mocan.dual_numbers(names, margin, solutions["mocan"])
+    if c.algo != "pecan":  # ---- MoCAN, its policy update
         pairs, pairs_ref, pairs_scores = pool, ref_logp, scores
         if c.pairs == "data":  # the preference file's own two responses, scored by the same judges
             pairs = data.pair_pool(tok, train, c, "pairs")
@@ -352,7 +352,7 @@ def main():
             pecan.say_miscalibration(names, scores, c.beta * (logp - ref_logp))
         try:
             found = pecan.implicit_dual(logp[0], logp[1:], ref_logp, margin, c.beta)
-        except dual.Infeasible as error:  # what MoCAN's scores reach, PeCAN's may not; the other policies are worth a table
+        except (dual.Infeasible, FloatingPointError) as error:  # MoCAN's scores may reach what PeCAN's do not
             if c.algo == "pecan":
                 raise
             print(f"  no PeCAN policy, by its implicit scores: {error}")

@@ -420,6 +420,7 @@ def test_margins_a_little_out_of_reach_together_are_never_called_solved(beta, ga
 def test_prompts_of_weight_zero_change_nothing():
     r, g = rand(0, 40, 12), rand(1, 40, 12)
     few = dual.solve(r[:5], g[:5], 0.3, 0.5)
+    r[7], g[9] = 1e30, -1e30  # as a filled-in prompt would have
     all_ = dual.solve(r, g, 0.3, 0.5, prompt_weight=[1.0] * 5 + [0.0] * 35)
     for x, y, name in zip(few, all_, few._fields):
         if name != "iterations":
@@ -538,10 +539,15 @@ def test_command_line_errors_in_one_line(tmp_path, cli):
     np.savez(tmp_path / "empty.npz", other=np.zeros(3))
     np.savez(tmp_path / "pickle.npz", score=np.array([{}]), constraint=np.zeros((3, 4)))
     (tmp_path / "text.npz").write_text("no")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "s.npz").read_bytes()[:300])
+    (tmp_path / "void.npz").write_bytes(b"")
+    np.save(tmp_path / "array.npz.npy", np.zeros((3, 4)))
     for args in (("s.npz", "--margin", 99, "--beta", 1), ("s.npz", "--margin", "x", "--beta", 1),
                  ("s.npz", "--margin", "1,2", "--beta", 1), ("s.npz", "--margin", 0.1, "--beta", 0),
                  ("empty.npz", "--margin", 1, "--beta", 1), ("none.npz", "--margin", 1, "--beta", 1),
-                 ("pickle.npz", "--margin", 1, "--beta", 1), ("text.npz", "--margin", 1, "--beta", 1)):
+                 ("pickle.npz", "--margin", 1, "--beta", 1), ("text.npz", "--margin", 1, "--beta", 1),
+                 ("cut.npz", "--margin", 1, "--beta", 1), ("void.npz", "--margin", 1, "--beta", 1),
+                 ("array.npz.npy", "--margin", 1, "--beta", 1), ("s.npz", "--margin", 0.1, "--beta", 1e-309)):
         code, out, err = cli(tmp_path / args[0], *args[1:])
         assert code in (1, 2) and out == "" and err.count("\n") == 1 and err.startswith("dual.py: error: "), (args, err)
     assert cli(tmp_path / "s.npz", "--marg", 1, "--beta", 1)[0] == 2  # no abbreviations

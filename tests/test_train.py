@@ -371,6 +371,13 @@ def test_an_unreachable_margin_stops_before_training_and_names_the_largest(tiny_
     assert (tiny_copy / "mocan.pt").read_bytes() == before
 
 
+def test_an_unreachable_margin_stops_before_pre_alignment(tiny_copy):
+    before = (tiny_copy / "dpo-helpful.pt").stat().st_mtime_ns
+    with pytest.raises(dual.Infeasible):
+        job("--from", "prealign", "--margin", "99", "--out", tiny_copy)
+    assert (tiny_copy / "dpo-helpful.pt").stat().st_mtime_ns == before
+
+
 def test_a_margin_that_only_pecans_scores_cannot_reach_keeps_the_table(tiny_copy, monkeypatch, capsys):
     monkeypatch.setattr(train.pecan, "temperature", lambda *_: 0.0)  # scores that know nothing
     job("--from", "prealign", "--out", tiny_copy)
@@ -439,6 +446,17 @@ def test_defaults_of_real_data_give_way_to_the_command_line_and_to_quick():
     c = train.settings(["--data", "x.jsonl", "--lr", "1e-3"])
     assert (c.margin, c.prealign_steps, c.lr) == ("25%", 300, 1e-3)
     assert train.settings(["--quick", "--data", "x.jsonl"]).prealign_steps == train.QUICK["prealign_steps"]
+
+
+def test_real_data_after_a_run_of_the_world_learns_its_scores(tiny):
+    assert train.settings(["--from", "reference", "--data", "x.jsonl", "--out", str(tiny)]).scores == "learned"
+
+
+def test_a_missing_data_file_leaves_the_earlier_runs_settings(tiny_copy):
+    before = (tiny_copy / "run.json").read_text()
+    with pytest.raises(ValueError, match="missing.jsonl: cannot be read"):
+        job("--data", tiny_copy / "missing.jsonl", "--out", tiny_copy)
+    assert (tiny_copy / "run.json").read_text() == before
 
 
 def test_a_flag_that_agrees_with_the_reused_stages_is_accepted(tiny):
