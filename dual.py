@@ -30,7 +30,7 @@ size of 40, 6 % at 20, 17 % at 9; below 5 solve() warns. At β = 0.1, score spre
 it is near 1: best-of-K, not π_λ. `jackknife` removes 4/5 of the bias above 20, half at 9, a third at 5.
 
 Differs from the paper and its published code: Newton for m ≥ 1 where they run projected gradient descent for m = 1;
-log-mean-exp per prompt everywhere (the code pools prompts twice); exceptions, with a proof, where they return None.
+log-mean-exp per prompt everywhere (the code pools prompts twice); exceptions where they return None.
 
 Read next: mocan.py, where λ* labels the pairs.
 """
@@ -251,7 +251,7 @@ def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, sta
     inverse = torch.linalg.pinv(torch.from_numpy(hessian[on][:, on]), hermitian=True).numpy()
     lam_se[on] = np.sqrt((inverse @ cov[1:1 + m, 1:1 + m][on][:, on] @ inverse).diagonal())  # sandwich
     kl = (mean[0] + lam @ grad - value) / beta  # E_π_λ[ln π_λ/π_ref]
-    if float(ess @ w) < 5 < K:
+    if float(ess @ w) < 5 < round(K):
         warnings.warn(f"effective sample size {float(ess @ w):.1f} of {K:.0f} responses per prompt: gains come out too "
                       "small, lam* too large; sample more of them, raise beta or lower the margin", stacklevel=2)
     put = lambda x: torch.from_numpy(x).to(problem.score.device)
