@@ -5,354 +5,417 @@ The problem, for a reward r, safety measures g_j and a reference policy π_ref:
 
     max_π  E[r(x,y)] − β·KL(π‖π_ref)    subject to    E_π[g_j] − E_ref[g_j] ≥ b_j,   j = 1…m
 
-1. Sample K responses per prompt from π_ref and score them.                              (sample_pool)
-2. Solve the dual for λ* ≥ 0 on those scores: closed form, convex, no policy involved.   (dual.solve)
-3. One policy update: DPO with pairs labelled by s = r + ⟨λ*,g⟩.                         (train_mocan)
+1. Sample K responses per prompt from π_ref and score them.              (sample_pool, score_pool)
+2. Solve the dual for λ* ≥ 0 on those scores: closed form, convex.       (dual.solve)
+3. One policy update: DPO with pairs labelled by s = r + ⟨λ*,g⟩.         (train_mocan)
 
-Step 3 is all of the training, since π* ∝ π_ref·exp(s/β) is what DPO converges to when P(y_1 ≻ y_0) = σ(s_1 − s_0):
-the constants E_ref[g_j] and b_j of the dual cancel in the difference.
+Step 3 is all of the training, since π* ∝ π_ref·exp(s/β) is what DPO converges to when
+P(y ≻ y') = σ(s(y) − s(y')): the constants E_ref[g_j] and b_j of the dual cancel in the difference.
 
-    symbol    variable         shape            symbol           variable        shape
-    r         score            (N, K)           ln π(y|x)        logp            (B, G)
-    g_j       constraint       (m, N, K)        ln π_ref(y|x)    ref_logp, ref   (N, K), (B, G)
-    λ         lam              (m,)             P(y_1 ≻ y_0)     p_1             (B, G(G-1)/2)
+    symbol   variable    shape        symbol          variable        shape
+    r        score       (N, K)       ln π(y|x)       logp            (B, G)
+    g_j      constraint  (m, N, K)    ln π_ref(y|x)   ref_logp, ref   (N, K), (B, G)
+    λ        lam         (m,)         P(y_i ≻ y_j)    p_i             (B, G(G-1)/2)
 
-Left out: a value model, online sampling, a λ that moves in training, the reference's forward pass in the loop.
-Different from the paper: labels are the exact p_1, not a Bernoulli draw of it (same minimiser, less noise; --labels
-sampled draws). Pairs come from the K samples, fresh every step, all G(G−1)/2 of a group of G: they cost nothing once each
-response's log-probability is there (--group 2: one pair; --pairs data: the data's own two responses, as in the paper).
+Left out: a value model, online sampling, a λ that moves in training, the reference's forward pass
+in the loop. Different from the paper: labels are the exact P, not one Bernoulli draw of it (the
+same minimiser, less noise), and pairs are those of the K samples, all G(G−1)/2 of a fresh group of
+G, which cost nothing once each response's log-probability is there; the paper takes the data set's
+own two responses.
 
 Read next: pecan.py, the same without score models.
 """
 
 import math
+import time
+import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from data import WORLD_SCORES, Pool, decode, encode_prompts, preference_tensors
-from model import sequence_logprob
+import dual
+from data import WORLD_SCORES, Pool, encode_prompts, preference_tensors
+from model import GPT, sequence_logprob
 
 
 # ---- the losses: tensors in, tensors out
-def bradley_terry(score_0, score_1):
-    """P(y_1 ≻ y_0) = σ(s(y_1) − s(y_0)), elementwise. Paper: MoCAN, pseudo-preference."""
-    return torch.sigmoid(score_1 - score_0)
+def bradley_terry(score_chosen, score_rejected):
+    """P(chosen ≻ rejected) = σ(s_chosen − s_rejected), elementwise. Paper: pseudo-preference."""
+    return torch.sigmoid(score_chosen - score_rejected)
 
 
-def preference_loss(logp_0, logp_1, ref_logp_0, ref_logp_1, p_1, beta):
-    """DPO with a soft label; all of one shape (B,) or (B, …), log-probabilities in nats, p_1 in [0, 1], beta > 0 -> that shape.
-    With ρ_i = β·ln π(y_i|x)/π_ref(y_i|x):  −p_1·ln σ(ρ_1 − ρ_0) − (1 − p_1)·ln σ(ρ_0 − ρ_1). It is the expectation of
-    DPO's loss over the paper's Bernoulli label, and DPO's loss at p_1 = 1 (y_1 chosen: the second argument, not the first).
+def preference_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, beta,
+                    p_chosen=1.0):
+    """DPO, with a soft label where p_chosen < 1: log-probabilities in nats, (B,) or (B, …) -> same.
+
+    With ρ = β·ln π(y|x)/π_ref(y|x):  −p·ln σ(ρ_chosen − ρ_rejected) − (1−p)·ln σ(ρ_rejected −
+    ρ_chosen), the expectation of DPO's loss over the paper's Bernoulli label, p = p_chosen.
     """
-    logit = beta * ((logp_1 - ref_logp_1) - (logp_0 - ref_logp_0))
-    return F.binary_cross_entropy_with_logits(logit, p_1.to(logit), reduction="none")
+    lead = beta * ((logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected))
+    label = torch.as_tensor(p_chosen, dtype=lead.dtype, device=lead.device).expand_as(lead)
+    return F.binary_cross_entropy_with_logits(lead, label, reduction="none")
 
 
 def score_loss(chosen, rejected, chosen_sign=None, rejected_sign=None):
-    """Bradley–Terry loss of a score model: (B,), (B,) scores of the preferred and the other response -> (B,).
+    """Bradley–Terry loss of a score model: (B,), (B,) scores of chosen and rejected -> (B,).
 
-    −ln σ(chosen − rejected); for a safety model also −ln σ(sign·score) of each response, which puts the zero between
-    safe (+1) and unsafe (−1); sign 0 means not labelled. Source: Safe RLHF's cost model, with g = −cost.
+    −ln σ(chosen − rejected); for a safety model also −ln σ(sign·score) of each response, which puts
+    the zero between safe (+1) and unsafe (−1); sign 0 means not labelled. Source: Safe RLHF's cost
+    model, with g = −cost.
     """
     loss = -F.logsigmoid(chosen - rejected)
     if chosen_sign is not None:
-        for score, sign in ((chosen, chosen_sign), (rejected, rejected_sign)):
-            loss = loss - sign.abs() * F.logsigmoid(sign * score)
+        loss = loss - chosen_sign.abs() * F.logsigmoid(chosen_sign * chosen)
+        loss = loss - rejected_sign.abs() * F.logsigmoid(rejected_sign * rejected)
     return loss
 
 
-# ---- step 1: responses of π_ref
-def sample_pool(policy, tok, prompts, K, c, generator, log):
-    """Step 1: K responses y ~ π(·|x) to each of N prompts (str) -> Pool, logp (N, K) in nats."""
-    limit = c.block_size - c.max_new_tokens
-    ids, cut = encode_prompts(tok, prompts, limit)
-    if cut:
-        print(f"  {cut} of {len(prompts)} prompts lost their beginning (longer than {limit} tokens)")
-    repeated = [prompt for prompt in ids for _ in range(K)]
-    tokens, masks, logps = [], [], []
-    for at in range(0, len(repeated), c.sample_batch):
-        batch = policy.generate(repeated[at:at + c.sample_batch], c.max_new_tokens, eos=tok.end, generator=generator)
-        for store, x in zip((tokens, masks, logps), batch):
-            store.append(x.cpu())
-        log(min(at + c.sample_batch, len(repeated)), len(repeated))
-    T = max(x.size(1) for x in tokens)
-    tokens, masks = (torch.cat([F.pad(x, (0, T - x.size(1))) for x in xs]).view(len(prompts), K, T)
-                     for xs in (tokens, masks))
-    pool, logp = Pool(tokens, masks), torch.cat(logps).view(len(prompts), K)
-    return pool, logp if c.dtype == "float32" else logprobs(policy, pool, c)  # in the arithmetic of every other ratio
+# ---- batches
+def group_batches(lengths, responses, group, generator):
+    """Yield batches forever: prompts n (B,), and for each a group k (B, G) of its K responses.
 
-
-@torch.no_grad()
-def map_pool(function, pool, c):
-    """function(tokens (B, T), response_mask (B, T)) -> (B,) on every response of the pool -> (N, K) float32, on the CPU.
-    Once each: log-probabilities of text that a policy did not sample itself just now, and the score models' scores."""
-    lengths, device = pool.lengths().flatten(), torch.device(c.device)
-    tokens, mask = pool.tokens.flatten(0, 1), pool.response_mask.flatten(0, 1)
-    out = torch.empty(len(lengths))
-    for rows in lengths.argsort(stable=True).split(c.sample_batch):
-        used = int(lengths[rows].max())
-        with torch.autocast(device.type, dtype=getattr(torch, c.dtype), enabled=c.dtype != "float32"):
-            out[rows] = function(tokens[rows, :used].to(device), mask[rows, :used].to(device)).float().cpu()
-    return out.view(pool.tokens.shape[:2])
-
-
-def logprobs(policy, pool, c):
-    """ln π(y|x) of every response of the pool -> (N, K)."""
-    return map_pool(lambda tokens, mask: sequence_logprob(policy, tokens, mask), pool, c)
-
-
-# ---- what every training loop shares
-def lr_at(step, steps, warmup):
-    """The learning rate's factor: linear warm-up to 1, then cosine down to 0."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-
-def mixed_precision(model, lr, dtype):
-    """AdamW, the autocast context and the loss scaler, which does nothing except for float16."""
-    device = next(model.parameters()).device.type
-    dtype = getattr(torch, dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
-    return optimizer, autocast, torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-
-
-def pair_batches(lengths, size, generator, group=2):
-    """Yield batches forever: prompts n (B,) and for each a group k (B, G) of different ones of its K responses, to be
-    compared pair by pair; lengths (N, K), B = size.
-    An epoch visits every prompt once, with a fresh group. It is shuffled, then sorted by length within pools of 8
-    batches, so that little of a batch is padding.
+    lengths (N, K); G = group, B·G is about `responses`; a prompt's k are different. An epoch visits
+    every prompt once, with a fresh group. It is shuffled, then sorted by length within stretches of
+    8 batches, so that little of a batch is padding.
     """
+    size = max(1, responses // group)
     while True:
         k = torch.rand(lengths.shape, generator=generator).argsort(dim=1)[:, :group]  # (N, G)
-        longest = lengths.gather(1, k).amax(dim=1)
-        order = torch.randperm(len(lengths), generator=generator)
-        batches = [n for pool in order.split(8 * size) for n in pool[longest[pool].argsort()].split(size)]
+        longest = lengths.gather(1, k).amax(dim=1)  # (N,)
+        batches = []
+        for stretch in torch.randperm(len(lengths), generator=generator).split(8 * size):
+            batches += stretch[longest[stretch].argsort()].split(size)
         for i in torch.randperm(len(batches), generator=generator):
-            yield batches[i], k[batches[i]]
+            n = batches[i]
+            yield n, k[n]
 
 
-def gather_pairs(pool, n, k, device):
-    """The responses k (B, G) to prompts n (B,) -> tokens (B·G, T), response_mask (B·G, T), cut to the longest."""
-    rows = n[:, None], k
-    tokens, mask = pool.tokens[rows].flatten(0, 1), pool.response_mask[rows].flatten(0, 1)
-    used = int(mask.any(dim=0).nonzero().max()) + 1
-    return tokens[:, :used].to(device), mask[:, :used].to(device)
+def take(x, n, k, device):
+    """Entries k (B, G) of prompts n (B,): x (N, K, …) -> (B, G, …)."""
+    return x[n[:, None], k].to(device)
 
 
-def check_finite(loss, stage, step):
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"{stage}: the loss is {loss} at step {step}; earlier artifacts are kept; lower the learning "
-                                 "rate, raise --warmup, or use --dtype float32")
+def take_text(pool, n, k, device):
+    """Responses k (B, G) to prompts n (B,) -> tokens, response_mask (B·G, T), T of the longest."""
+    tokens = pool.tokens[n[:, None], k].flatten(0, 1)
+    response_mask = pool.response_mask[n[:, None], k].flatten(0, 1)
+    used = int(response_mask.any(dim=0).nonzero().max()) + 1
+    return tokens[:, :used].to(device), response_mask[:, :used].to(device)
 
 
-# ---- before MoCAN: the reference policy and the score models
-def train_reference(model, pool, c, generator, log):
-    """Supervised fine-tuning: maximise the mean log-probability of the response tokens of `pool`."""
-    optimizer, autocast, scaler = mixed_precision(model, c.sft_lr, c.dtype)
-    batches = pair_batches(pool.lengths(), c.batch, generator)
-    for step in range(c.sft_steps):
-        optimizer.param_groups[0]["lr"] = c.sft_lr * lr_at(step, c.sft_steps, c.warmup)
-        tokens, mask = gather_pairs(pool, *next(batches), c.device)
-        with autocast:
-            loss = -sequence_logprob(model, tokens, mask).sum() / mask.sum()
-        check_finite(loss.item(), "reference", step)
-        update(model, optimizer, scaler, loss, c.clip)
-        log(step + 1, c.sft_steps, loss=loss.item())
+# ---- what the training loops share
+class Recipe(NamedTuple):
+    """How a model is trained."""
+    stage: str  # what progress and errors call it
+    steps: int
+    lr: float
+    batch: int = 16  # pairs a micro-batch; a policy update: 2·batch responses
+    accumulate: int = 1  # micro-batches a step
+    warmup: int = 20
+    clip: float = 1.0  # largest gradient norm
 
 
-def train_score(model, pool, prefers, safe, c, generator, log):
-    """A reward or safety model: pool of pairs (N, 2, T), prefers (N,) the preferred one's index, safe (N, 2) its sign
-    of safety, +1, −1 or 0 where it is not labelled."""
-    optimizer, autocast, scaler = mixed_precision(model, c.score_lr, c.dtype)
-    batches = pair_batches(pool.lengths(), c.batch, generator)
-    for step in range(c.score_steps):
-        optimizer.param_groups[0]["lr"] = c.score_lr * lr_at(step, c.score_steps, c.warmup)
-        n, _ = next(batches)
-        k = torch.stack([prefers[n], 1 - prefers[n]], dim=1)  # (B, 2) chosen, rejected
-        tokens, mask = gather_pairs(pool, n, k, c.device)
-        with autocast:
-            chosen, rejected = model.score(tokens, mask).view(-1, 2).unbind(dim=1)  # (B,), (B,)
-        sign = safe[n[:, None], k].to(c.device)
-        loss = score_loss(chosen, rejected, sign[:, 0], sign[:, 1]).mean()
-        check_finite(loss.item(), "scores", step)
-        update(model, optimizer, scaler, loss, c.clip)
-        log(step + 1, c.score_steps, loss=loss.item())
+class Descent:
+    """AdamW with warm-up, accumulation, loss scaling for float16, clipping, and a line of progress
+    every ten seconds."""
+
+    def __init__(self, model, recipe):
+        self.model = model
+        self.recipe = recipe
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        half = model.config.dtype == "float16"
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
+        self.losses = []  # of every micro-batch
+        self.log = progress(recipe.stage, recipe.steps)
+
+    def micro_batches(self):
+        return range(self.recipe.steps * self.recipe.accumulate)
+
+    def step(self, loss):
+        """Backward; after the last micro-batch of a step, clip and update. Raises
+        FloatingPointError on a non-finite loss."""
+        recipe = self.recipe
+        step = len(self.losses) // recipe.accumulate
+        self.losses.append(loss.item())
+        if not math.isfinite(self.losses[-1]):
+            raise FloatingPointError(
+                f"{recipe.stage}: the loss is {self.losses[-1]} at step {step}; earlier artifacts "
+                "are kept; lower the learning rate, raise --warmup, or use --dtype float32")
+        self.scaler.scale(loss / recipe.accumulate).backward()
+        if len(self.losses) % recipe.accumulate:
+            return
+        self.optimizer.param_groups[0]["lr"] = recipe.lr * lr_at(step, recipe)
+        self.scaler.unscale_(self.optimizer)  # so that clipping sees true gradients
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.log(step + 1, sum(self.losses[-recipe.accumulate:]) / recipe.accumulate)
 
 
-def update(model, optimizer, scaler, loss, clip):
-    """One optimizer step of the two plain loops above."""
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+def lr_at(step, recipe):
+    """The learning rate's factor: linear warm-up to 1, then cosine down to 0."""
+    if step < recipe.warmup:
+        return (step + 1) / (recipe.warmup + 1)
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
-def learn_score(model, tok, train, held_out, name, c, generator, log):
-    """Train a score model of preference `name`, and print how well it predicts that preference."""
-    train_score(model, *preference_tensors(tok, train, name, c), c, generator, log)
-    for what, pairs in (("training", train), ("held-out", held_out)):
-        pool, prefers, _ = preference_tensors(tok, pairs, name, c)
-        score = map_pool(model.score, pool, c)
-        right = (score.argmax(dim=1) == prefers).float().mean().item()
-        print(f"  {name}: accuracy {right:.1%} ± {1.96 * math.sqrt(right * (1 - right) / len(prefers)):.1%} on "
-              f"{len(prefers)} {what} pairs; standard deviation of the score {score.std():.2f}")
+def progress(stage, steps):
+    """log(step, loss): a line every ten seconds, and one at the end."""
+    began = time.perf_counter()
+    last = began
 
-
-def score_pool(judges, names, prompts, pool, tok, c):
-    """r, g_1 … g_m of every response -> (1+m, N, K): by the score models, or by the world's functions if there are none.
-    prompts: N strings. Offline samples, data pairs and evaluation all pass here, so no version can differ."""
-    if judges:
-        return torch.stack([map_pool(judges[name].score, pool, c) for name in ("helpful", *names)])
-    texts, K = decode(tok, pool.tokens.flatten(0, 1), pool.response_mask.flatten(0, 1)), pool.tokens.shape[1]
-    return torch.tensor([[WORLD_SCORES[name](prompts[i // K], text) for i, text in enumerate(texts)]
-                         for name in ("helpful", *names)]).view(1 + len(names), -1, K)
+    def log(step, loss=None):
+        nonlocal last
+        now = time.perf_counter()
+        if step < steps and now < last + 10:
+            return
+        last = now
+        number = "" if loss is None else f"  loss {loss:.4f}"
+        left = (steps - step) * (now - began) / step
+        print(f"  {stage} {step}/{steps}{number}  {step / (now - began):.1f}/s  "
+              f"{now - began:.0f} s elapsed, {left:.0f} s left", flush=True)
+    return log
 
 
 # ---- step 3: the policy update
-def train_mocan(policy, pool, ref_logp, score, constraint, lam, c, generators, log):
-    """Step 3: DPO on pairs of `pool` (N, K, T), labelled by s = r + ⟨λ*,g⟩.
-    policy: starts as a copy of the reference; ref_logp, score (N, K); constraint (m, N, K); lam (m,). `generators`
-    are two, for the choice of pairs and for sampled labels. Raises FloatingPointError on a non-finite loss.
+def train_mocan(policy, pool, ref_logp, score, constraint, lam, beta, group, recipe, generator):
+    """DPO on pairs of pool (N, K, T), labelled by s = r + ⟨λ*,g⟩ -> the loss of every micro-batch.
+
+    policy: starts as a copy of the reference; ref_logp, score (N, K); constraint (m, N, K); lam
+    (m,); group: G responses to a prompt, compared in all their pairs.
     """
     s = score + torch.einsum("m,mnk->nk", lam.to(score), constraint)  # (N, K)
-    optimizer, autocast, scaler = mixed_precision(policy, c.lr, c.dtype)
-    group = min(c.group, s.size(1))  # G responses to a prompt, compared in all their pairs, i against j
-    batches = pair_batches(pool.lengths(), max(1, 2 * c.batch // group), generators[0], group)
-    i, j = torch.triu_indices(group, group, 1, device=c.device)  # (G(G-1)/2,) each
-    for step in range(c.steps):
-        optimizer.param_groups[0]["lr"] = c.lr * lr_at(step, c.steps, c.warmup)
-        mean_loss = 0.0
-        for _ in range(c.accumulate):
-            n, k = next(batches)  # (B,) prompts, (B, G) some of the K responses to each
-            some = s[n[:, None], k].to(c.device)  # (B, G)
-            p_1 = bradley_terry(some[:, i], some[:, j])  # pseudo-preference; β does not enter here, it does in the loss
-            if c.labels == "sampled":  # afresh at each visit; the paper draws once
-                p_1 = torch.bernoulli(p_1.cpu(), generator=generators[1]).to(c.device)
-            tokens, mask = gather_pairs(pool, n, k, c.device)  # (B·G, T)
-            with autocast:
-                logp = sequence_logprob(policy, tokens, mask).view(k.shape)  # (B, G)
-            ref = ref_logp[n[:, None], k].to(c.device)
-            loss = preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], p_1, c.beta).mean()
-            check_finite(value := loss.item(), "mocan", step)
-            scaler.scale(loss / c.accumulate).backward()
-            mean_loss += value / c.accumulate
-        scaler.unscale_(optimizer)  # so that clipping sees true gradients
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), c.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        log(step + 1, c.steps, loss=mean_loss)
+    group = min(group, s.size(1))
+    j, i = torch.triu_indices(group, group, 1, device=policy.device)  # all pairs of a group
+    batches = group_batches(pool.lengths, 2 * recipe.batch, group, generator)
+    descent = Descent(policy, recipe)
+    for _ in descent.micro_batches():
+        n, k = next(batches)  # (B,) prompts, (B, G) some of the K responses to each
+        tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
+        with policy.autocast():
+            logp = sequence_logprob(policy, tokens, response_mask).view(k.shape)  # (B, G)
+        ref = take(ref_logp, n, k, policy.device)  # (B, G)
+        label = take(s, n, k, policy.device)  # (B, G)
+        p_i = bradley_terry(label[:, i], label[:, j])  # pseudo-preference; β is in the loss
+        loss = preference_loss(
+            logp[:, i], logp[:, j],
+            ref[:, i], ref[:, j],
+            beta, p_i)  # (B, G(G-1)/2)
+        descent.step(loss.mean())
+    return descent.losses
 
 
-# ---- what came of it
-def mean_interval(x):
-    """x (N,), one value a prompt -> [mean, low, high], the 95 % interval of the mean over prompts."""
-    half = 1.96 * x.std().item() / math.sqrt(len(x))
-    return [x.mean().item(), x.mean().item() - half, x.mean().item() + half]
+# ---- step 1: responses of π_ref, their log-probabilities and scores
+def sample_pool(policy, tok, prompts, K, batch, generator, stage):
+    """K responses y ~ π(·|x) to each of N prompts (str) -> Pool, logp (N, K) in nats."""
+    ids, cut = encode_prompts(tok, prompts)
+    if cut:
+        print(f"  {cut} of {len(prompts)} prompts lost their beginning (longer than "
+              f"{tok.prompt_limit} tokens)")
+    repeated = [prompt for prompt in ids for _ in range(K)]
+    log = progress(stage, len(repeated))
+    rows = []
+    for start in range(0, len(repeated), batch):
+        some = repeated[start:start + batch]
+        sampled = policy.generate(some, tok.response_limit, eos=tok.end, generator=generator)
+        rows += zip(*(x.cpu() for x in sampled))
+        log(start + len(some))
+    tokens, response_mask, logp = zip(*rows)  # N·K of (T,), (T,), ()
+    tokens = pad_sequence(tokens, batch_first=True).view(len(prompts), K, -1)
+    response_mask = pad_sequence(response_mask, batch_first=True).view(tokens.shape)
+    pool = Pool(tokens, response_mask)
+    if policy.config.dtype == "float32":
+        return pool, torch.stack(logp).view(len(prompts), K)
+    return pool, logprobs(policy, pool, batch)  # in the arithmetic of every other ratio
 
 
-def compare(scores, ref_scores):
-    """A policy's scores against the reference's on the same prompts, both (1+m, N, K) -> gains and win rates, lists over
-    r, g_1 … g_m of [mean, low, high]. A win rate counts every pair of a prompt's K × K; a tie is half a win."""
-    gains = (scores.mean(dim=2) - ref_scores.mean(dim=2)).unbind(dim=0)  # (N,) each: paired by prompt
-    lead = scores[:, :, :, None] - ref_scores[:, :, None, :]  # (1+m, N, K, K)
-    wins = ((lead > 0).double() + 0.5 * (lead == 0)).mean(dim=(2, 3)).unbind(dim=0)
-    return [mean_interval(x) for x in gains], [mean_interval(x) for x in wins]
+@torch.no_grad()
+def map_pool(function, model, pool, batch):
+    """function(model, tokens (B, T), response_mask (B, T)) -> (B,) on every response -> (N, K).
 
-
-def measure(policy, reference, ref_scores, judges, names, prompts, tok, c, generator, log):
-    """Fresh responses of a policy to held-out prompts -> scores (1+m, N, K), measurements (as results.json has them), texts.
-    ref_scores: the reference's own on the same prompts, or None for the reference itself. KL is E_π[ln π − ln π_ref].
+    Float32, on the CPU: log-probabilities of text that a policy did not sample just now, and the
+    score models' scores.
     """
-    pool, logp = sample_pool(policy, tok, prompts, c.eval_responses, c, generator, log)
-    ref_logp = logprobs(reference, pool, c)
-    scores = score_pool(judges, names, prompts, pool, tok, c).double()
-    (r, *g), (r_win, *g_win) = compare(scores, scores if ref_scores is None else ref_scores)
-    return scores, {
-        "reward": scores[0].mean().item(), "constraint": scores[1:].mean(dim=(1, 2)).tolist(),
-        "reward_gain": r[0], "reward_gain_ci": r[1:], "kl": (logp - ref_logp).mean().item(),
-        "constraint_gain": [x[0] for x in g], "constraint_gain_ci": [x[1:] for x in g],
-        "reward_win_rate": r_win[0], "reward_win_rate_ci": r_win[1:],
-        "constraint_win_rate": [x[0] for x in g_win], "constraint_win_rate_ci": [x[1:] for x in g_win],
-    }, decode(tok, pool.tokens.flatten(0, 1), pool.response_mask.flatten(0, 1))
+    lengths = pool.lengths.flatten()
+    tokens = pool.tokens.flatten(0, 1)
+    response_mask = pool.response_mask.flatten(0, 1)
+    out = torch.empty(len(lengths))
+    for rows in lengths.argsort(stable=True).split(batch):
+        used = int(lengths[rows].max())
+        some = tokens[rows, :used].to(model.device)
+        mask = response_mask[rows, :used].to(model.device)
+        with model.autocast():
+            out[rows] = function(model, some, mask).float().cpu()
+    return out.view(pool.tokens.shape[:2])
 
 
-def dual_numbers(names, margin, found):
-    """Print λ* and what it predicts -> the same as a dict."""
-    for j, name in enumerate(names):
-        print(f"  λ*_{name} = {found.lam[j]:.4f} ± {1.96 * found.lam_se[j]:.4f} at a margin of {margin[j]:.3f}; predicted gain "
-              f"{found.constraint_gain[j]:.3f}")
-    print(f"  predicted reward gain {found.score_gain:.3f}, KL {found.kl:.3f}, effective sample size {found.ess:.1f} a "
-          f"prompt (5th percentile {found.ess_p5:.1f}); {found.iterations} evaluations")
-    return {"margin": margin.tolist(), "lam": found.lam.tolist(), "reward_gain": found.score_gain, "kl": found.kl,
-            "constraint_gain": found.constraint_gain.tolist(), "ess": found.ess, "iterations": found.iterations}
+def logprobs(policy, pool, batch=256):
+    """ln π(y|x) of every response of the pool -> (N, K)."""
+    return map_pool(sequence_logprob, policy, pool, batch)
+
+
+def score_pool(judges, names, prompts, pool, tok, batch=256):
+    """r, g_1 … g_m of every response -> (1+m, N, K): by the judges {preference: score model}, or by
+    the built-in world's functions where there are none. names: "helpful", then the constraints;
+    prompts: N strings.
+
+    Offline samples, data pairs and evaluation all pass here, so no two versions can differ.
+    """
+    if judges:
+        return torch.stack(
+            [map_pool(GPT.score, judges[name], pool, batch) for name in names])
+    K = pool.tokens.size(1)
+    texts = pool.texts(tok)
+    scores = [WORLD_SCORES[name](prompts[i // K], text)
+              for name in names for i, text in enumerate(texts)]
+    return torch.tensor(scores).view(len(names), -1, K)
+
+
+# ---- before MoCAN: the reference policy and the score models
+def train_reference(model, pool, recipe, generator):
+    """Supervised fine-tuning: raise the mean log-probability of the pool's response tokens."""
+    batches = group_batches(pool.lengths, 2 * recipe.batch, 2, generator)
+    descent = Descent(model, recipe)
+    for _ in descent.micro_batches():
+        n, k = next(batches)
+        tokens, response_mask = take_text(pool, n, k, model.device)
+        with model.autocast():
+            logp = sequence_logprob(model, tokens, response_mask)  # (B·2,)
+        descent.step(-logp.sum() / response_mask.sum())
+
+
+def train_score(model, preferences, recipe, generator):
+    """A reward or safety model from `data.Preferences`."""
+    pool, prefers, safe, _ = preferences
+    batches = group_batches(pool.lengths, 2 * recipe.batch, 2, generator)
+    descent = Descent(model, recipe)
+    for _ in descent.micro_batches():
+        n, _ = next(batches)
+        chosen = prefers[n]  # (B,)
+        k = torch.stack([chosen, 1 - chosen], dim=1)  # (B, 2) chosen, rejected
+        tokens, response_mask = take_text(pool, n, k, model.device)
+        with model.autocast():
+            score = model.score(tokens, response_mask).view(k.shape)  # (B, 2)
+        sign = take(safe, n, k, model.device)  # (B, 2)
+        loss = score_loss(score[:, 0], score[:, 1], sign[:, 0], sign[:, 1])
+        descent.step(loss.mean())
+
+
+def learn_score(model, tok, train, held_out, name, recipe, generator, batch=256):
+    """Train a score model of preference `name`; print how often it agrees with held-out pairs."""
+    train_score(model, preference_tensors(tok, train, name), recipe, generator)
+    pool, prefers, *_ = preference_tensors(tok, held_out, name)
+    score = map_pool(GPT.score, model, pool, batch)  # (N, 2)
+    right = (score.argmax(dim=1) == prefers).float().mean().item()
+    error = 1.96 * math.sqrt(right * (1 - right) / len(prefers))
+    print(f"  {name}: accuracy {right:.1%} ± {error:.1%} on {len(prefers)} held-out pairs; "
+          f"standard deviation of the score {score.std():.2f}")
+
+
+# ---- what came of it: gains, the table and the picture; nothing below is part of the method
+def compare(scores, ref_scores):
+    """A policy's scores against the reference's on the same prompts, both (1+m, N, K) -> means, and
+    gains with 95 % intervals over prompts, as results.json has them."""
+    scores = scores.double()
+    gains = scores.mean(dim=2) - ref_scores.double().mean(dim=2)  # (1+m, N): paired by prompt
+    errors = 1.96 * gains.std(dim=1) / math.sqrt(gains.size(1))
+    return {"reward": scores[0].mean().item(), "constraint": scores[1:].mean(dim=(1, 2)).tolist(),
+            **with_intervals(gains.mean(dim=1), errors)}
+
+
+def with_intervals(gains, errors):
+    """Gains of r, g_1 … g_m and the half-widths of their intervals, (1+m,) each."""
+    intervals = torch.stack([gains - errors, gains + errors], dim=1).tolist()
+    reward, *constraint = gains.tolist()
+    return {"reward_gain": reward, "reward_gain_ci": intervals[0],
+            "constraint_gain": constraint, "constraint_gain_ci": intervals[1:]}
+
+
+def optimum(margin, found):
+    """The closed-form optimum π_λ* as a row: what the dual predicts, with its errors."""
+    gains = torch.tensor([found.score_gain, *found.constraint_gain])
+    errors = 1.96 * torch.tensor([found.score_gain_se, *found.constraint_gain_se])
+    return {**with_intervals(gains, errors), "margin": margin.tolist(), "lam": found.lam.tolist(),
+            "kl": found.kl, "seconds": 0.0, "ess": found.ess, "iterations": found.iterations}
 
 
 def print_table(names, rows):
-    """rows {policy: measurements}; a row of the closed-form optimum has no intervals, since it is the dual's prediction."""
-    def cell(x, ci):
-        return f"{x:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
-
-    def rate(x, ci):
-        return f"{x:.1%} ± {(ci[1] - ci[0]) / 2:.1%}"
-
-    def holds(gain, ci, b):  # as far as the sample can tell
-        return "yes" if gain >= b - 1e-6 else "within error" if ci and ci[1] >= b else "no"
-
-    table = [["", "reward gain", *(x for n in names for x in (f"{n} gain", "b", "holds")), "KL", "win r",
-              *(f"win {n}" for n in names), "λ*", "steps", "seconds"]]
+    """names: of the constraints; rows {policy: what `compare` says of it, margin, kl, lam, …}."""
+    gains = [f"  {name + ' gain':>23}  {'b':>6}  {'holds':>12}" for name in names]
+    print(f"\n{'':22}  {'reward gain':>23}{''.join(gains)}      KL  seconds  λ*")
     for policy, row in rows.items():
-        gains = zip(row["constraint_gain"], row.get("constraint_gain_ci") or [None] * len(names),
-                    row.get("margin") or [None] * len(names))
-        wins = [""] * (1 + len(names)) if "reward_win_rate" not in row else [rate(
-            row["reward_win_rate"], row["reward_win_rate_ci"]), *map(rate, row["constraint_win_rate"], row["constraint_win_rate_ci"])]
-        table.append([policy, cell(row["reward_gain"], row.get("reward_gain_ci")),
-                      *(x for g, ci, b in gains for x in ((cell(g, ci), "", "") if b is None else
-                                                           (cell(g, ci), f"{b:.3f}", holds(g, ci, b)))),
-                      f"{row['kl']:.3f}", *wins,
-                      ", ".join(f"{x:.3f}" for x in row.get("lam", [])), str(row.get("steps", "")),
-                      f"{row['seconds']:.0f}" if "seconds" in row else ""])
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    print("\n" + "\n".join("  ".join([x[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(x[1:], widths[1:]))]) for x in table))
+        line = f"{policy:22}  {cell(row['reward_gain'], row['reward_gain_ci'])}"
+        for gain, ci, b in zip(row["constraint_gain"], row["constraint_gain_ci"], row["margin"]):
+            line += f"  {cell(gain, ci)}  {b:6.3f}  {holds(gain, ci, b):>12}"
+        lam = ", ".join(f"{x:.3f}" for x in row["lam"])
+        print(f"{line}  {row['kl']:6.3f}  {row['seconds']:7.0f}  {lam}".rstrip())
 
 
-COLORS = ("#3b82f6", "#e8590c", "#2b9e4f", "#b04ad8", "#c9a000", "#d6336c", "#0ea5a5", "#8d6e63")
+def cell(x, ci):
+    return f"{x:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]"
 
 
-def svg(path, title, x_title, y_title, curves, points):
-    """Write a chart. curves: {label: [(x, y), …]}; points: {label: (x, y, (x_low, x_high), (y_low, y_high))}. Text and axes
-    are a mid gray and the series strong hues, so that it reads on light and on dark pages."""
-    W, H, left, right, top, bottom = 640, 440, 70, 20, 100, 55
-    every = [xy for curve in curves.values() for xy in curve] + [xy for p in points.values() for xy in zip(p[2], p[3])]
-    (x0, x1), (y0, y1) = ((min(v) - 0.05 * (max(v) - min(v) or 1), max(v) + 0.05 * (max(v) - min(v) or 1)) for v in zip(*every))
-    X = lambda x: round(left + (x - x0) / (x1 - x0) * (W - left - right), 1)
-    Y = lambda y: round(H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom), 1)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {W} {H}" font-family="sans-serif" font-size="13" '
-           f'fill="#888"><text x="{left}" y="24" font-size="16">{title}</text>',
-           f'<text x="{(left + W - right) / 2}" y="{H - 12}" text-anchor="middle">{x_title}</text>',
-           f'<text transform="translate(18 {(top + H - bottom) / 2}) rotate(-90)" text-anchor="middle">{y_title}</text>']
-    for low, high, horizontal in ((x0, x1, True), (y0, y1, False)):
-        step = next(s * 10.0 ** e for e in range(-6, 7) for s in (1, 2, 5) if (high - low) / (s * 10.0 ** e) <= 8)
-        for i in range(math.ceil(low / step), math.floor(high / step) + 1):
-            line = f"M{X(i * step)} {top}V{H - bottom}" if horizontal else f"M{left} {Y(i * step)}H{W - right}"
-            place = f'x="{X(i * step)}" y="{H - bottom + 18}" text-anchor="middle"' if horizontal else \
-                f'x="{left - 8}" y="{Y(i * step) + 4}" text-anchor="end"'
-            out.append(f'<path d="{line}" stroke="#888" stroke-opacity=".25"/><text {place}>{i * step:g}</text>')
-    for i, (label, series) in enumerate([*curves.items(), *points.items()]):
-        color, x, y = COLORS[i % len(COLORS)], left + 185 * (i % 3), 46 + 18 * (i // 3)
-        if label in curves:
-            line = " L".join(f"{X(a)} {Y(b)}" for a, b in series)
-            mark = f'<path d="M{line}" fill="none" stroke="{color}" stroke-width="2"/>'
-        else:
-            a, b, (a0, a1), (b0, b1) = series
-            mark = f'<path d="M{X(a0)} {Y(b)}H{X(a1)}M{X(a)} {Y(b0)}V{Y(b1)}" stroke="{color}"/>' \
-                   f'<circle cx="{X(a)}" cy="{Y(b)}" r="4" fill="{color}"/>'
-        out.append(f'{mark}<rect x="{x}" y="{y - 7}" width="12" height="5" fill="{color}"/>'
-                   f'<text x="{x + 18}" y="{y}">{label}</text>')
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("\n".join([*out, "</svg>\n"]))
+def holds(gain, ci, b):
+    """As far as the sample can tell."""
+    if gain >= b - 1e-6:
+        return "yes"
+    return "within error" if ci[1] >= b else "no"
+
+
+def frontier(score, constraint, margin, beta):
+    """What the dual predicts from λ = 0 on: [(g_1's gain, the reward's gain), …]; for several
+    constraints along the way to `margin`."""
+    low = dual.margin_of(score, constraint, torch.zeros(len(constraint)), beta)
+    high = 0.95 * dual.reachable(constraint) if len(constraint) == 1 else margin
+    margins = [low + t / 40 * (high - low) for t in range(41)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of small effective sample sizes at the far end
+        duals = dual.sweep(score, constraint, margins, beta)
+    return [(found.constraint_gain[0].item(), found.score_gain) for found in duals]
+
+
+def svg(x_title, curve, rows):
+    """A chart of the curve [(safety gain, reward gain), …] and of the rows with their intervals.
+    Text and axes are a mid gray and the marks strong hues: it reads on light and dark pages."""
+    xs = [x for x, _ in curve]
+    ys = [y for _, y in curve]
+    for row in rows.values():
+        xs += row["constraint_gain_ci"][0]
+        ys += row["reward_gain_ci"]
+    x_low = min(xs)
+    y_low = min(ys)
+    width = max(xs) - x_low or 1.0
+    height = max(ys) - y_low or 1.0
+
+    def at(x, y):
+        return f"{80 + 500 * (x - x_low) / width:.1f} {380 - 330 * (y - y_low) / height:.1f}"
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 440" font-size="13" '
+           'font-family="sans-serif" fill="#888" stroke-linecap="round">'
+           '<text x="80" y="24" font-size="16">Reward against safety: predicted frontier and '
+           f'realised policies</text><text x="330" y="428" text-anchor="middle">{x_title}</text>'
+           '<text transform="translate(22 215) rotate(-90)" text-anchor="middle">reward gain over '
+           'the reference</text>']
+    for tick in range(6):
+        x = x_low + tick / 5 * width
+        y = y_low + tick / 5 * height
+        grid = f"M{at(x, y_low)}v-330M{at(x_low, y)}h500"
+        out.append(f'<path d="{grid}" stroke="#888" stroke-opacity=".25"/>'
+                   f'<text transform="translate({at(x, y_low)})" dx="-14" dy="20">{x:.2f}</text>'
+                   f'<text transform="translate({at(x_low, y)})" dx="-38" dy="4">{y:.2f}</text>')
+    line = "L".join(at(x, y) for x, y in curve)
+    out.append(f'<path d="M{line}" fill="none" stroke="#3b82f6" stroke-width="2"/>')
+    for name, row in rows.items():
+        x = row["constraint_gain"][0]
+        y = row["reward_gain"]
+        left, right = row["constraint_gain_ci"][0]
+        low, high = row["reward_gain_ci"]
+        cross = f"M{at(left, y)}L{at(right, y)}M{at(x, low)}L{at(x, high)}"
+        out.append(f'<path d="{cross}" stroke="#e8590c"/>'
+                   f'<path d="M{at(x, y)}h0" stroke="#e8590c" stroke-width="8"/>'
+                   f'<text transform="translate({at(x, y)})" dx="8" dy="-8">{name}</text>')
+    return "\n".join([*out, "</svg>\n"])

@@ -1,26 +1,29 @@
 """
-model.py: a GPT, how it samples, and how it scores its own text.
+model.py: a GPT, how it scores text, and how it samples its own.
 
-The architecture is GPT-2's (pre-LN blocks, learned positions, tanh GELU, tied output layer), with GPT-2's own module
-names (its published projections are stored transposed). Three uses:
+The architecture is GPT-2's (pre-LN blocks, learned positions, tanh GELU, tied output layer), with
+GPT-2's own module names (its published projections are stored transposed). Three uses:
 
-    policy, reference   generate           y ~ π(·|x), and ln π(y|x) for free
-                        sequence_logprob   ln π(y|x) = Σ_t ln π(y_t | x, y_<t), differentiable: what DPO trains on
+    policy, reference   sequence_logprob   ln π(y|x) = Σ_t ln π(y_t | x, y_<t): what DPO trains on
+                        generate           y ~ π(·|x), and ln π(y|x) for free
     reward, safety      score              a scalar read off at the response's last token
 
-Shapes, here and in every file: B batch, T tokens, C channels, H heads, V vocabulary, R response tokens of a batch.
-A batch of text is always the pair (tokens, response_mask), both (B, T): prompt, response, then padding on the right.
-Right padding needs no attention mask, since a causal model never looks right; the response mask does the rest.
+Shapes, here and in every file: B batch, T tokens, C channels, H heads, V vocabulary, R response
+tokens of a batch. A batch of text is always the pair (tokens, response_mask), both (B, T): prompt,
+response, then padding on the right. Right padding needs no attention mask, since a causal model
+never looks right; the response mask says which tokens the policy is answerable for.
 
-Read next: data.py (what the text is), then dual.py (the constraint's price), then mocan.py (the losses and loops).
+Read next: data.py (what the text is), then dual.py (the constraint's price), then mocan.py.
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,10 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     score_head: bool = False  # a reward or safety model: a scalar instead of logits
+    dtype: str = "float32"  # arithmetic of the blocks where `autocast` is used
 
 
+# ---- the blocks: `forward` takes whole sequences, `decode` one new token a row
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -40,20 +45,30 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, position=None, mask=None):
+    def project(self, x):
+        """(B, T, C) -> queries, keys, values, each (B, H, T, C/H)."""
         B, T, C = x.shape
-        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, C/H)
-                   for z in self.c_attn(x).split(C, dim=2))
-        if mask is None:  # whole sequences: training, scoring, and a prompt's first pass
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            if cache is not None:
-                cache[0][:, :, :T], cache[1][:, :, :T] = k, v
-        else:  # one new token a row, each row at its own position
-            rows = torch.arange(B, device=x.device)
-            cache[0][rows, :, position], cache[1][rows, :, position] = k[:, :, 0], v[:, :, 0]
-            seen = mask.size(-1)
-            y = F.scaled_dot_product_attention(q, cache[0][:, :, :seen], cache[1][:, :, :seen], attn_mask=mask)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(dim=0)
+
+    def merge(self, y):
+        """(B, H, T, C/H) -> (B, T, C)."""
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x):
+        q, k, v = self.project(x)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.merge(y), k, v
+
+    def decode(self, x, keys, values, position, visible):
+        q, k, v = self.project(x)  # (B, H, 1, C/H)
+        rows = torch.arange(len(x), device=x.device)
+        keys[rows, :, position] = k[:, :, 0]
+        values[rows, :, position] = v[:, :, 0]
+        seen = visible.size(-1)
+        keys = keys[:, :, :seen]
+        values = values[:, :, :seen]
+        return self.merge(F.scaled_dot_product_attention(q, keys, values, attn_mask=visible))
 
 
 class MLP(nn.Module):
@@ -74,8 +89,15 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, position=None, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, position, mask)
+    def forward(self, x):
+        """(B, T, C) -> (B, T, C), and the keys and values of every position."""
+        y, keys, values = self.attn(self.ln_1(x))
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), keys, values
+
+    def decode(self, x, keys, values, position, visible):
+        """(B, 1, C) -> (B, 1, C); writes the new token's key and value into the cache."""
+        x = x + self.attn.decode(self.ln_1(x), keys, values, position, visible)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -83,119 +105,197 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+            raise ValueError(
+                f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output layer: the weights are tied
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output layer: tied
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         if config.score_head:
             self.score_head = nn.Linear(config.n_embd, 1, bias=False)
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() == 2:  # GPT-2's init: the two projections onto the residual stream shrink with depth
-                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
-                nn.init.normal_(p, std=std)
+        for name, parameter in self.named_parameters():
+            self._init(name, parameter)
 
-    def forward(self, tokens, cache=None, position=None, mask=None):
-        """tokens (B, T) -> hidden states (B, T, C), ready for the output layer or the score head."""
-        if position is None:
-            if tokens.size(1) > self.config.block_size:
-                raise ValueError(f"{tokens.size(1)} tokens do not fit block_size={self.config.block_size}: "
-                                 "truncate the text or build a larger model")
-            x = self.wte(tokens) + self.wpe.weight[:tokens.size(1)]  # (B, T, C)
-        else:
-            x = self.wte(tokens) + self.wpe(position)[:, None]  # (B, 1, C)
-        for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i], position, mask)
+    def _init(self, name, parameter):
+        """GPT-2's: the two projections onto the residual stream shrink with depth."""
+        std = 0.02
+        if name.endswith("c_proj.weight"):
+            std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 2:
+            nn.init.normal_(parameter, std=std)
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    def autocast(self):
+        """Mixed precision for the blocks; logits, scores and losses stay float32."""
+        dtype = getattr(torch, self.config.dtype)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def embed(self, tokens):
+        """Whole sequences: (B, T) -> (B, T, C)."""
+        T = tokens.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}: "
+                             "truncate the text or build a larger model")
+        return self.wte(tokens) + self.wpe.weight[:T]
+
+    def forward(self, tokens):
+        """Training and scoring: tokens (B, T) -> hidden states (B, T, C)."""
+        x = self.embed(tokens)
+        for block in self.h:
+            x, _, _ = block(x)
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """hidden (..., C) -> next-token logits (..., V), in float32 also under autocast: a response's log-ratio is
-        a small difference of long sums, and bfloat16 rounds every logit between 8 and 16 to a multiple of 1/16."""
+        """hidden (..., C) -> next-token logits (..., V), in float32 also under autocast.
+
+        A log-ratio is a small difference of long sums, and bfloat16 rounds every logit between 8
+        and 16 to a multiple of 1/16.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.wte.weight.float())
+            return F.linear(hidden.float(), self.wte.weight)
 
     def score(self, tokens, response_mask):
-        """(B, T), (B, T) -> (B,) the scalar at each response's last token, float32."""
-        T = tokens.size(1)
+        """(B, T), (B, T) -> (B,): the scalar at each response's last token, float32."""
+        B, T = tokens.shape
         last = (response_mask * torch.arange(T, device=tokens.device)).amax(dim=1)  # (B,)
-        hidden = self(tokens)[torch.arange(len(tokens), device=tokens.device), last]  # (B, C)
+        hidden = self(tokens)
+        hidden = hidden[torch.arange(B, device=tokens.device), last]  # (B, C)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score_head(hidden.float())[:, 0]
 
-    @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, temperature=1.0, eos=None, generator=None):
-        """Sample one response per prompt. `tokens`: a list of B prompts, each a list of token ids, of any lengths.
+    # ---- sampling
+    def prefill(self, prompts, capacity):
+        """One pass over prompts (B, T) -> hidden states (B, T, C) and the cache.
 
-        Returns tokens (B, T), response_mask (B, T), and logp (B,): each response's log-probability in nats under the
-        policy that sampled it (so at this temperature). A response ends with `eos`, which belongs to it, or is cut
-        at max_new_tokens. Raises ValueError when a prompt leaves no room for that many tokens.
+        The cache holds each block's keys and values, (B, H, capacity, C/H). A shorter prompt's
+        padding lies where its response will be written, and each slot is overwritten before any
+        query may see it.
         """
-        device, longest = self.wte.weight.device, max(len(p) for p in tokens)
-        if min(len(p) for p in tokens) == 0 or longest + max_new_tokens > self.config.block_size:
-            raise ValueError(f"prompts of 1 to {self.config.block_size - max_new_tokens} tokens leave room for "
-                             f"max_new_tokens={max_new_tokens} in block_size={self.config.block_size}; the longest "
-                             f"here has {longest}, the shortest {min(len(p) for p in tokens)}")
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature} must be > 0")
-        B, T = len(tokens), longest + max_new_tokens
-        lengths = torch.tensor([len(p) for p in tokens], device=device)  # (B,)
-        out = torch.zeros(B, T, dtype=torch.long, device=device)
-        for b, prompt in enumerate(tokens):
-            out[b, :len(prompt)] = torch.tensor(prompt, device=device)
-        mask, logp = torch.zeros(B, T, dtype=torch.bool, device=device), torch.zeros(B, device=device)
+        x = self.embed(prompts)
+        cache = []
+        room = (0, 0, 0, capacity - prompts.size(1))
+        for block in self.h:
+            x, keys, values = block(x)
+            cache.append((F.pad(keys, room), F.pad(values, room)))
+        return self.ln_f(x), cache
 
-        # The first pass fills the cache with every prompt; a shorter prompt's padding lands where its response will
-        # be written, and each slot is overwritten before any query may see it.
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
-        shape = (B, self.config.n_head, T, self.config.n_embd // self.config.n_head)
-        cache = [(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-                 for _ in self.h]
-        hidden = self(out[:, :longest], cache)[torch.arange(B, device=device), lengths - 1]  # (B, C)
-        row, position = torch.arange(B, device=device), lengths  # which prompt each cached row serves; where it writes
-        active = torch.ones(B, dtype=torch.bool, device=device)  # its response has not ended yet
-        for step in range(max_new_tokens):
-            logprobs = F.log_softmax(self.logits(hidden) / temperature, dim=-1)  # (A, V), A cached rows
-            cdf = logprobs.exp().cumsum(dim=-1)
-            u = torch.rand(len(cdf), 1, generator=generator, device=device) * cdf[:, -1:]
-            nxt = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.size(1) - 1)  # (A, 1) inverse-CDF sampling
-            out[row, position], mask[row, position] = nxt[:, 0] * active, active
-            logp[row] += logprobs.gather(1, nxt)[:, 0] * active
+    def decode(self, tokens, cache, position, visible):
+        """One new token a row: tokens (A,) at position (A,) -> hidden states (A, C).
+
+        visible (A, S): which of the cache's first S positions a row may look at.
+        """
+        x = (self.wte(tokens) + self.wpe(position))[:, None]  # (A, 1, C)
+        for block, (keys, values) in zip(self.h, cache):
+            x = block.decode(x, keys, values, position, visible[:, None, None])
+        return self.ln_f(x)[:, 0]
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, eos=None, generator=None):
+        """Sample one response per prompt. prompts: B lists of token ids, of any lengths.
+
+        Returns tokens (B, T), response_mask (B, T), and logp (B,): each response's log-probability
+        in nats under the policy that sampled it. A response ends with `eos`, which belongs to it,
+        or is cut at max_new_tokens. Raises ValueError when a prompt
+        leaves no room for that many tokens.
+        """
+        self._check_room(prompts, max_new_tokens)
+        device = self.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        longest = int(lengths.max())
+        end = longest + max_new_tokens
+        tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        tokens = F.pad(tokens, (0, max_new_tokens)).to(device)  # (B, T)
+        response_mask = torch.zeros_like(tokens, dtype=torch.bool)
+        logp = torch.zeros(len(prompts), device=device)
+
+        position = lengths  # (A,) where a row writes next
+        index = torch.arange(len(prompts), device=device)  # (A,) which prompt a cached row serves
+        active = torch.ones_like(index, dtype=torch.bool)  # (A,) its response has not ended yet
+        hidden, cache = self.prefill(tokens[:, :longest], end)
+        hidden = hidden[index, position - 1]  # (A, C)
+        for seen in range(longest + 1, end + 1):
+            new, new_logp = draw(self.logits(hidden), generator)  # (A,), (A,)
+            tokens[index, position] = new * active
+            response_mask[index, position] = active
+            logp[index] += new_logp * active
             if eos is not None:
-                active = active & (nxt[:, 0] != eos)
-            if step + 1 == max_new_tokens or not active.any():
+                active = active & (new != eos)
+            if seen == end or not active.any():
                 break
-            if active.sum() < 0.75 * len(active):  # compact: ended responses stop costing time
-                row, position, nxt = row[active], position[active], nxt[active]
-                cache, active = [(k[active], v[active]) for k, v in cache], active[active]
-            seen = longest + step + 1
+            if active.sum() < 0.75 * len(active):  # ended responses leave the cache
+                index = index[active]
+                position = position[active]
+                new = new[active]
+                cache = [(keys[active], values[active]) for keys, values in cache]
+                active = torch.ones_like(index, dtype=torch.bool)
             visible = torch.arange(seen, device=device) <= position[:, None]  # (A, seen)
-            hidden = self(nxt, cache, position, visible[:, None, None])[:, 0]
+            hidden = self.decode(new, cache, position, visible)
             position = position + 1
-        used = int(mask.any(dim=0).nonzero().max()) + 1
-        return out[:, :used], mask[:, :used], logp
+        used = int(response_mask.any(dim=0).nonzero().max()) + 1
+        return tokens[:, :used], response_mask[:, :used], logp
+
+    def _check_room(self, prompts, max_new_tokens):
+        shortest = min(len(prompt) for prompt in prompts)
+        longest = max(len(prompt) for prompt in prompts)
+        room = self.config.block_size - max_new_tokens
+        if shortest == 0 or longest > room:
+            raise ValueError(
+                f"prompts of 1 to {room} tokens leave room for max_new_tokens={max_new_tokens} in "
+                f"block_size={self.config.block_size}; the longest here has {longest}, the "
+                f"shortest {shortest}")
 
 
+def draw(logits, generator):
+    """Inverse-CDF sampling: logits (A, V) -> token ids (A,), their log-probabilities (A,)."""
+    logprobs = F.log_softmax(logits, dim=-1)  # (A, V)
+    cdf = logprobs.exp().cumsum(dim=-1)
+    u = torch.rand(len(cdf), 1, generator=generator, device=cdf.device) * cdf[:, -1:]
+    new = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.size(1) - 1)  # (A, 1)
+    return new[:, 0], logprobs.gather(1, new)[:, 0]
+
+
+# ---- scoring text
 def sequence_logprob(model, tokens, response_mask):
     """ln π(y|x) of each response: (B, T), (B, T) -> (B,), in nats, float32.
 
-    Σ over response tokens only. Prompt and padding positions never reach the output layer, so the largest tensor here
-    is (R, V), with R the batch's response tokens.
+    Σ over response tokens only. Prompt and padding positions never reach the output layer, so the
+    largest tensor here is (R, V), with R the batch's response tokens.
     """
-    hidden = model(tokens[:, :-1])  # (B, T-1, C): position t predicts token t+1
-    mask = response_mask[:, 1:]
-    logp = -F.cross_entropy(model.logits(hidden[mask]), tokens[:, 1:][mask], reduction="none")  # (R,)
+    mask = response_mask[:, 1:]  # (B, T-1): position t predicts token t+1
+    hidden = model(tokens[:, :-1])[mask]  # (R, C)
+    logp = -F.cross_entropy(model.logits(hidden), tokens[:, 1:][mask], reduction="none")  # (R,)
     return torch.zeros(mask.shape, device=logp.device).masked_scatter(mask, logp).sum(dim=1)
 
 
+# ---- checkpoints
 def to_checkpoint(model):
-    """Configuration and weights: what torch.save takes, and torch.load gives back with weights_only=True."""
-    return {"config": asdict(model.config), "weights": {k: x.cpu() for k, x in model.state_dict().items()}}
+    """Configuration and weights, as `save` takes and `load` returns them."""
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    return {"config": asdict(model.config), "weights": weights}
 
 
 def from_checkpoint(saved, device="cpu"):
     model = GPT(GPTConfig(**saved["config"])).to(device)
     model.load_state_dict(saved["weights"])
     return model
+
+
+def save(saved, path):
+    """Whole or not at all."""
+    torch.save(saved, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load(path, remedy):
+    """A dict of tensors and plain values, on the CPU; ValueError with the remedy where there is
+    none."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None

@@ -1,20 +1,24 @@
 """
-train.py: the whole job, from preferences to an aligned policy and a table that says what came of it.
+train.py: the whole job, from preferences to an aligned policy and a table that says what came of
+it.
 
-    python train.py                           the built-in world, every policy, a few minutes on two CPU cores
+    python train.py                           the built-in world, every policy, some minutes
     python train.py --data FILE               real preferences
-    python train.py --from mocan --lr 3e-4    the same run again from that stage on, with what changed
+    python train.py --from mocan --lr 3e-4    the same run again from that stage on, with a change
 
 The stages, and the artifact that each leaves in --out:
 
-    reference   supervised fine-tuning                      reference.pt, tokenizer.json
-    scores      reward and safety models                    score_*.pt (none: the built-in world's are exact functions)
-    offline     K responses per prompt from π_ref, scored   offline.pt, offline_scores.pt
-    prealign    PeCAN: one DPO policy per preference        pairs.pt, dpo-*.pt, tuples.pt
-    dual        λ*, and what it predicts (solved each time) dual.json, written before evaluate
-    mocan       one policy update                           mocan.pt
-    pecan       one policy update                           pecan.pt
-    evaluate    fresh responses on held-out prompts         results.json, samples.jsonl; of MoCAN tradeoff.svg, dual.svg
+    reference   supervised fine-tuning                     reference.pt, tokenizer.json
+    scores      reward and safety models                   score_*.pt (the world's are exact: none)
+    offline     K responses per prompt from π_ref, scored  offline.pt, offline_scores.pt
+    prealign    PeCAN: one DPO policy per preference       pairs.pt, dpo-*.pt
+    dual        λ*, and what it predicts                   none: solved anew in every run
+    mocan       one policy update                          mocan*.pt
+    pecan       one policy update                          pecan.pt
+    evaluate    fresh responses on held-out prompts        results.json, samples.jsonl, tradeoff.svg
+
+`main` is the story; below it stand the stages in its order, what came of it (results, table,
+picture), the run's folder, and the command line.
 """
 
 import argparse
@@ -23,7 +27,7 @@ import json
 import math
 import os
 import random
-import re
+import shlex
 import sys
 import time
 import warnings
@@ -35,205 +39,96 @@ import data
 import dual
 import mocan
 import pecan
-from model import GPT, GPTConfig, from_checkpoint, to_checkpoint
+from model import GPT, GPTConfig, from_checkpoint, load, save, to_checkpoint
 
 STAGES = ("reference", "scores", "offline", "prealign", "dual", "mocan", "pecan", "evaluate")
 
 
-def setting(default, stage, help, choices=None, flag=None):
-    """A field of Config. `stage` is the first stage that it changes; None: it may change at any stage."""
-    return field(default=default, metadata={"stage": stage, "help": help, "choices": choices, "flag": flag})
+ABOVE_0 = 1e-300
+
+
+def setting(default, stage, help, choices=None, least=ABOVE_0):
+    """A field of Config. stage: the first stage that it changes; None: may change at any stage."""
+    metadata = {"stage": stage, "help": help, "choices": choices, "least": least}
+    return field(default=default, metadata=metadata)
+
+
+def default_dtype():
+    if not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
 
 
 @dataclass(frozen=True)
 class Config:
-    start: str = setting("reference", None, "reuse the artifacts of earlier stages and run from this one", STAGES, "from")
+    start: str = setting("reference", None, "(--from) reuse the artifacts of earlier stages and "
+                         "run from this one", STAGES)
     out: str = setting("out", None, "folder of all artifacts")
-    quick: bool = setting(False, "reference", "shrink every stage: a run of seconds, to see that everything works")
+    quick: bool = setting(False, "reference", "shrink every stage: a run of seconds, to see that "
+                          "everything works")
     algo: str = setting("all", None, "which policies to train", ("mocan", "pecan", "all"))
-    seed: int = setting(0, "reference", "seeds every random stream")
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", None, "cpu, cuda, cuda:1, …")
-    dtype: str = setting("bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else
-                         "float16" if torch.cuda.is_available() else "float32", "reference",
-                         "arithmetic of the trunk under autocast; logits and losses stay float32",
-                         ("float32", "bfloat16", "float16"))
+    seed: int = setting(0, "reference", "seeds every random stream", least=0)
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", None,
+                          "cpu, cuda, cuda:1, …")
+    dtype: str = setting(default_dtype(), "reference", "arithmetic of the trunk under autocast; "
+                         "logits and losses stay float32", ("float32", "bfloat16", "float16"))
     # text
-    data: tuple = setting((), "reference", "preference files, FILE or NAME=FILE, one or more; none: the built-in world")
-    world_pairs: int = setting(36000, "reference", "preference pairs that the built-in world writes")
+    data: tuple = setting((), "reference", "preference files, FILE or NAME=FILE, one or more; none:"
+                          " the built-in world")
+    world_pairs: int = setting(36000, "reference", "preference pairs that the world writes")
     held_out: float = setting(0.2, "reference", "share of the prompts kept for evaluation")
-    tokenizer: str = setting("vocab", "reference", "vocab: built from the training text; gpt2: GPT-2's", ("vocab", "gpt2"))
-    vocab_size: int = setting(4096, "reference", "largest size of the vocab tokenizer")
-    max_new_tokens: int = setting(96, "reference", "longest response; a prompt may fill the rest of block_size")
+    tokenizer: str = setting("vocab", "reference", "vocab: built from the training text; gpt2: "
+                             "GPT-2's", ("vocab", "gpt2"))
+    vocab_size: int = setting(4096, "reference", "largest size of the vocab tokenizer",
+                              least=300)
+    max_new_tokens: int = setting(96, "reference", "longest response; a prompt may fill the rest "
+                                  "of block_size")
     # model
     n_layer: int = setting(2, "reference", "blocks")
     n_head: int = setting(4, "reference", "attention heads")
     n_embd: int = setting(128, "reference", "width")
     block_size: int = setting(192, "reference", "longest prompt and response together, in tokens")
     # training
-    batch: int = setting(16, None, "pairs per micro-batch; a policy update: 2·batch/G prompts with G responses each")
-    accumulate: int = setting(1, "prealign", "micro-batches per step of a policy")
-    warmup: int = setting(20, None, "steps of linear warm-up, then cosine to 0")
+    batch: int = setting(16, None, "pairs per micro-batch; a policy update: 2·batch responses")
+    accumulate: int = setting(1, None, "micro-batches per step")
+    warmup: int = setting(20, None, "steps of linear warm-up, then cosine to 0", least=0)
     clip: float = setting(1.0, None, "largest gradient norm")
     sft_steps: int = setting(1000, "reference", "gradient steps of the reference policy")
     sft_lr: float = setting(3e-3, "reference", "its learning rate")
-    scores: str = setting("", "scores", "exact: the world's own functions; learned: trained on preferences "
-                          "(default: exact in the world, learned on data)", ("", "exact", "learned"))
+    scores: str = setting("exact", "scores", "exact: the world's own functions; learned: from "
+                          "preferences, as always on data", ("exact", "learned"))
     score_steps: int = setting(120, "scores", "gradient steps of each learned score model")
     score_lr: float = setting(1e-3, "scores", "its learning rate")
     # offline samples and the dual
     prompts: int = setting(512, "offline", "N, training prompts that the reference answers")
-    responses: int = setting(32, "offline", "K, responses to each")
+    responses: int = setting(32, "offline", "K, responses to each", least=2)
     sample_batch: int = setting(256, None, "responses sampled or scored at once")
     beta: float = setting(1.0, "prealign", "β, weight of the KL divergence to the reference")
-    margins: str = setting("", "mocan", "a trade-off curve: train one MoCAN policy for each of these margins too, "
-                           "25%,50%,75%; comma separated, several constraints of one margin by ':'")
-    margin: str = setting("50%", "dual", "b, required safety gain over the reference: a number in g's units or a share "
-                          "of the largest reachable one, 50%; comma separated for several constraints")
-    constraints: str = setting("", "scores", "safety preferences to constrain, comma separated (default: harmless; data: all)")
+    margin: str = setting("50%", "dual", "b, required safety gain over the reference: a number in "
+                          "g's units or a share of the largest reachable one, 50%; comma separated "
+                          "for several constraints")
+    margins: str = setting("", "mocan", "a trade-off curve: train one MoCAN policy for each of "
+                           "these margins too, 25%,50%,75%; comma separated, several constraints "
+                           "of one margin by ':'")
+    constraints: str = setting("", "scores", "safety preferences to constrain, comma separated "
+                               "(default: harmless; data: all)")
     # policy
     lr: float = setting(4e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
-    steps: int = setting(1200, "mocan", "gradient steps of MoCAN's and PeCAN's policy update")
-    labels: str = setting("exact", "mocan", "exact: P(y1 ≻ y0) itself; sampled: a Bernoulli draw", ("exact", "sampled"))
-    group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all their pairs")
-    pairs: str = setting("samples", "mocan", "MoCAN's: samples of the reference; data: the file's own", ("samples", "data"))
-    prealign_steps: int = setting(1800, "prealign", "gradient steps of each of PeCAN's pre-aligned policies")
+    steps: int = setting(1200, "mocan", "its gradient steps")
+    group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all "
+                         "their pairs", least=2)
+    prealign_steps: int = setting(1800, "prealign", "gradient steps of each of PeCAN's pre-aligned "
+                                  "policies")
     prealign_lr: float = setting(6e-5, "prealign", "their learning rate")
-    calibrate: bool = setting(True, "prealign", "scale PeCAN's implicit scores by a temperature fitted on held-out pairs")
     # evaluation
-    eval_prompts: int = setting(240, None, "held-out prompts, at most")
+    eval_prompts: int = setting(240, None, "held-out prompts, at most", least=2)
     eval_responses: int = setting(24, None, "fresh responses to each")
 
 
-QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, score_steps=80, prompts=128, responses=16, steps=120,
-             prealign_steps=120, prealign_lr=3e-4, lr=1e-3, eval_prompts=64, eval_responses=8)
-DATA = dict(sft_steps=600, prealign_steps=300, lr=2e-4, margin="25%")  # a thousand real pairs are soon learned by heart
-
-
-def settings(argv):
-    """Defaults, then --quick's, --data's or the run's that --from continues, then the command line. Bad values exit with code 2."""
-    parser = argparse.ArgumentParser(prog="train.py", usage="python train.py [--SETTING VALUE ...]   (--help lists them)",
-                                     description="One-shot safety alignment: a dual, then one policy update.",
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for f in fields(Config):
-        m, flag = f.metadata, "--" + (f.metadata["flag"] or f.name)
-        shown = f"{m['help']} (default: {f.default}{f'; with --data {DATA[f.name]}' if f.name in DATA else ''})".replace("%", "%%")
-        if isinstance(f.default, bool):
-            parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, help=shown)
-        elif isinstance(f.default, tuple):
-            parser.add_argument(flag, dest=f.name, nargs="+", action="extend", help=shown)
-        else:
-            choices = m["choices"] and [x for x in m["choices"] if x]
-            parser.add_argument(flag, dest=f.name, type=type(f.default), choices=choices, help=shown)
-    given = vars(parser.parse_args(argv))
-    base = {"dtype": "float32"} if given.get("device") == "cpu" else {}
-    base |= QUICK if given.get("quick") else DATA if "data" in given else {}
-    if "start" in given and not (given["start"] == STAGES[0] and given.get("quick")):
-        path = os.path.join(given.get("out", Config.out), "run.json")
-        try:
-            with open(path) as file:
-                old = json.load(file)["config"] | {}  # only a dict has that
-        except (OSError, ValueError, KeyError, TypeError):
-            parser.error(f"--from {given['start']} continues a run, but {path} is missing or damaged; drop --from")
-        base = {f.name: old.get(f.name, f.default) for f in fields(Config)} | {"out": Config.out}
-        for f in fields(Config):
-            stage = f.metadata["stage"]
-            if stage and f.name in given and given[f.name] != base[f.name] and reused(stage, given["start"]):
-                parser.error(f"--{f.name} was {base[f.name]} when stage {stage} ran, and --from {given['start']} keeps "
-                             f"that stage; use --from {stage} or drop --{f.name}")
-    c = Config(**{**base, **given, "data": tuple(given.get("data", base.get("data", ())))})
-    least = {"seed": 0, "warmup": 0, "responses": 2, "group": 2, "eval_prompts": 2, "vocab_size": 300}  # others: greater than 0
-    for f in fields(Config):
-        value = getattr(c, f.name)
-        if type(f.default) in (int, float) and not least.get(f.name, 1e-300) <= value < math.inf:
-            parser.error(f"--{f.name} is {value}; it must be {f'at least {least[f.name]}' if f.name in least else '> 0'}")
-    if c.held_out >= 1 or c.max_new_tokens + 8 > c.block_size:
-        parser.error(f"--held_out {c.held_out} must be < 1, --max_new_tokens {c.max_new_tokens} at most --block_size "
-                     f"{c.block_size} − 8")
-    if c.device != "cpu" and not (re.fullmatch("cuda(:[0-9])?", c.device) and int(c.device[5:] or 0) < torch.cuda.device_count()):
-        parser.error(f"--device {c.device} cannot be used here; expected cpu, or cuda or cuda:N where CUDA is available")
-    if given.get("scores") == "exact" and c.data:
-        parser.error("--scores exact exists in the built-in world only; use --scores learned with --data")
-    return replace(c, scores="learned" if c.data else c.scores or "exact")
-
-
-def reused(stage, start):
-    return STAGES.index(stage) < STAGES.index(start)
-
-
-def stream(c, purpose, device="cpu"):
-    """A random stream of its own for each purpose: evaluating more often, say, changes no other stage's numbers."""
-    return torch.Generator(device).manual_seed(random.Random(f"{c.seed}/{purpose}").getrandbits(62))
-
-
-def progress(stage):
-    """log(step, steps, loss=…): one refreshing line on a terminal, five plain lines in a file."""
-    began, printed, terminal = time.time(), [0, 0.0], sys.stdout.isatty()
-
-    def log(step, steps, **numbers):
-        seconds = time.time() - began
-        if step == steps or (seconds - printed[1] > 0.2 if terminal else step * 5 // steps > printed[0] * 5 // steps):
-            printed[:] = step, seconds
-            print("\r" * terminal + f"  {stage} {step}/{steps}", *(f" {name} {value:.4f}" for name, value in numbers.items()),
-                  f" {step / seconds:.1f}/s  {seconds:.0f} s elapsed, {(steps - step) * seconds / step:.0f} s left   ",
-                  end="\n" if step == steps or not terminal else "", flush=True)
-    return log
-
-
-# ---- the stages
-def write(path, text):
-    """Whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
-
-
-def artifact(c, seconds, stage, name, make, headline):
-    """The file `name` of a stage: read where --from starts later, else made, a dict of tensors, and kept."""
-    path, before = os.path.join(c.out, name), STAGES[:STAGES.index(stage) + 1]
-    made = f"{headline} {[getattr(c, f.name) for f in fields(Config) if f.metadata['stage'] in before]}"
-    if reused(stage, c.start):
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises half a dozen kinds for a damaged file
-            raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); make it with --from {stage}") from None
-        if saved.get("made", made) != made:  # by a run that was not this one's, or that was cut short
-            raise ValueError(f"{path}: made with other settings than this run's; make it again with --from {stage}")
-    else:
-        print(f"\n{stage}: {headline}", flush=True)
-        began = time.time()
-        saved = {**make(), "seconds": time.time() - began, "made": made}
-        torch.save(saved, path + ".tmp")
-        os.replace(path + ".tmp", path)
-    seconds[stage] = seconds.get(stage, 0) + saved.get("seconds", 0)
-    return saved
-
-
-def new_model(c, config, purpose):
-    torch.manual_seed(random.Random(f"{c.seed}/{purpose}").getrandbits(62))
-    return GPT(config).to(c.device)
-
-
-def draw(c, names, score, constraint, margins, solutions, policies):
-    """tradeoff.svg: the predicted frontier and every realised policy; dual.svg: D(λ) and its minimum per margin."""
-    warnings.simplefilter("ignore")  # of a small effective sample size, at the frontier's far end
-    low = dual.margin_of(score, constraint, torch.zeros(len(names)), c.beta)  # helpfulness alone, λ = 0
-    high = 0.95 * dual.reachable(constraint) if len(names) == 1 else margins["mocan"]
-    sweep = dual.sweep(score, constraint, [low + t / 40 * (high - low) for t in range(41)], c.beta)
-    mocan.svg(os.path.join(c.out, "tradeoff.svg"), "Reward against safety", f"{names[0]} gain over the reference, in its units",
-              "reward gain over the reference, in units of r",
-              {"predicted": [(x.constraint_gain[0].item(), x.score_gain) for x in sweep]},
-              {name: (p["constraint_gain"][0], p["reward_gain"], p["constraint_gain_ci"][0], p["reward_gain_ci"])
-               for name, p in policies.items()})
-    curves, points, widest = {}, {}, 2 * max(found.lam[0].item() for found in solutions.values()) + 1
-    for name, found in solutions.items():
-        h = constraint.double() - constraint.double().mean(dim=(1, 2), keepdim=True) - margins[name][:, None, None]
-        rest, curve = score + torch.einsum("m,mnk->nk", found.lam[1:], h[1:]), []  # λ_1 varies, the others are at λ*
-        for x in (*(t / 60 * widest for t in range(61)), found.lam[0].item()):
-            D = c.beta * (torch.logsumexp((rest + x * h[0]) / c.beta, dim=1) - math.log(h.size(2))).mean().item()  # D(λ)
-            curve.append((x, D))
-        curves[f"b = {', '.join(f'{b:.3f}' for b in margins[name])}"], points[f"λ* = {x:.3f}"] = curve[:-1], (x, D, (x, x), (D, D))
-    mocan.svg(os.path.join(c.out, "dual.svg"), "The dual function and its minimum", f"λ, the price of {names[0]}", "D(λ)",
-              curves, points)
+QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, score_steps=80, prompts=128,
+             responses=16, steps=120, prealign_steps=120, prealign_lr=3e-4, lr=1e-3,
+             eval_prompts=64, eval_responses=8)
+DATA = dict(sft_steps=600, prealign_steps=300, lr=2e-4, margin="25%")  # a thousand pairs are few
 
 
 # ---- the job
@@ -242,158 +137,389 @@ def main():
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape of batch
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
     os.makedirs(c.out, exist_ok=True)
-    print(" ".join(f"--{name} {value}" for name, value in asdict(c).items()))
-    seconds = {}  # stage: seconds, of this run or of the run that made the artifact
-    train, held_out, names = data.load(c, random.Random(f"{c.seed}/data"))
-    tok = data.open_tokenizer(c, train, reused("reference", c.start))
-    write(os.path.join(c.out, "run.json"), json.dumps({"config": asdict(c)}, indent=1))
-    print(f"\ndata: {len(train)} training and {len(held_out)} held-out pairs from {' '.join(c.data) or 'the world'}, no "
-          f"prompt in both; constraints: {', '.join(names)}; vocabulary {tok.encoding.n_vocab}")
-
-    def make_reference():
-        model = new_model(c, GPTConfig(tok.encoding.n_vocab, c.block_size, c.n_layer, c.n_head, c.n_embd), "reference")
-        pool = data.pair_pool(tok, train, c, "training data")
-        mocan.train_reference(model, pool, c, stream(c, "reference"), progress("reference"))
-        return to_checkpoint(model)
-    reference = from_checkpoint(artifact(c, seconds, "reference", "reference.pt", make_reference,
-                                         "supervised fine-tuning"), c.device)
-
-    def open_judges():
-        """{preference: score model}; empty where the world's exact functions serve."""
-        judges = {}
-        for name in ("helpful", *names) if c.scores == "learned" else ():
-            def make_score():
-                model = new_model(c, replace(reference.config, score_head=True), f"scores/{name}")
-                model.load_state_dict(reference.state_dict(), strict=False)  # the trunk starts as the reference
-                mocan.learn_score(model, tok, train, held_out, name, c, stream(c, f"scores/{name}"), progress("scores"))
-                return to_checkpoint(model)
-            judges[name] = from_checkpoint(artifact(c, seconds, "scores", f"score_{name}.pt", make_score,
-                                                    f"learning {name} from preferences"), c.device)
-        return judges
-    judges = open_judges() if c.algo != "pecan" else None
+    print(as_command(c))
+    train, held_out, names = data.load(  # names: "helpful", then the constraints
+        c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.constraints)
+    tok = open_tokenizer(c, train)
+    reference = train_reference(c, tok, train)
     prompts = data.spread(train, c.prompts)
+    pool, ref_logp = sample_reference(c, reference, tok, prompts)  # (N, K, T), (N, K)
+    judges = {}  # preference -> score model, where no exact function exists
+    policies = {}  # name -> its artifact
+    margins = {}  # name -> b (m,)
+    duals = {}  # name -> dual.Dual
 
-    def make_offline():
-        pool, ref_logp = mocan.sample_pool(reference, tok, prompts, c.responses, c, stream(c, "offline", c.device),
-                                           progress("offline"))
-        return {"tokens": pool.tokens.int(), "response_mask": pool.response_mask, "ref_logp": ref_logp}
-    saved = artifact(c, seconds, "offline", "offline.pt", make_offline,
-                     f"{c.responses} responses of the reference to each of {len(prompts)} training prompts")
-    pool, ref_logp = data.Pool(saved["tokens"].long(), saved["response_mask"]), saved["ref_logp"]
+    if c.algo != "pecan":  # before pre-alignment, so that an unreachable margin costs nothing
+        judges = learn_judges(c, reference, tok, train, held_out, names)
+        scores = artifact(c, "offline", "offline_scores.pt", make_scores, judges, names, prompts,
+                          pool, tok)["scores"]  # (1+m, N, K)
+        margins, duals = solve_mocan(c, scores)
+    if c.algo != "mocan":
+        policies = prealign(c, reference, tok, train, held_out, names, pool, ref_logp)
+        logp = torch.stack([saved["logp"] for saved in policies.values()])  # (1+m, N, K)
+    if c.algo != "pecan":
+        for name, found in duals.items():
+            file = f"{name.replace(' ', '_')}.pt"
+            policies[name] = artifact(c, "mocan", file, make_policy, reference, name,
+                                      mocan.train_mocan, pool, ref_logp, scores[0], scores[1:],
+                                      lam=found.lam.tolist())
+    if c.algo != "mocan":
+        margins["pecan"], found = solve_pecan(c, logp, ref_logp, margins.get("mocan"))
+        if found is not None:
+            duals["pecan"] = found
+            policies["pecan"] = artifact(c, "pecan", "pecan.pt", make_policy, reference, "pecan",
+                                         pecan.train_pecan, pool, ref_logp, logp[0], logp[1:],
+                                         lam=found.lam.tolist())
+    if c.algo == "pecan":  # PeCAN needs no score model; the table does
+        judges = learn_judges(c, reference, tok, train, held_out, names)
+    rows = evaluate(c, reference, policies, judges, names, margins, duals, held_out, tok)
+    if c.algo != "pecan":
+        draw(c, names, scores, margins["mocan"], rows)
 
-    policies, rows, results = {}, {}, {"config": asdict(c), "policies": {}}
-    def align(stage, name, lam, steps, train_policy, headline):
-        """One aligned policy as an artifact: train_policy(model) trains a copy of the reference."""
-        def make():
-            policy = copy.deepcopy(reference)
-            train_policy(policy)
-            return {**to_checkpoint(policy), "steps": steps}
-        saved = artifact(c, seconds, stage, f"{name.replace(' ', '_')}.pt", make, headline)
-        policies[name] = from_checkpoint(saved, c.device)
-        rows[name] = {"lam": [float(x) for x in lam], "steps": saved["steps"], "seconds": saved.get("seconds", 0)}
 
-    if c.algo != "pecan":  # ---- MoCAN, up to λ*
-        scores = artifact(c, seconds, "offline", "offline_scores.pt", lambda: {
-            "scores": mocan.score_pool(judges, names, prompts, pool, tok, c)}, "their scores")["scores"]
-        score, constraint, reach = scores[0], scores[1:], dual.reachable(scores[1:])  # (N, K), (m, N, K), (m,)
-        print(f"\ndual: the largest reachable margins are {', '.join(f'{x:.3f}' for x in reach)}; correlation of helpful and "
-              f"{names[0]} under the reference {torch.corrcoef(scores[:2].flatten(1))[0, 1]:.2f}")
-        others = [text for text in c.margins.split(",") if text not in ("", c.margin.replace(",", ":"))]
-        margins = {"mocan": dual.parse_margin(c.margin, reach), **{f"mocan {b}": dual.parse_margin(b, reach, ":") for b in others}}
-        began = time.time()
-        solutions = {name: dual.solve(score, constraint, b, c.beta) for name, b in margins.items()}
-        seconds["dual"], margin = time.time() - began, margins["mocan"]
-        results["dual"] = mocan.dual_numbers(names, margin, solutions["mocan"])
+# ---- the stages; make_… returns what an artifact keeps
+def open_tokenizer(c, train):
+    """The vocab's pieces are kept, so that a later run encodes as this one does."""
+    if c.tokenizer == "vocab" and not reused("reference", c.start):
+        write(c, "tokenizer.json", json.dumps(data.frequent_pieces(train, c.vocab_size)))
+    return data.open_tokenizer(c.tokenizer, f"{c.out}/tokenizer.json",
+                               c.block_size - c.max_new_tokens, c.max_new_tokens)
 
-    if c.algo != "mocan":  # ---- PeCAN, up to its scores
-        rarest = min(sum(name in pair.prefers for pair in train) for name in ("helpful", *names))
-        count = math.ceil(len(train) * min(1.0, c.prealign_steps * c.batch * c.accumulate / rarest))  # as many as visits
-        sides = {"training pairs": random.Random(f"{c.seed}/pairs").sample(train, count), "held-out pairs": held_out}
-        sides_ref = artifact(c, seconds, "prealign", "pairs.pt", lambda: {
-            side: mocan.logprobs(reference, data.pair_pool(tok, pairs, c, side), c) for side, pairs in sides.items()},
-            "the reference's log-probabilities of the preference pairs")
 
-        def preference(name, side):  # Pool (P, 2, T), ln π_ref (P, 2) and prefers (P,) of the pairs that hold it
-            chosen, prefers, _ = data.preference_tensors(tok, sides[side], name, c)
-            return chosen, sides_ref[side][[name in pair.prefers for pair in sides[side]]], prefers
+def train_reference(c, tok, train):
+    saved = artifact(c, "reference", "reference.pt", make_reference, tok, train)
+    return from_checkpoint(saved, c.device)
 
-        for name in ("helpful", *names):
-            align("prealign", f"dpo-{name}", (), c.prealign_steps, lambda policy: pecan.prealign(
-                policy, *preference(name, "training pairs"), c, (
-                    stream(c, f"prealign/{name}"), stream(c, f"prealign/{name}/labels")), progress(f"dpo-{name}")),
-                f"DPO on the preference {name}")
 
-        def make_tuples():
-            logp = []  # ln π_ref + τ·ln(π/π_ref) of each pre-aligned policy
-            for name in ("helpful", *names):
-                tau = pecan.temperature(policies[f"dpo-{name}"], name, *preference(name, "held-out pairs"), c)
-                logp.append(ref_logp.lerp(mocan.logprobs(policies[f"dpo-{name}"], pool, c), tau if c.calibrate else 1.0))
-            return {"logp": torch.stack(logp)}  # (1+m, N, K)
-        logp = artifact(c, seconds, "prealign", "tuples.pt", make_tuples, "their log-probabilities of the pool")["logp"]
+def make_reference(c, tok, train):
+    config = GPTConfig(tok.encoding.n_vocab, c.block_size, c.n_layer, c.n_head, c.n_embd,
+                       dtype=c.dtype)
+    model = new_model(c, config, "reference")
+    pool = data.pair_pool(tok, train, "training data")
+    plan = recipe(c, "reference", c.sft_steps, c.sft_lr)
+    mocan.train_reference(model, pool, plan, stream(c, "reference"))
+    return to_checkpoint(model)
 
-    if c.algo != "pecan":  # ---- MoCAN, its policy update
-        pairs, pairs_ref, pairs_scores = pool, ref_logp, scores
-        if c.pairs == "data":  # the preference file's own two responses, scored by the same judges
-            pairs = data.pair_pool(tok, train, c, "pairs")
-            pairs_ref = mocan.logprobs(reference, pairs, c)
-            pairs_scores = mocan.score_pool(judges, names, [pair.prompt for pair in train], pairs, tok, c)
-        for name, found in solutions.items():
-            align("mocan", name, found.lam, c.steps, lambda policy: mocan.train_mocan(
-                policy, pairs, pairs_ref, pairs_scores[0], pairs_scores[1:], found.lam, c,
-                (stream(c, "mocan"), stream(c, "mocan/labels")), progress(name)),
-                f"{name}: one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
-            rows[name].update(margin=margins[name].tolist(), predicted=[found.score_gain, *found.constraint_gain.tolist()])
 
-    if c.algo != "mocan":  # ---- PeCAN, its dual and policy update
-        print("\ndual: PeCAN's, on its implicit scores")
-        if c.algo == "pecan":
-            margin = dual.parse_margin(c.margin, dual.reachable(c.beta * (logp[1:] - ref_logp)))
-        else:
-            pecan.say_miscalibration(names, scores, c.beta * (logp - ref_logp))
-        try:
-            found = pecan.implicit_dual(logp[0], logp[1:], ref_logp, margin, c.beta)
-        except (dual.Infeasible, FloatingPointError) as error:  # MoCAN's scores may reach what PeCAN's do not
-            if c.algo == "pecan":
-                raise
-            print(f"  no PeCAN policy, by its implicit scores: {error}")
-        else:
-            results["dual_pecan"] = mocan.dual_numbers(names, margin, found)
-            s = pecan.implicit_score(logp[0], logp[1:], ref_logp, found.lam, c.beta)  # (N, K)
-            align("pecan", "pecan", found.lam, c.steps, lambda policy: pecan.train_pecan(
-                policy, pool, ref_logp, s, c, c.steps, c.lr, (stream(c, "pecan"), stream(c, "pecan/labels")),
-                progress("pecan")), f"one policy update at λ* = {', '.join(f'{x:.4f}' for x in found.lam)}")
+def sample_reference(c, reference, tok, prompts):
+    """Pool (N, K, T) and the reference's log-probabilities of it (N, K)."""
+    saved = artifact(c, "offline", "offline.pt", make_offline, reference, tok, prompts)
+    return data.Pool(saved["tokens"].long(), saved["response_mask"]), saved["ref_logp"]
 
-    write(os.path.join(c.out, "dual.json"), json.dumps({k: results[k] for k in ("dual", "dual_pecan") if k in results}))
 
-    # ---- what came of it
-    judges = open_judges() if judges is None else judges  # PeCAN needs none; the table does
+def make_offline(c, reference, tok, prompts):
+    pool, ref_logp = mocan.sample_pool(reference, tok, prompts, c.responses, c.sample_batch,
+                                       stream(c, "offline", c.device), "offline")
+    return {"tokens": pool.tokens.int(), "response_mask": pool.response_mask,
+            "ref_logp": ref_logp}
+
+
+def learn_judges(c, reference, tok, train, held_out, names):
+    """{preference: score model}; empty where the world's exact functions serve."""
+    judges = {}
+    for name in names if c.scores == "learned" else ():
+        saved = artifact(c, "scores", f"score_{name}.pt", make_judge, reference, tok, train,
+                         held_out, name)
+        judges[name] = from_checkpoint(saved, c.device)
+    return judges
+
+
+def make_judge(c, reference, tok, train, held_out, name):
+    model = new_model(c, replace(reference.config, score_head=True), f"scores/{name}")
+    model.load_state_dict(reference.state_dict(), strict=False)  # all but the head
+    plan = recipe(c, "scores", c.score_steps, c.score_lr)
+    mocan.learn_score(model, tok, train, held_out, name, plan, stream(c, f"scores/{name}"),
+                      c.sample_batch)
+    return to_checkpoint(model)
+
+
+def make_scores(c, judges, names, prompts, pool, tok):
+    return {"scores": mocan.score_pool(judges, names, prompts, pool, tok, c.sample_batch)}
+
+
+def solve_mocan(c, scores):
+    """{policy: b (m,)} and {policy: Dual} of --margin, which is "mocan"'s, and of --margins."""
+    reach = dual.reachable(scores[1:])
+    print(f"\nlargest reachable margins: {numbers(reach)}")
+    margins = {"mocan": dual.parse_margin(c.margin, reach)}
+    for text in c.margins.split(","):
+        if text not in ("", c.margin.replace(",", ":")):  # that is "mocan" itself
+            margins[f"mocan {text}"] = dual.parse_margin(text, reach, ":")
+    duals = {}
+    for name, margin in margins.items():
+        duals[name] = dual.solve(scores[0], scores[1:], margin, c.beta)
+        say_dual(name, margin, duals[name])
+    return margins, duals
+
+
+def prealign(c, reference, tok, train, held_out, names, pool, ref_logp):
+    """PeCAN, steps 1 and 2 -> {dpo-NAME: artifact}."""
+    visits = len(names) * c.prealign_steps * c.batch * c.accumulate
+    train = random.Random(f"{c.seed}/pairs").sample(train, min(len(train), visits))
+    refs = artifact(c, "prealign", "pairs.pt", make_pairs_ref, reference, tok, train, held_out)
+    policies = {}
+    for name in names:
+        policies[f"dpo-{name}"] = artifact(
+            c, "prealign", f"dpo-{name}.pt", make_prealigned, reference, tok, name, train,
+            held_out, refs, pool, ref_logp)
+    return policies
+
+
+def make_pairs_ref(c, reference, tok, train, held_out):
+    """ln π_ref of the preference pairs, (P, 2), once for all preferences."""
+    sides = {"training": train, "held-out": held_out}
+    return {side: mocan.logprobs(reference, data.pair_pool(tok, pairs, f"{side} pairs"),
+                                 c.sample_batch)
+            for side, pairs in sides.items()}
+
+
+def make_prealigned(c, reference, tok, name, train, held_out, refs, pool, ref_logp):
+    """A pre-aligned policy, and its calibrated log-probabilities of the offline pool, (N, K)."""
+    policy = copy.deepcopy(reference)
+    plan = recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr)
+    pairs = data.preference_tensors(tok, train, name)
+    pecan.prealign(policy, pairs, refs["training"][pairs.rows], c.beta, plan,
+                   stream(c, f"prealign/{name}"))
+    pairs = data.preference_tensors(tok, held_out, name)
+    tau = pecan.temperature(policy, name, pairs, refs["held-out"][pairs.rows], c.beta,
+                            c.sample_batch)
+    logp = mocan.logprobs(policy, pool, c.sample_batch)
+    return {**to_checkpoint(policy), "logp": ref_logp + tau * (logp - ref_logp)}
+
+
+def make_policy(c, reference, name, train, *tensors, lam):
+    """The one policy update: train is mocan.train_mocan or pecan.train_pecan."""
+    policy = copy.deepcopy(reference)
+    plan = recipe(c, name, c.steps, c.lr)
+    generator = stream(c, name.split()[0])  # every margin of MoCAN sees the same pairs
+    train(policy, *tensors, torch.tensor(lam), c.beta, c.group, plan, generator)
+    return to_checkpoint(policy)
+
+
+def solve_pecan(c, logp, ref_logp, margin):
+    """b (m,), MoCAN's where there is one, and PeCAN's Dual; None for that where only MoCAN's
+    scores reach the margin."""
+    try:
+        b = margin
+        if b is None:
+            b = dual.parse_margin(c.margin, dual.reachable(c.beta * (logp[1:] - ref_logp)))
+        found = pecan.implicit_dual(logp[0], logp[1:], ref_logp, b, c.beta)
+    except (dual.Infeasible, FloatingPointError) as error:
+        if margin is None:
+            raise
+        print(f"  no PeCAN policy, by its implicit scores: {error}")
+        return margin, None
+    say_dual("pecan", b, found)
+    return b, found
+
+
+# ---- what the stages share
+def seed_of(c, purpose):
+    return random.Random(f"{c.seed}/{purpose}").getrandbits(62)
+
+
+def stream(c, purpose, device="cpu"):
+    """A random stream of its own for each purpose: evaluating more often, say, changes no other
+    stage's numbers."""
+    return torch.Generator(device).manual_seed(seed_of(c, purpose))
+
+
+def new_model(c, config, purpose):
+    torch.manual_seed(seed_of(c, purpose))
+    return GPT(config).to(c.device)
+
+
+def recipe(c, stage, steps, lr):
+    return mocan.Recipe(stage, steps, lr, c.batch, c.accumulate, c.warmup, c.clip)
+
+
+def numbers(values):
+    return ", ".join(f"{x:.3f}" for x in values)
+
+
+# ---- what came of it
+def say_dual(policy, margin, found):
+    print(f"\ndual of {policy}: λ* = {numbers(found.lam)} ± {numbers(1.96 * found.lam_se)} at a "
+          f"margin of {numbers(margin)}; predicted gains {numbers(found.constraint_gain)}, reward "
+          f"{found.score_gain:.3f}, KL {found.kl:.3f}; effective sample size {found.ess:.1f} a "
+          f"prompt (5th percentile {found.ess_p5:.1f}); {found.iterations} evaluations")
+
+
+def evaluate(c, reference, policies, judges, names, margins, duals, held_out, tok):
+    """Fresh responses of every policy to held-out prompts -> results.json, samples.jsonl, the
+    table; returns its rows."""
     prompts = data.spread(held_out, c.eval_prompts)
-    print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of {len(prompts)} held-out prompts")
-    began, texts, ref_scores = time.time(), {}, None
-    for name, policy in {"reference": reference, **policies}.items():
-        eval_scores, measured, texts[name] = mocan.measure(
-            policy, reference, ref_scores, judges, names, prompts, tok, c, stream(c, "evaluate", c.device), progress(name))
-        ref_scores = eval_scores if ref_scores is None else ref_scores
-        results["policies"][name] = {**measured, "margin": margin.tolist() if name in rows else None, **rows.get(name, {})}
-    seconds["evaluate"] = time.time() - began
-    results["seconds"] = {stage: round(s, 2) for stage, s in seconds.items()}
-    write(os.path.join(c.out, "samples.jsonl"), "".join(json.dumps(
-        {"instruction": prompts[i // c.eval_responses], "output": text, "generator": name}, ensure_ascii=False) + "\n"
-        for name in texts for i, text in enumerate(texts[name])))
-    write(os.path.join(c.out, "results.json"), json.dumps(results, indent=1))
+    print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
+          f"{len(prompts)} held-out prompts")
+    rows = {}
+    texts = {}
+    for name, saved in {"reference": to_checkpoint(reference), **policies}.items():
+        policy = from_checkpoint(saved, c.device)
+        generator = stream(c, "evaluate", c.device)
+        pool, logp = mocan.sample_pool(policy, tok, prompts, c.eval_responses, c.sample_batch,
+                                       generator, name)
+        ref_logp = mocan.logprobs(reference, pool, c.sample_batch)
+        scores = mocan.score_pool(judges, names, prompts, pool, tok, c.sample_batch)
+        if name == "reference":
+            ref_scores = scores
+        texts[name] = pool.texts(tok)
+        margin = margins.get(name, next(iter(margins.values())))
+        rows[name] = {**mocan.compare(scores, ref_scores), "kl": (logp - ref_logp).mean().item(),
+                      "margin": margin.tolist(), "seconds": saved.get("seconds", 0.0),
+                      "lam": saved.get("made_from", {}).get("lam", [])}
+
+    optima = {name: mocan.optimum(margins[name], found) for name, found in duals.items()}
+    write(c, "results.json", json.dumps({
+        "config": asdict(c), "policies": rows, "dual": optima.get("mocan"),
+        "dual_pecan": optima.get("pecan")}, indent=1))
+    samples = [{"instruction": prompts[i // c.eval_responses], "output": text, "generator": name}
+               for name in texts for i, text in enumerate(texts[name])]
+    write(c, "samples.jsonl", "".join(
+        json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
     for i in sorted({len(prompts) * j // 6 for j in (1, 3, 5)}):
         print(f"\n  {prompts[i]}")
         for name in texts:
             print(f"    {name:>14}: {' '.join(texts[name][i * c.eval_responses].split())}")
-    mocan.print_table(names, {**results["policies"], "optimum (closed form)": results.get("dual", results.get("dual_pecan"))})
-    if c.algo != "pecan":
-        draw(c, names, score, constraint, margins, solutions, results["policies"])
-    print(f"\n{sum(seconds.values()):.0f} s in all: " + ", ".join(f"{stage} {s:.0f}" for stage, s in seconds.items()) +
-          f"; everything is in {c.out}/")
+    optimum = next(iter(optima.values()))
+    mocan.print_table(names[1:], {**rows, "optimum (closed form)": optimum})
+    return rows
+
+
+def draw(c, names, scores, margin, rows):
+    curve = mocan.frontier(scores[0], scores[1:], margin, c.beta)
+    write(c, "tradeoff.svg", mocan.svg(f"{names[1]} gain over the reference", curve, rows))
+
+
+# ---- the run's folder
+def write(c, name, text):
+    """Whole or not at all."""
+    path = f"{c.out}/{name}"
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(f"{path}.tmp", path)
+
+
+def artifact(c, stage, name, make, *args, **made_from):
+    """The file `name` of a stage: read where --from starts later, else make(c, *args, …), a dict
+    of tensors. made_from: what shaped it beside the settings of its stage and those before."""
+    path = f"{c.out}/{name}"
+    stages = STAGES[:STAGES.index(stage) + 1]
+    identity = {f.name: getattr(c, f.name) for f in fields(Config) if f.metadata["stage"] in stages}
+    identity |= made_from
+    if reused(stage, c.start):
+        saved = load(path, f"make it with --from {stage}")
+        for what, value in saved.get("made_from", {}).items():
+            if identity.get(what) != value:
+                raise ValueError(f"{path}: made with {what} {value}, not {identity.get(what)}; "
+                                 f"make it again with --from {stage}")
+        return saved
+    print(f"\n{stage}: {path}", flush=True)
+    write(c, "run.json", json.dumps({"config": asdict(c)}, indent=1))
+    began = time.time()
+    saved = {**make(c, *args, **made_from), "made_from": identity}
+    saved["seconds"] = time.time() - began
+    save(saved, path)
+    return saved
+
+
+def reused(stage, start):
+    return STAGES.index(stage) < STAGES.index(start)
+
+
+# ---- the command line
+def settings(argv):
+    """Defaults, then --quick's, --data's or those of the run that --from continues, then the
+    command line. Bad values exit with code 2."""
+    parser = build_parser()
+    given = vars(parser.parse_args(argv))
+    base = {}
+    if given.get("device") == "cpu":
+        base["dtype"] = "float32"
+    if given.get("quick"):
+        base |= QUICK
+    elif "data" in given:
+        base |= DATA
+    if "start" in given and not (given["start"] == STAGES[0] and given.get("quick")):
+        base = continued(parser, given["start"], given.get("out", Config.out))
+    values = {**base, **given}
+    values["data"] = tuple(values.get("data", ()))
+    c = Config(**values)
+    check(parser, c)
+    if given.get("scores") == "exact" and c.data:
+        parser.error("--scores exact exists in the built-in world only; use --scores learned with "
+                     "--data")
+    return replace(c, scores="learned") if c.data else c
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="train.py", usage="python train.py [--SETTING VALUE ...]   (--help lists them)",
+        description="One-shot safety alignment: a dual, then one policy update.",
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in fields(Config):
+        with_data = f"; with --data {DATA[f.name]}" if f.name in DATA else ""
+        text = f"{f.metadata['help']} (default: {f.default}{with_data})".replace("%", "%%")
+        options = {"dest": f.name, "help": text}
+        if isinstance(f.default, bool):
+            options["action"] = "store_true"
+        elif isinstance(f.default, tuple):
+            options |= {"nargs": "+", "action": "extend"}
+        else:
+            options |= {"type": type(f.default), "choices": f.metadata["choices"]}
+        parser.add_argument(flag(f), **options)
+    return parser
+
+
+def flag(f):
+    return "--from" if f.name == "start" else f"--{f.name}"
+
+
+def continued(parser, start, out):
+    """The settings of the run that --from continues."""
+    path = f"{out}/run.json"
+    try:
+        with open(path) as file:
+            old = json.load(file)["config"]
+        base = {f.name: old.get(f.name, f.default) for f in fields(Config)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        parser.error(f"--from {start} continues a run, but {path} is missing or damaged; drop "
+                     "--from")
+    return {**base, "out": out}
+
+
+def check(parser, c):
+    for f in fields(Config):
+        value = getattr(c, f.name)
+        least = f.metadata["least"]
+        if type(f.default) in (int, float) and not least <= value < math.inf:
+            wanted = "> 0" if least == ABOVE_0 else f"at least {least}"
+            parser.error(f"--{f.name} is {value}; it must be {wanted}")
+    if c.held_out >= 1 or c.max_new_tokens + 8 > c.block_size:
+        parser.error(f"--held_out {c.held_out} must be < 1, --max_new_tokens {c.max_new_tokens} at "
+                     f"most --block_size {c.block_size} − 8")
+    try:
+        torch.empty(0, device=c.device)
+    except (RuntimeError, AssertionError):
+        parser.error(f"--device {c.device} cannot be used here; expected cpu, or cuda or cuda:N "
+                     "where CUDA is available")
+
+
+def as_command(c):
+    """The command that repeats this run, every setting spelled out."""
+    words = ["python", "train.py"]
+    for f in fields(Config):
+        value = getattr(c, f.name)
+        if isinstance(value, bool):
+            words += [flag(f)] * value
+        elif isinstance(value, tuple):
+            words += [flag(f), *value] if value else []
+        elif value != "" and (f.name, value) != ("start", STAGES[0]):  # that is no --from
+            words.append(f"{flag(f)}={value}")
+    return shlex.join(words)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FloatingPointError, OSError) as error:  # what a user can mend; a bug keeps its traceback
+    except (ValueError, FloatingPointError, OSError) as error:  # what a user can mend
         sys.exit(f"error: {error}")

@@ -3,7 +3,8 @@
 dual: the solver of dual.py against what one would call instead, interleaved, the median of `--repeat` runs (of one run
       for projected gradient descent). Evaluations are passes over all prompts; |grad| is the largest violation of the
       KKT conditions at the end, always computed by the same function.
-oneshot: a finished MoCAN run of the built-in world against primal-dual policy optimization from the same reference.
+oneshot: the MoCAN policy of a finished `python train.py`, in the built-in world with exact scores and one constraint,
+      against primal-dual policy optimization from the same reference.
 """
 import argparse
 import gzip
@@ -26,7 +27,7 @@ import data
 import dual
 import mocan
 import train
-from model import from_checkpoint, sequence_logprob
+from model import from_checkpoint, load, sequence_logprob
 
 
 class Objective:
@@ -210,9 +211,9 @@ def bench_dual(argv):
     for N, K in ((1000, 128), (1604, 192), (10000, 256)):
         for m in (1, 4):
             r, g = synthetic(N, K, m)
-            problem, lam, every = dual.prepare(r, g, None, None), np.ones(m), torch.cat([r[None], g])
+            problem, lam, every = dual.prepare(r, g, 1.0, 0.1, None, None), np.ones(m), torch.cat([r[None], g])
             times = [[timed(torch.logsumexp, r, 1)[0], timed(torch.logsumexp, every, 2)[0],
-                      timed(dual.evaluate, problem, lam, lam, 0.1)[0]] for _ in range(20)]
+                      timed(dual.evaluate, problem, lam)[0]] for _ in range(20)]
             one, whole, ours = (statistics.median(x) for x in zip(*times))
             print(f"{N}x{K} m={m}: {1e3 * ours:.2f} ms; logsumexp {1e3 * one:.2f} and {1e3 * whole:.2f} ms, ratio {ours / one:.2f} "
                   f"and {ours / whole:.2f}")
@@ -237,59 +238,72 @@ def bench_oneshot(argv):
     a = parser.parse_args(argv)
     with open(os.path.join(a.out, "results.json")) as file:
         ours = json.load(file)
-    c = train.Config(**{**ours["config"], "data": tuple(ours["config"]["data"]), "start": "evaluate"})
-    if c.data or c.scores != "exact" or len(ours["dual"]["lam"]) != 1:
-        sys.exit("bench.py oneshot: needs a run of the built-in world with one constraint")
-    train_pairs, held_out, names = data.load(c, random.Random(f"{c.seed}/data"))
-    tok = data.open_tokenizer(c, train_pairs, True)
-    load = lambda name: torch.load(os.path.join(a.out, name), map_location="cpu", weights_only=True)
-    reference, policy = (from_checkpoint(load("reference.pt"), c.device) for _ in range(2))
+    c = train.Config(**{**ours["config"], "data": tuple(ours["config"]["data"]), "start": "evaluate", "out": a.out})
+    if c.data or c.scores != "exact" or not ours["dual"] or len(ours["dual"]["lam"]) != 1:
+        sys.exit("bench.py oneshot: needs a MoCAN run of the built-in world with exact scores and one constraint")
+    mocan.progress = lambda *_: lambda *_: None  # the rounds print lines of their own
+    train_pairs, held_out, names = data.load(c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out,
+                                             c.constraints)
+    tok = train.open_tokenizer(c, train_pairs)
+    saved = {name: load(os.path.join(a.out, f"{name}.pt"), "make it with python train.py")
+             for name in ("reference", "offline", "offline_scores")}
+    reference, policy = (from_checkpoint(saved["reference"], c.device) for _ in range(2))
     prompts, held = data.spread(train_pairs, c.prompts), data.spread(held_out, c.eval_prompts)
-    ref_g = load("offline_scores.pt")["scores"][1].mean(dim=1)  # (N,)
+    offline_scores = saved["offline_scores"]["scores"]  # (2, N, K)
+    ref_g = offline_scores[1].mean(dim=1)  # (N,)
     b, mine = ours["dual"]["margin"][0], ours["policies"]["mocan"]
-    quiet, generator = (lambda *_, **__: None), train.stream(c, "primal-dual")
+    solving, _ = timed(dual.solve, offline_scores[0], offline_scores[1:], b, c.beta)
+    generator = train.stream(c, "primal-dual")
     sampling = generator if c.device == "cpu" else train.stream(c, "primal-dual", c.device)
-    ref_eval, _, _ = mocan.measure(reference, reference, None, {}, names, held, tok, c, train.stream(c, "evaluate", c.device), quiet)
+
+    def measure(model):
+        """Scores (2, N, K) of fresh responses to the held-out prompts, KL to the reference."""
+        pool, logp = mocan.sample_pool(model, tok, held, c.eval_responses, c.sample_batch,
+                                       train.stream(c, "evaluate", c.device), "evaluate")
+        kl = (logp - mocan.logprobs(reference, pool, c.sample_batch)).mean().item()
+        return mocan.score_pool({}, names, held, pool, tok), kl
+    ref_eval, _ = measure(reference)
 
     G, size = c.group, max(1, 2 * c.batch // c.group)
-    i, j = torch.triu_indices(G, G, 1)
+    j, i = torch.triu_indices(G, G, 1, device=policy.device)
     lam, spent, history, order = torch.zeros(1), 0.0, [], torch.empty(0, dtype=torch.long)
-    optimizer, autocast, scaler = mocan.mixed_precision(policy, c.lr, c.dtype)
+    descent = mocan.Descent(policy, mocan.Recipe("primal-dual", a.rounds * a.inner, c.lr, c.batch, 1, c.warmup, c.clip))
     for turn in range(a.rounds):
         began = time.time()
         while len(order) < a.inner * size:  # the round's prompts; an epoch visits each once
             order = torch.cat([order, torch.randperm(len(prompts), generator=generator)])
         some, order = order[:a.inner * size], order[a.inner * size:]
         text = [prompts[n] for n in some.tolist()]
-        pool, _ = mocan.sample_pool(policy, tok, text, G, c, sampling, quiet)
-        scores = mocan.score_pool({}, names, text, pool, tok, c)
+        pool, _ = mocan.sample_pool(policy, tok, text, G, c.sample_batch, sampling, "primal-dual")
+        scores = mocan.score_pool({}, names, text, pool, tok)
         if turn:  # at the first round the policy is the reference, and violates the margin by all of it
             lam = (lam + a.dual_lr * (b - (scores[1].mean() - ref_g[some].mean()).item())).clamp_min(0)
-        s, ref_logp = scores[0] + lam * scores[1], mocan.logprobs(reference, pool, c)
-        batches = mocan.pair_batches(pool.lengths(), size, generator, G)
-        for step in range(turn * a.inner, (turn + 1) * a.inner):
-            optimizer.param_groups[0]["lr"] = c.lr * mocan.lr_at(step, a.rounds * a.inner, c.warmup)
+        s, ref_logp = scores[0] + lam * scores[1], mocan.logprobs(reference, pool, c.sample_batch)
+        batches = mocan.group_batches(pool.lengths, 2 * c.batch, G, generator)
+        for _ in range(a.inner):
             n, k = next(batches)
-            with autocast:
-                logp = sequence_logprob(policy, *mocan.gather_pairs(pool, n, k, c.device)).view(k.shape)
-            ref, score = ref_logp[n[:, None], k].to(c.device), s[n[:, None], k].to(c.device)
-            p_1 = mocan.bradley_terry(score[:, i], score[:, j])
-            loss = mocan.preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], p_1, c.beta).mean()
-            mocan.update(policy, optimizer, scaler, loss, c.clip)
+            with policy.autocast():
+                logp = sequence_logprob(policy, *mocan.take_text(pool, n, k, policy.device)).view(k.shape)
+            ref, label = mocan.take(ref_logp, n, k, policy.device), mocan.take(s, n, k, policy.device)
+            p_i = mocan.bradley_terry(label[:, i], label[:, j])
+            loss = mocan.preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], c.beta, p_i)
+            descent.step(loss.mean())
         spent += time.time() - began
         if (turn + 1) * a.evaluations // a.rounds > turn * a.evaluations // a.rounds:
-            _, m, _ = mocan.measure(policy, reference, ref_eval, {}, names, held, tok, c, train.stream(c, "evaluate", c.device), quiet)
-            history.append((m["reward_gain"], m["constraint_gain"][0], m["kl"], lam.item(), spent, turn + 1))
-            print(f"  round {turn + 1:3d}: lam {lam.item():.3f}  reward gain {m['reward_gain']:+.3f}  {names[0]} gain "
-                  f"{m['constraint_gain'][0]:+.3f} (b {b:.3f})  KL {m['kl']:.3f}  {spent:.0f} s", flush=True)
+            fresh, kl = measure(policy)
+            m = mocan.compare(fresh, ref_eval)
+            history.append((m["reward_gain"], m["constraint_gain"][0], kl, lam.item(), spent, turn + 1))
+            print(f"  round {turn + 1:3d}: lam {lam.item():.3f}  reward gain {m['reward_gain']:+.3f}  {names[1]} gain "
+                  f"{m['constraint_gain'][0]:+.3f} (b {b:.3f})  KL {kl:.3f}  {spent:.0f} s", flush=True)
 
     def row(name, x):  # one evaluated moment of primal-dual
         reward, gain, kl, _, seconds, turns = x
         return name, turns * a.inner, turns * a.inner * size * G, turns, seconds, reward, gain, kl
 
     met, feasible = [x for x in history if x[1] >= b], [x for x in history if x[1] >= 0.95 * b]
-    rows = [("one-shot", mine["steps"], c.prompts * c.responses, 1, mine["seconds"] + ours["seconds"]["offline"]
-             + ours["seconds"]["dual"], mine["reward_gain"], mine["constraint_gain"][0], mine["kl"])]
+    seconds = mine["seconds"] + saved["offline"]["seconds"] + saved["offline_scores"]["seconds"] + solving
+    rows = [("one-shot", c.steps, len(prompts) * c.responses, 1, seconds, mine["reward_gain"], mine["constraint_gain"][0],
+             mine["kl"])]
     rows += [row("primal-dual, first with gain >= b", met[0])] if met else []
     rows += [row("primal-dual, best with gain >= 0.95 b", max(feasible))] if feasible else []
     rows += [row("primal-dual, last", history[-1])]
@@ -300,7 +314,7 @@ def bench_oneshot(argv):
               f"{kl:7.3f}{reward - c.beta * kl:+18.3f}")
     tail = torch.tensor(history[len(history) // 2:])
     print(f"oscillation of primal-dual over its second half: lam {tail[:, 3].min():.3f} to {tail[:, 3].max():.3f} (one-shot: "
-          f"{ours['dual']['lam'][0]:.3f}), {names[0]} gain {tail[:, 1].min():+.3f} to {tail[:, 1].max():+.3f}, "
+          f"{ours['dual']['lam'][0]:.3f}), {names[1]} gain {tail[:, 1].min():+.3f} to {tail[:, 1].max():+.3f}, "
           f"reward gain {tail[:, 0].min():+.3f} to {tail[:, 0].max():+.3f}")
 
 

@@ -2,7 +2,6 @@ import gzip
 import json
 import os
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,29 +215,37 @@ def test_spread_takes_distinct_prompts_evenly():
     assert data.spread(pairs, 99) == [f"{i:02d}" for i in range(20)]
 
 
-def settings(**changes):
-    return SimpleNamespace(**{**dict(data=(), world_pairs=300, held_out=0.2, constraints="", block_size=64,
-                                     max_new_tokens=16, tokenizer="vocab", vocab_size=600), **changes})
+def loaded(files=(), constraints=""):
+    return data.load(files, 300, random.Random(0), 0.2, constraints)
+
+
+@pytest.mark.parametrize("constraints, names", [("", ["helpful", "harmless"]), ("polite", ["helpful", "polite"]),
+                                                ("polite,harmless", ["helpful", "polite", "harmless"])])
+def test_the_world_is_loaded_split_and_with_the_constraints_asked_for(constraints, names, capsys):
+    train, held_out, got = loaded(constraints=constraints)
+    assert got == names
+    assert (train, held_out) == data.split_prompts(data.world_preferences(300, random.Random(0)), 0.2)
+    assert f"{len(train)} training and {len(held_out)} held-out pairs" in capsys.readouterr().out
 
 
 def test_a_constraint_that_the_data_lacks_is_refused_with_the_names_it_has(tmp_path):
     path = jsonl(tmp_path, *({**ROW, "prompt": f"{i}"} for i in range(9)))
-    assert data.load(settings(data=(path,)), random.Random(0))[2] == ["safe"]
+    assert loaded([path])[2] == ["helpful", "safe"]
     with pytest.raises(ValueError) as error:
-        data.load(settings(data=(path,), constraints="polite"), random.Random(0))
+        loaded([path], "polite")
     one_line(error, "'polite'", "helpful, safe")
 
 
 def test_data_without_a_safety_preference_is_refused(tmp_path):
     path = jsonl(tmp_path, *({**without(ROW, "safer_response_id"), "prompt": f"{i}"} for i in range(9)))
     with pytest.raises(ValueError, match="no safety preference"):
-        data.load(settings(data=(path,)), random.Random(0))
+        loaded([path])
 
 
 @pytest.mark.parametrize("names", ["helpful", "harmless,harmless"])
 def test_a_constraint_is_named_once_and_is_not_the_reward(names):
     with pytest.raises(ValueError, match="name each safety preference once; helpful is the reward"):
-        data.load(settings(constraints=names), random.Random(0))
+        loaded(constraints=names)
 
 
 # ---- the built-in world
@@ -292,21 +299,21 @@ def test_the_worlds_preferences_follow_bradley_terry():
 
 
 def test_no_task_is_a_part_of_another_topics_prompt():
-    for topic, (tasks, _, _) in data.TOPICS.items():
-        for task in tasks:
-            assert data._topic(f"How do I {task}?") is data.TOPICS[topic]
+    for topic in data.TOPICS:
+        for task in topic.tasks:
+            assert data._topic(f"How do I {task}?") is topic
 
 
 # ---- tokens
 
-def vocab(texts=TRICKY):
-    return data.vocab_tokenizer(data.frequent_pieces([Pair("", tuple(texts), {})], 400))
+def vocab(texts=TRICKY, prompt_limit=48, response_limit=16):
+    return data.vocab_tokenizer(data.frequent_pieces([Pair("", tuple(texts), {})], 400), prompt_limit, response_limit)
 
 
 @pytest.fixture
 def gpt2(monkeypatch, read_shared):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(read_shared("tiktoken_cache")))
-    return data.gpt2_tokenizer()
+    return data.gpt2_tokenizer(48, 16)
 
 
 @pytest.mark.parametrize("text", TRICKY)
@@ -338,14 +345,14 @@ def test_a_frequent_piece_is_one_token():
 def test_the_vocabulary_is_no_larger_than_asked():
     pairs = data.world_preferences(200, random.Random(0))
     for size in (300, 350, 5000):
-        assert data.vocab_tokenizer(data.frequent_pieces(pairs, size)).encoding.n_vocab <= size
-    assert data.vocab_tokenizer(data.frequent_pieces(pairs, 300)).encoding.n_vocab == 300
+        assert data.vocab_tokenizer(data.frequent_pieces(pairs, size), 48, 16).encoding.n_vocab <= size
+    assert data.vocab_tokenizer(data.frequent_pieces(pairs, 300), 48, 16).encoding.n_vocab == 300
 
 
 def pieces_by_tiktokens_pattern(texts):
     import regex  # tiktoken depends on it
-    pieces = {piece.encode() for text in texts for piece in regex.findall(data.SPLIT, " " + text)}
-    return {piece for piece in pieces if len(piece) > 1}
+    pieces = {piece for text in texts for piece in regex.findall(data.SPLIT, " " + text)}
+    return {piece for piece in pieces if len(piece.encode()) > 1}
 
 
 def test_split_is_tiktokens_pattern_for_gpt2(gpt2):
@@ -375,34 +382,35 @@ def test_frequent_pieces_of_real_text_are_tiktokens_pieces(name, read_shared):
 
 
 def test_frequent_pieces_come_most_frequent_first():
-    assert data.frequent_pieces([Pair("bb aa bb cc", ("aa bb",), {})], 261) == [b" bb", b" aa"]
+    assert data.frequent_pieces([Pair("bb aa bb cc", ("aa bb",), {})], 261) == [" bb", " aa"]
 
 
 def test_prompts_carry_the_template_and_a_long_one_loses_its_beginning():
-    tok = vocab([])
+    tok = vocab([], prompt_limit=8)
     short, long = "abc", "abcdefghij"  # bytes: a token each, and the space before
-    ids, cut = data.encode_prompts(tok, [short, long], 8)
+    ids, cut = data.encode_prompts(tok, [short, long])
     assert cut == 1
     assert ids[0] == [*tok.before, *b" abc", *tok.after] and ids[1] == [*tok.before, *b"efghij", *tok.after]
-    assert data.encode_prompts(tok, [short], 2) == ([[*tok.before, *tok.after]], 1)  # no room at all
+    tok = vocab([], prompt_limit=2)
+    assert data.encode_prompts(tok, [short]) == ([[*tok.before, *tok.after]], 1)  # no room at all
 
 
 def test_a_long_response_loses_its_end_and_its_end_token():
-    tok = vocab([])
-    ids, cut = data.encode_responses(tok, ["ab", "abc", "abcd"], 4)
+    tok = vocab([], response_limit=4)
+    ids, cut = data.encode_responses(tok, ["ab", "abc", "abcd"])
     assert cut == 2 and ids == [[*b" ab", tok.end], [*b" abc"], [*b" abc"]]
 
 
 def test_what_is_truncated_is_counted_and_said(capsys):
     pairs = [Pair("p" * 99, ("short", "r" * 99), {}), Pair("p", ("a", "b"), {})]
-    pool = data.pair_pool(vocab([]), pairs, settings(block_size=40, max_new_tokens=10), "things")
-    assert pool.tokens.shape == (2, 2, 40) and pool.lengths().tolist() == [[37, 40], [7, 7]]
+    pool = data.pair_pool(vocab([], prompt_limit=30, response_limit=10), pairs, "things")
+    assert pool.tokens.shape == (2, 2, 40) and pool.lengths.tolist() == [[37, 40], [7, 7]]
     said = capsys.readouterr().out
     assert "things: 1 of 2 prompts" in said and "1 of 4 responses" in said and said.count("\n") == 1
 
 
 def test_what_fits_is_not_talked_about(capsys):
-    data.pair_pool(vocab([]), [Pair("p", ("a", "b"), {})], settings(), "things")
+    data.pair_pool(vocab([]), [Pair("p", ("a", "b"), {})], "things")
     assert capsys.readouterr().out == ""
 
 
@@ -415,29 +423,53 @@ def test_pad_marks_the_response_and_fills_the_right():
 
 def test_lengths_count_up_to_the_end_of_the_response():
     tokens, mask = data.pad([[5], [6, 7], [1, 1, 1], [2]], [[1, 2, 3, 4], [3], [4], [9]])
-    assert data.Pool(tokens.view(2, 2, -1), mask.view(2, 2, -1)).lengths().tolist() == [[5, 3], [4, 2]]
+    assert data.Pool(tokens.view(2, 2, -1), mask.view(2, 2, -1)).lengths.tolist() == [[5, 3], [4, 2]]
 
 
 def test_preference_tensors_take_the_pairs_that_carry_the_preference():
     pairs = [Pair("a", ("x", "y"), {"safe": 1}, (False, True)), Pair("b", ("x", "y"), {"helpful": 0}),
              Pair("c", ("x", "y"), {"safe": 0, "helpful": 1})]
-    pool, prefers, safe = data.preference_tensors(vocab([]), pairs, "safe", settings())
+    pool, prefers, safe, rows = data.preference_tensors(vocab([]), pairs, "safe")
     assert pool.tokens.shape[:2] == (2, 2) and prefers.tolist() == [1, 0] and safe.tolist() == [[-1, 1], [0, 0]]
-    _, prefers, safe = data.preference_tensors(vocab([]), pairs, "helpful", settings())
-    assert prefers.tolist() == [0, 1] and safe.tolist() == [[0, 0], [0, 0]]
+    assert rows == [0, 2] and pool.texts(vocab([])) == ["x", "y"] * 2
+    assert pool.tokens[:, 0, 2].tolist() == [*b"ac"]  # the prompts, after the template's token and the space
+    _, prefers, safe, rows = data.preference_tensors(vocab([]), pairs, "helpful")
+    assert prefers.tolist() == [0, 1] and safe.tolist() == [[0, 0], [0, 0]] and rows == [1, 2]
+
+
+def test_labels_of_safety_are_no_part_of_helpfulness():
+    pairs = [Pair("a", ("x", "y"), {"helpful": 1, "safe": 1}, (False, True))]
+    assert data.preference_tensors(vocab([]), pairs, "helpful").safe.tolist() == [[0, 0]]
+    assert data.preference_tensors(vocab([]), pairs, "safe").safe.tolist() == [[-1, 1]]
 
 
 def test_decoding_a_pool_gives_its_responses_back():
     texts = ("It's 3 o'clock.", "日本 🎉", "<|end|> is text")
-    tok = vocab()
-    ids, _ = data.encode_responses(tok, texts, 99)
-    assert data.decode(tok, *data.pad(data.encode_prompts(tok, texts, 99)[0], ids)) == list(texts)
+    tok = vocab(prompt_limit=99, response_limit=99)
+    tokens, mask = data.pad(data.encode_prompts(tok, texts)[0], data.encode_responses(tok, texts)[0])
+    assert data.decode(tok, tokens, mask) == list(texts)
+    assert data.Pool(tokens.view(1, 3, -1), mask.view(1, 3, -1)).texts(tok) == list(texts)
 
 
 def test_the_tokenizer_of_a_run_is_kept_and_read_again(tmp_path):
-    pairs = data.world_preferences(50, random.Random(0))
-    c = settings(out=str(tmp_path))
-    made, again = data.open_tokenizer(c, pairs, False), data.open_tokenizer(c, [], True)
-    assert os.path.exists(tmp_path / "tokenizer.json")
-    assert made.encoding.encode_ordinary(pairs[0].prompt) == again.encoding.encode_ordinary(pairs[0].prompt)
-    assert made[1:] == again[1:]
+    pairs = [*data.world_preferences(50, random.Random(0)), Pair("", TRICKY, {})]
+    path, pieces = tmp_path / "tokenizer.json", data.frequent_pieces(pairs, 600)
+    path.write_text(json.dumps(pieces))
+    made, again = data.vocab_tokenizer(pieces, 48, 16), data.open_tokenizer("vocab", str(path), 48, 16)
+    for text in (pairs[0].prompt, *TRICKY):
+        assert made.encoding.encode_ordinary(text) == again.encoding.encode_ordinary(text)
+    assert made[1:] == again[1:] and again.encoding.n_vocab == len(pieces) + 259
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[", b"5", b"[1, 2]", b"\xff\xfe"])
+def test_a_missing_or_damaged_tokenizer_is_named_with_its_remedy(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        data.open_tokenizer("vocab", str(path), 48, 16)
+    one_line(error, f"{path}: missing or damaged", "--from reference")
+
+
+def test_gpt2_is_opened_without_a_file(gpt2):
+    assert data.open_tokenizer("gpt2", "no file", 48, 16)[1:] == gpt2[1:]

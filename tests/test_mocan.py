@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import dual
 import mocan
-from data import Pool, pad, vocab_tokenizer
+from data import WORLD_SCORES, Pool, Preferences, pad, vocab_tokenizer
 from model import GPT, GPTConfig, sequence_logprob
 
 LN2 = math.log(2)
@@ -34,71 +34,79 @@ def f64(*values):
 # ---- the losses
 
 def test_bradley_terry_by_hand():
-    p = bradley_terry(f64(0.0, 1.0, 2.0), f64(math.log(3), 1.0, 0.0))
+    p = bradley_terry(f64(math.log(3), 1.0, 0.0), f64(0.0, 1.0, 2.0))
     assert p.tolist() == pytest.approx([0.75, 0.5, 1 / (1 + math.exp(2))], abs=1e-15)
 
 
-def test_bradley_terry_is_a_probability_of_the_second():
+def test_bradley_terry_is_a_probability_of_the_first():
     a, b = torch.randn(2, 100, dtype=torch.float64)
     assert torch.allclose(bradley_terry(a, b) + bradley_terry(b, a), torch.ones(100, dtype=torch.float64), atol=1e-15)
-    assert ((bradley_terry(a, b) > 0.5) == (b > a)).all()
+    assert ((bradley_terry(a, b) > 0.5) == (a > b)).all()
 
 
 def test_bradley_terry_of_infinite_scores_is_certain():
-    assert bradley_terry(f64(0.0, math.inf), f64(math.inf, 0.0)).tolist() == [1.0, 0.0]
+    assert bradley_terry(f64(math.inf, 0.0), f64(0.0, math.inf)).tolist() == [1.0, 0.0]
 
 
 def test_preference_loss_by_hand():
-    # ρ_0 = 0.5·(−3 − (−2)) = −0.5, ρ_1 = 0.5·(−4 − (−6)) = 1; ρ_1 − ρ_0 = 1.5
+    # ρ_chosen = 0.5·(−4 − (−6)) = 1, ρ_rejected = 0.5·(−3 − (−2)) = −0.5; the lead is 1.5
     # 0.8·ln(1 + e^−1.5) + 0.2·ln(1 + e^1.5) = 0.8·0.2014133 + 0.2·1.7014133
-    loss = preference_loss(f64(-3), f64(-4), f64(-2), f64(-6), f64(0.8), beta=0.5)
+    chosen, rejected, ref_chosen, ref_rejected = f64(-4), f64(-3), f64(-6), f64(-2)
+    loss = preference_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.5, p_chosen=f64(0.8))
     assert loss.item() == pytest.approx(0.5014133, abs=1e-7)
+    dpo = preference_loss(chosen, rejected, ref_chosen, ref_rejected, 0.5)
+    mirror = preference_loss(rejected, chosen, ref_rejected, ref_chosen, 0.5)
+    assert [dpo.item(), mirror.item()] == pytest.approx([0.2014133, 1.7014133], abs=1e-7)
 
 
 def test_preference_loss_is_ln_2_where_the_policy_is_the_reference():
     a, b = torch.randn(2, 5, dtype=torch.float64)
-    for p_1 in (0.0, 0.3, 1.0):
-        loss = preference_loss(a, b, a, b, torch.full((5,), p_1, dtype=torch.float64), beta=0.7)
+    for p in (0.0, 0.3, 1.0):
+        loss = preference_loss(a, b, a, b, 0.7, torch.full((5,), p, dtype=torch.float64))
         assert loss.shape == (5,) and torch.allclose(loss, torch.full_like(loss, LN2), atol=1e-15)
 
 
 def test_preference_loss_at_certain_labels_is_dpo_and_its_mirror():
+    """The chosen response comes first: a swap, or a label of 0, is the loss of the opposite preference."""
     a, b, ref_a, ref_b = torch.randn(4, 7, dtype=torch.float64)
-    one, zero = torch.ones(7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
-    dpo, mirror = (preference_loss(a, b, ref_a, ref_b, p_1, 0.3) for p_1 in (one, zero))
+    zero, one = torch.zeros(7, dtype=torch.float64), torch.ones(7, dtype=torch.float64)
+    dpo = preference_loss(a, b, ref_a, ref_b, 0.3)
+    swapped, labelled_0 = preference_loss(b, a, ref_b, ref_a, 0.3), preference_loss(a, b, ref_a, ref_b, 0.3, zero)
+    assert torch.equal(dpo, preference_loss(a, b, ref_a, ref_b, 0.3, one))
     for i in range(7):  # DPO's loss from its definition: −ln σ(β ln π(y_w)/π_ref(y_w) − β ln π(y_l)/π_ref(y_l))
-        lead = 0.3 * ((b[i] - ref_b[i]) - (a[i] - ref_a[i])).item()
+        lead = 0.3 * ((a[i] - ref_a[i]) - (b[i] - ref_b[i])).item()
         assert dpo[i].item() == pytest.approx(math.log1p(math.exp(-lead)), abs=1e-12)
-        assert mirror[i].item() == pytest.approx(math.log1p(math.exp(lead)), abs=1e-12)
+        assert swapped[i].item() == pytest.approx(math.log1p(math.exp(lead)), abs=1e-12)
+        assert labelled_0[i].item() == pytest.approx(math.log1p(math.exp(lead)), abs=1e-12)
 
 
 def test_swapping_the_pair_and_its_label_changes_nothing():
     a, b, ref_a, ref_b = torch.randn(4, 7, dtype=torch.float64)
     p = torch.rand(7, dtype=torch.float64)
-    assert torch.allclose(preference_loss(a, b, ref_a, ref_b, p, 2.0), preference_loss(b, a, ref_b, ref_a, 1 - p, 2.0))
+    assert torch.allclose(preference_loss(a, b, ref_a, ref_b, 2.0, p), preference_loss(b, a, ref_b, ref_a, 2.0, 1 - p))
 
 
 def test_the_soft_label_is_the_expectation_over_the_sampled_one():
     a, b, ref_a, ref_b = torch.randn(4, 7, dtype=torch.float64)
     p = torch.rand(7, dtype=torch.float64)
-    expected = (p * preference_loss(a, b, ref_a, ref_b, torch.ones_like(p), 0.5)
-                + (1 - p) * preference_loss(a, b, ref_a, ref_b, torch.zeros_like(p), 0.5))
-    assert torch.allclose(preference_loss(a, b, ref_a, ref_b, p, 0.5), expected, atol=1e-14)
+    expected = (p * preference_loss(a, b, ref_a, ref_b, 0.5, torch.ones_like(p))
+                + (1 - p) * preference_loss(a, b, ref_a, ref_b, 0.5, torch.zeros_like(p)))
+    assert torch.allclose(preference_loss(a, b, ref_a, ref_b, 0.5, p), expected, atol=1e-14)
 
 
 def test_preference_loss_gradient():
     a, b, ref_a, ref_b = torch.randn(4, 6, dtype=torch.float64)
     p = torch.rand(6, dtype=torch.float64)
     a.requires_grad_(), b.requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: preference_loss(a, b, ref_a, ref_b, p, 0.7), (a, b))
-    preference_loss(a, b, ref_a, ref_b, p, 0.7).sum().backward()
-    lead = 0.7 * ((b - ref_b) - (a - ref_a))
-    assert torch.allclose(b.grad, 0.7 * (torch.sigmoid(lead) - p), atol=1e-12)  # β·(σ(lead) − p_1)
-    assert torch.allclose(a.grad, -b.grad, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda a, b: preference_loss(a, b, ref_a, ref_b, 0.7, p), (a, b))
+    preference_loss(a, b, ref_a, ref_b, 0.7, p).sum().backward()
+    lead = 0.7 * ((a - ref_a) - (b - ref_b))
+    assert torch.allclose(a.grad, 0.7 * (torch.sigmoid(lead) - p), atol=1e-12)  # β·(σ(lead) − p)
+    assert torch.allclose(b.grad, -a.grad, atol=1e-12)
 
 
 def test_preference_loss_is_finite_far_from_the_reference():
-    loss = preference_loss(f64(0, -1e4), f64(-1e4, 0), f64(0, 0), f64(0, 0), f64(1, 1), beta=1.0)
+    loss = preference_loss(f64(-1e4, 0), f64(0, -1e4), f64(0, 0), f64(0, 0), 1.0, f64(1, 1))
     assert loss.tolist() == pytest.approx([1e4, 0.0])
 
 
@@ -219,13 +227,13 @@ def test_the_population_minimiser_of_the_loss_is_the_closed_form(space, beta):
     s = space(2)
     lam = dual.solve(s.spread(s.r), s.spread(s.g), f64(0.5, 0.4), beta).lam
     score = s.r + torch.einsum("m,mns->ns", lam, s.g)
-    p_1 = bradley_terry(score[:, :, None], score[:, None, :])  # (N, S, S), y_0 by y_1
+    p = bradley_terry(score[:, :, None], score[:, None, :])  # (N, S, S), the first one by the second
     weight, ref = s.ref[:, :, None] * s.ref[:, None, :], s.ref.log()
     logits = torch.zeros_like(ref, requires_grad=True)
 
     def loss():
         logp = logits.log_softmax(dim=1)
-        pairs = preference_loss(logp[:, :, None], logp[:, None, :], ref[:, :, None], ref[:, None, :], p_1, beta)
+        pairs = preference_loss(logp[:, :, None], logp[:, None, :], ref[:, :, None], ref[:, None, :], beta, p)
         return 1e3 * (weight * pairs).sum()
     lbfgs(loss, logits, steps=2000)
     policy = logits.detach().softmax(dim=1)
@@ -238,7 +246,7 @@ def test_the_population_minimiser_of_the_loss_is_the_closed_form(space, beta):
 
 def test_every_epoch_visits_each_prompt_once():
     lengths = torch.randint(5, 30, (37, 4))
-    batches = mocan.pair_batches(lengths, 5, torch.Generator().manual_seed(0))
+    batches = mocan.group_batches(lengths, 10, 2, stream())
     orders = []
     for _ in range(3):
         n = torch.cat([next(batches)[0] for _ in range(8)])  # 37 prompts are 8 batches of at most 5
@@ -248,7 +256,7 @@ def test_every_epoch_visits_each_prompt_once():
 
 
 def test_a_pair_is_two_different_responses_and_every_ordered_pair_occurs_equally_often():
-    batches, count = mocan.pair_batches(torch.full((6, 4), 9), 6, torch.Generator().manual_seed(0)), torch.zeros(4, 4)
+    batches, count = mocan.group_batches(torch.full((6, 4), 9), 12, 2, stream()), torch.zeros(4, 4)
     for _ in range(1000):
         for k_0, k_1 in next(batches)[1]:
             count[k_0, k_1] += 1
@@ -257,30 +265,37 @@ def test_a_pair_is_two_different_responses_and_every_ordered_pair_occurs_equally
 
 
 def test_a_group_is_different_responses_and_a_fresh_one_each_epoch():
-    batches = mocan.pair_batches(torch.full((6, 5), 9), 6, torch.Generator().manual_seed(0), group=3)
+    batches = mocan.group_batches(torch.full((6, 5), 9), 18, 3, stream())
     groups = [{n: k for n, k in zip(batch[0].tolist(), batch[1].tolist())} for batch in itertools.islice(batches, 20)]
     assert all(len(set(k)) == 3 for batch in groups for k in batch.values())
     assert len({tuple(batch[0]) for batch in groups}) > 10  # prompt 0's
 
 
 def test_a_group_larger_than_the_pool_is_the_pool():
-    _, k = next(mocan.pair_batches(torch.full((6, 2), 9), 6, torch.Generator().manual_seed(0), group=2))
+    _, k = next(mocan.group_batches(torch.full((6, 2), 9), 12, 2, stream()))
     assert k.sort(dim=1).values.tolist() == [[0, 1]] * 6
     assert run_mocan(steps=1, group=99).losses[0] == pytest.approx(LN2, abs=1e-5)
 
 
+@pytest.mark.parametrize("responses, group, prompts", [(12, 2, 6), (12, 3, 4), (12, 5, 2), (4, 5, 1)])
+def test_a_batch_is_about_as_many_responses_as_asked_and_never_none(responses, group, prompts):
+    n, k = next(mocan.group_batches(torch.full((24, 6), 9), responses, group, stream()))
+    assert n.shape == (prompts,) and k.shape == (prompts, group)
+
+
 def test_a_batch_holds_pairs_of_similar_length():
     lengths = torch.arange(1, 321)[torch.randperm(320)][:, None].expand(320, 2)
-    batches = mocan.pair_batches(lengths, 10, torch.Generator().manual_seed(0))
+    batches = mocan.group_batches(lengths, 20, 2, stream())
     padding = sum((lengths[n, 0].max() * len(n) - lengths[n, 0].sum()).item() for n, _ in itertools.islice(batches, 32))
     assert padding < 0.15 * lengths[:, 0].sum()  # random batches of 10 would need about 80 %
 
 
 def test_learning_rate_by_hand():
-    factors = [mocan.lr_at(step, 10, 4) for step in (0, 3, 4, 7, 10)]
+    recipe = mocan.Recipe("a stage", 10, 1e-3, warmup=4)
+    factors = [mocan.lr_at(step, recipe) for step in (0, 3, 4, 7, 10)]
     assert factors == pytest.approx([0.2, 0.8, 1.0, 0.5, 0.0], abs=1e-12)
-    assert mocan.lr_at(0, 10, 0) == 1.0
-    assert math.isfinite(mocan.lr_at(3, 3, 3))  # a run as long as its warm-up
+    assert mocan.lr_at(0, recipe._replace(warmup=0)) == 1.0
+    assert math.isfinite(mocan.lr_at(3, recipe._replace(steps=3, warmup=3)))  # a run as long as its warm-up
 
 
 def tiny(seed=1, sharp=10.0, **changes):
@@ -293,23 +308,17 @@ def tiny(seed=1, sharp=10.0, **changes):
     return model
 
 
-def settings(**changes):
-    return SimpleNamespace(**{**dict(
-        device="cpu", dtype="float32", sample_batch=64, block_size=12, max_new_tokens=2, batch=8, accumulate=1, steps=3,
-        warmup=0, lr=1e-3, sft_steps=3, sft_lr=1e-3, score_steps=3, score_lr=1e-3, clip=1.0, labels="exact",
-        beta=1.0, group=2), **changes})
+def recipe(stage="mocan", **changes):
+    return mocan.Recipe(**{**dict(stage=stage, steps=3, lr=1e-3, batch=8, warmup=0), **changes})
 
 
 DIGITS = SimpleNamespace(encoding=SimpleNamespace(encode_ordinary=lambda text: [int(x) for x in text.strip()]),
-                         before=[], after=[], end=0)  # a tokenizer: "34" is the prompt [3, 4]
+                         before=[], after=[], end=0,  # a tokenizer: "34" is the prompt [3, 4]
+                         prompt_limit=10, response_limit=2)
 
 
-def silent(step, steps, **numbers):
-    pass
-
-
-def streams(seed=0):
-    return torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 100)
+def stream(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def some_pool(N=8, K=4, vocab=6):
@@ -324,49 +333,71 @@ def test_map_pool_equals_direct_calls_in_any_batch_size():
     model, pool = tiny(), some_pool()
     expected = torch.stack([sequence_logprob(model, t, m) for t, m in zip(*pool)])
     for size in (1, 5, 64):
-        got = mocan.logprobs(model, pool, settings(sample_batch=size))
+        got = mocan.logprobs(model, pool, size)
         assert got.shape == (8, 4) and torch.allclose(got, expected, atol=1e-5, rtol=0) and not got.requires_grad
 
 
 def test_sample_pool_keeps_responses_with_their_prompts():
     model = tiny()
-    pool, logp = mocan.sample_pool(model, DIGITS, ["123", "4", "51"], 5, settings(sample_batch=4), streams()[0], silent)
+    pool, logp = mocan.sample_pool(model, DIGITS, ["123", "4", "51"], 5, 4, stream(), "offline")
     assert pool.tokens.shape[:2] == logp.shape == (3, 5)
     for n, prompt in enumerate([[1, 2, 3], [4], [5, 1]]):
         assert (pool.tokens[n, :, :len(prompt)] == torch.tensor(prompt)).all()
         assert not pool.response_mask[n, :, :len(prompt)].any() and pool.response_mask[n, :, len(prompt)].all()
-    assert torch.allclose(logp, mocan.logprobs(model, pool, settings()), atol=1e-4, rtol=0)
+    assert torch.allclose(logp, mocan.logprobs(model, pool), atol=1e-4, rtol=0)
 
 
-def test_gather_pairs_cuts_to_the_longest_response():
+def test_score_pool_scores_each_response_as_an_answer_to_its_own_prompt():
+    prompts = ["Help me bake bread.", "I need to unclog a drain."]
+    answers = ["Weigh the flour first. Good luck!", "Pour pure acid on it.", "Rinse it twice."]
+    tok = vocab_tokenizer([], 60, 60)
+    ids = [[*answer.encode(), tok.end] for answer in answers]
+    tokens, mask = pad([list(prompt.encode()) for prompt in prompts for _ in ids], ids * 2)
+    pool, names = Pool(tokens.view(2, 3, -1), mask.view(2, 3, -1)), ["helpful", "polite", "harmless"]
+    scores = mocan.score_pool({}, names, prompts, pool, tok)
+    hand = [[[0.9, 0.0, 0.0], [0.0, 0.6, 0.9]], [[1, 0, 0], [1, 0, 0]], [[0, -2, 0], [0, -2, 0]]]
+    assert torch.allclose(scores, torch.tensor(hand))
+    assert torch.equal(scores[0, 1, 1], torch.tensor(WORLD_SCORES["helpful"](prompts[1], answers[1])))
+
+    pool, judges = some_pool(), {name: tiny(seed, score_head=True) for seed, name in enumerate(reversed(names))}
+    scores = mocan.score_pool(judges, names, None, pool, None, 5)
+    for name, got in zip(names, scores, strict=True):
+        expected = torch.stack([judges[name].score(t, m) for t, m in zip(*pool)])
+        assert torch.allclose(got, expected, atol=1e-5, rtol=0) and not got.requires_grad
+
+
+def test_take_text_cuts_to_the_longest_response():
     pool = some_pool()
     n, k = torch.tensor([0, 3]), torch.tensor([[0, 2], [1, 0]])
-    tokens, mask = mocan.gather_pairs(pool, n, k, "cpu")
+    tokens, mask = mocan.take_text(pool, n, k, "cpu")
     used = tokens.shape[1]
-    assert used == max(pool.lengths()[i, j].item() for i, j in ((0, 0), (0, 2), (3, 1), (3, 0))) < pool.tokens.shape[2]
+    assert used == max(pool.lengths[i, j].item() for i, j in ((0, 0), (0, 2), (3, 1), (3, 0))) < pool.tokens.shape[2]
     for row, (i, j) in enumerate(((0, 0), (0, 2), (3, 1), (3, 0))):
         assert torch.equal(tokens[row], pool.tokens[i, j, :used])
         assert torch.equal(mask[row], pool.response_mask[i, j, :used])
+    assert torch.equal(mocan.take(pool.tokens, n, k, "cpu").flatten(0, 1)[:, :used], tokens)
+    assert mocan.take(pool.lengths, n, k, "cpu").tolist() == [[pool.lengths[i, j] for j in some]
+                                                              for i, some in zip(n.tolist(), k.tolist())]
 
 
-def run_mocan(monkeypatch=None, seen=None, policy=None, lam=(0.7, 0.2), **changes):
+def run_mocan(monkeypatch=None, seen=None, policy=None, lam=(0.7, 0.2), beta=1.0, group=2, **changes):
     """train_mocan on a random pool with fixed random scores; `seen` collects the arguments of every loss."""
     torch.manual_seed(3)
     pool, score, constraint = some_pool(), torch.randn(8, 4), torch.randn(2, 8, 4)
-    policy, losses = policy or tiny(), []
-    ref_logp = mocan.logprobs(tiny(), pool, settings())
+    policy = policy or tiny()
+    ref_logp = mocan.logprobs(tiny(), pool)
     if seen is not None:
         real = mocan.preference_loss
         monkeypatch.setattr(mocan, "preference_loss", lambda *args: seen.append([a for a in args]) or real(*args))
-    mocan.train_mocan(policy, pool, ref_logp, score, constraint, f64(*lam), settings(**changes), streams(),
-                      lambda step, steps, loss: losses.append(loss))
+    losses = mocan.train_mocan(policy, pool, ref_logp, score, constraint, f64(*lam), beta, group, recipe(**changes),
+                               stream())
     return SimpleNamespace(policy=policy, pool=pool, score=score, constraint=constraint, ref_logp=ref_logp,
                            losses=losses)
 
 
 def pairs_seen(run, group):
-    """(n, y_0, y_1) of every pair of the first step, which run_mocan's own generator led to."""
-    n, k = next(mocan.pair_batches(run.pool.lengths(), 16 // group, streams()[0], group))
+    """(n, y_j, y_i) of every pair of the first step, which run_mocan's own generator led to."""
+    n, k = next(mocan.group_batches(run.pool.lengths, 16, group, stream()))
     return [(prompt, *pair) for prompt, some in zip(n.tolist(), k.tolist()) for pair in itertools.combinations(some, 2)]
 
 
@@ -376,12 +407,13 @@ def test_the_first_labels_are_bradley_terry_on_r_plus_lambda_g(monkeypatch, lam,
     seen = []
     run = run_mocan(monkeypatch, seen, lam=lam, steps=1, beta=0.3, group=group)
     s = run.score + lam[0] * run.constraint[0] + lam[1] * run.constraint[1]
-    ref_0, ref_1, p_1 = (x.flatten() for x in seen[0][2:5])
+    logp_i, logp_j, ref_i, ref_j, p_i = (seen[0][place].flatten() for place in (0, 1, 2, 3, 5))
     pairs = pairs_seen(run, group)
-    assert len(p_1) == len(pairs) and seen[0][5] == 0.3
-    for i, (n, y_0, y_1) in enumerate(pairs):
-        assert p_1[i].item() == pytest.approx(1 / (1 + math.exp(s[n, y_0] - s[n, y_1])), abs=1e-6)
-        assert [ref_0[i], ref_1[i]] == [run.ref_logp[n, y_0], run.ref_logp[n, y_1]]
+    assert len(p_i) == len(pairs) and seen[0][4] == 0.3
+    for at, (n, y_j, y_i) in enumerate(pairs):
+        assert p_i[at].item() == pytest.approx(1 / (1 + math.exp(s[n, y_j] - s[n, y_i])), abs=1e-6)
+        assert [ref_i[at], ref_j[at]] == [run.ref_logp[n, y_i], run.ref_logp[n, y_j]]
+    assert torch.allclose(logp_i, ref_i, atol=1e-4) and torch.allclose(logp_j, ref_j, atol=1e-4)  # not trained yet
 
 
 def test_the_first_loss_is_ln_2():
@@ -389,30 +421,33 @@ def test_the_first_loss_is_ln_2():
     assert run.losses[0] == pytest.approx(LN2, abs=1e-5) and len(run.losses) == 3
 
 
-def test_sampled_labels_are_zero_or_one_with_the_right_frequency(monkeypatch):
-    exact, drawn = [], []
-    run_mocan(monkeypatch, exact, steps=200, lr=1e-9)
-    monkeypatch.undo()
-    run_mocan(monkeypatch, drawn, steps=200, lr=1e-9, labels="sampled")
-    p, label = (torch.cat([call[4] for call in calls]).flatten() for calls in (exact, drawn))
-    assert set(label.tolist()) == {0.0, 1.0}
-    for low, high in ((0, 0.3), (0.3, 0.7), (0.7, 1)):  # the same pairs in both runs
-        inside = (p >= low) & (p < high)
-        assert inside.sum() > 100
-        assert (label[inside].mean() - p[inside].mean()).abs() < 4 * (0.25 / inside.sum()) ** 0.5
+def by_plain_descent(monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr=lr))
 
 
 def test_accumulated_micro_batches_are_one_batch(monkeypatch):
     """By plain gradient descent: Adam's first step is the gradient's sign, which is noise where the gradient is 0."""
-    real = mocan.mixed_precision
-    monkeypatch.setattr(mocan, "mixed_precision", lambda model, lr, dtype: (
-        torch.optim.SGD(model.parameters(), lr=lr), *real(model, lr, dtype)[1:]))
-    whole, parts = run_mocan(steps=1, batch=8), run_mocan(steps=1, batch=4, accumulate=2)
-    assert whole.losses == pytest.approx(parts.losses, abs=1e-6)
+    by_plain_descent(monkeypatch)
+    whole, parts = run_mocan(steps=1, batch=8, clip=1e6), run_mocan(steps=1, batch=4, accumulate=2, clip=1e6)
+    assert len(parts.losses) == 2 and whole.losses == pytest.approx([sum(parts.losses) / 2], abs=1e-6)
     moved = [(a - b).abs().max().item() for a, b in zip(whole.policy.parameters(), tiny().parameters())]
     for a, b in zip(whole.policy.parameters(), parts.policy.parameters()):
         assert torch.allclose(a, b, atol=1e-3 * max(moved), rtol=0)
     assert max(moved) > 1e-5
+
+
+def test_every_step_is_clipped_and_has_its_learning_rate(monkeypatch):
+    """A loss of slope 3 moves one weight, by plain descent, by clip = 0.5 times the schedule's learning rate."""
+    by_plain_descent(monkeypatch)
+    model, plan = tiny(), recipe(steps=4, lr=0.1, warmup=2, clip=0.5, accumulate=2)
+    descent, moved = mocan.Descent(model, plan), []
+    for _ in descent.micro_batches():
+        before = model.ln_f.bias[0].item()
+        descent.step(3.0 * model.ln_f.bias[0])
+        moved.append(before - model.ln_f.bias[0].item())
+    factors = [1 / 3, 2 / 3, 1, 0.5]  # 1/(2+1), 2/(2+1), then ½ + ½·cos 0 and ½ + ½·cos(π/2)
+    assert moved[::2] == [0.0] * 4 and moved[1::2] == pytest.approx([0.05 * x for x in factors], rel=1e-3)
+    assert len(descent.losses) == 8 and torch.equal(model.wte.weight, tiny().wte.weight)
 
 
 @pytest.mark.parametrize("bad_step", [0, 2])
@@ -433,17 +468,17 @@ def test_infinite_weights_stop_every_loop():
     for broken in (model, score_model):
         broken.wte.weight.data.fill_(math.inf)
     with pytest.raises(FloatingPointError, match="^reference: .* step 0"):
-        mocan.train_reference(model, pool, settings(), streams()[0], silent)
-    prefers, safe = torch.zeros(8, dtype=torch.long), torch.zeros(8, 2)
+        mocan.train_reference(model, pool, recipe("reference"), stream())
+    preferences = Preferences(pool, torch.zeros(8, dtype=torch.long), torch.zeros(8, 2), list(range(8)))
     with pytest.raises(FloatingPointError, match="^scores: .* step 0"):
-        mocan.train_score(score_model, pool, prefers, safe, settings(), streams()[0], silent)
+        mocan.train_score(score_model, preferences, recipe("scores"), stream())
 
 
 def test_train_reference_learns_the_distribution_of_its_data():
     """Responses 1, 2 and 3 to the prompt 4, in the proportion 5 : 2 : 1, all ended by 0."""
     tokens, mask = pad([[4]] * 8, [[1, 0]] * 5 + [[2, 0]] * 2 + [[3, 0]])
     pool, model = Pool(tokens.view(4, 2, -1), mask.view(4, 2, -1)), tiny(sharp=1.0)
-    mocan.train_reference(model, pool, settings(sft_steps=200, sft_lr=1e-2), streams()[0], silent)
+    mocan.train_reference(model, pool, recipe("reference", steps=200, lr=1e-2), stream())
     with torch.no_grad():
         p = sequence_logprob(model, *pad([[4]] * 3, [[1, 0], [2, 0], [3, 0]])).exp()
     assert p.tolist() == pytest.approx([5 / 8, 2 / 8, 1 / 8], abs=0.02)
@@ -456,8 +491,8 @@ def test_a_score_model_recovers_the_scores_that_the_preferences_come_from():
     prefers = (torch.rand(N) < torch.sigmoid(worth[y[:, 1]] - worth[y[:, 0]])).long()
     tokens, mask = pad([[5]] * 2 * N, [[i + 1] for i in y.flatten().tolist()])
     model = tiny(sharp=1.0, score_head=True)
-    mocan.train_score(model, Pool(tokens.view(N, 2, -1), mask.view(N, 2, -1)), prefers, torch.zeros(N, 2),
-                      settings(batch=250, score_steps=150, score_lr=1e-2), streams()[0], silent)
+    preferences = Preferences(Pool(tokens.view(N, 2, -1), mask.view(N, 2, -1)), prefers, torch.zeros(N, 2), [*range(N)])
+    mocan.train_score(model, preferences, recipe("scores", batch=250, steps=150, lr=1e-2), stream())
     with torch.no_grad():
         score = model.score(*pad([[5]] * 3, [[1], [2], [3]]))
     assert (score - score[0]).tolist() == pytest.approx([0.0, 1.0, 2.0], abs=0.25)
@@ -467,8 +502,9 @@ def test_labels_of_safety_put_the_zero_between_safe_and_unsafe():
     """Response 1 is always safe and 2 never; pairs alone would leave the zero anywhere."""
     tokens, mask = pad([[5]] * 40, [[1], [2]] * 20)
     model = tiny(sharp=1.0, score_head=True)
-    mocan.train_score(model, Pool(tokens.view(20, 2, -1), mask.view(20, 2, -1)), torch.zeros(20, dtype=torch.long),
-                      torch.tensor([[1.0, -1.0]] * 20), settings(score_steps=60, score_lr=1e-2), streams()[0], silent)
+    pool = Pool(tokens.view(20, 2, -1), mask.view(20, 2, -1))
+    preferences = Preferences(pool, torch.zeros(20, dtype=torch.long), torch.tensor([[1.0, -1.0]] * 20), [*range(20)])
+    mocan.train_score(model, preferences, recipe("scores", steps=60, lr=1e-2), stream())
     with torch.no_grad():
         safe, unsafe = model.score(*pad([[5]] * 2, [[1], [2]])).tolist()
     assert safe > 1 and unsafe < -1
@@ -483,12 +519,11 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
     responses = [[0]] + [[a, b] for a in range(1, 6) for b in range(6)]
     tokens, mask = pad([x for x in prompts for _ in responses], responses * len(prompts))
     space = Pool(tokens.view(4, 31, -1), mask.view(4, 31, -1))
-    ref = mocan.logprobs(reference, space, settings())
+    ref = mocan.logprobs(reference, space)
     assert ref.exp().sum(dim=1).tolist() == pytest.approx([1] * 4, abs=1e-5)
     r, g = 0.7 * torch.randn(4, 31), 0.7 * torch.randn(m, 4, 31)
 
-    c = settings(sample_batch=2048, beta=beta, steps=300, batch=64, lr=3e-3, warmup=10, group=group)
-    pool, ref_logp = mocan.sample_pool(reference, DIGITS, ["1", "2", "34", "51"], K, c, streams(7)[0], silent)
+    pool, ref_logp = mocan.sample_pool(reference, DIGITS, ["1", "2", "34", "51"], K, 2048, stream(7), "offline")
     which = torch.tensor([[responses.index(y[on].tolist()) for y, on in zip(*row)] for row in zip(*pool)])  # (4, K)
     score, constraint = r.gather(1, which), g.gather(2, which.expand(m, -1, -1))
     found = dual.solve(score, constraint, 0.35 * dual.reachable(constraint).min(), beta)
@@ -496,14 +531,15 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
     repeat = 32 // group  # a prompt is visited so often in an epoch that a batch is full
     many = Pool(*(x.repeat(repeat, 1, 1) for x in pool))
     mocan.train_mocan(policy, many, ref_logp.repeat(repeat, 1), score.repeat(repeat, 1),
-                      constraint.repeat(1, repeat, 1), found.lam, c, streams(), silent)
+                      constraint.repeat(1, repeat, 1), found.lam, beta, group,
+                      recipe(steps=300, batch=64, lr=3e-3, warmup=10), stream())
 
     def exact(lam):
         return (ref + (r + torch.einsum("m,mnk->nk", lam.float(), g)) / beta).log_softmax(dim=1)
 
     def kl(p, q):
         return (p.exp() * (p - q)).sum(dim=1).mean().item()
-    trained, best = mocan.logprobs(policy, space, c), exact(found.lam)
+    trained, best = mocan.logprobs(policy, space), exact(found.lam)
     assert kl(ref, best) > 0.4  # far to go
     assert kl(trained, best) < 0.01
     assert kl(trained, exact(-found.lam)) > 0.2 and kl(trained, exact(0 * found.lam)) > 0.05
@@ -513,96 +549,152 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
 
 # ---- what came of it
 
-def test_mean_interval_by_hand():
+def test_an_interval_by_hand():
     # mean 2.5, standard deviation √(5/3) = 1.2909944, half-width 1.96·1.2909944/2 = 1.2651746
-    assert mocan.mean_interval(f64(1, 2, 3, 4)) == pytest.approx([2.5, 1.2348254, 3.7651746], abs=1e-6)
+    row = mocan.compare(f64(1, 2, 3, 4).view(1, 4, 1), torch.zeros(1, 4, 1))
+    assert [row["reward_gain"], *row["reward_gain_ci"]] == pytest.approx([2.5, 1.2348254, 3.7651746], abs=1e-6)
 
 
 def test_compare_by_hand():
-    scores = f64(1, 3, 0, 0).view(1, 2, 2)      # two prompts, two responses each
-    ref_scores = f64(1, 2, 0, 5).view(1, 2, 2)
-    gains, wins = mocan.compare(scores, ref_scores)
-    # prompt 0: gain 2 − 1.5; 1 ties 1, 1 < 2, 3 > 1, 3 > 2: 2.5 of 4 are won
-    # prompt 1: gain 0 − 2.5; two ties, two losses: 1 of 4
-    assert gains[0][0] == pytest.approx((0.5 - 2.5) / 2) and wins[0][0] == pytest.approx((2.5 / 4 + 1 / 4) / 2)
-    assert gains[0][2] - gains[0][1] == pytest.approx(2 * 1.96 * (3 / 2 ** 0.5) / 2 ** 0.5)  # paired by prompt
+    scores = f64(1, 3, 0, 0, 2, 4, 5, 5).view(2, 2, 2)  # r and g of two responses to each of two prompts
+    ref_scores = f64(1, 2, 0, 5, 1, 1, 2, 2).view(2, 2, 2)
+    row = mocan.compare(scores, ref_scores)
+    # r: gains 2 − 1.5 on prompt 0 and 0 − 2.5 on prompt 1; g: 3 − 1 and 5 − 2
+    assert row["reward"] == 1 and row["constraint"] == [4]
+    assert row["reward_gain"] == pytest.approx((0.5 - 2.5) / 2) and row["constraint_gain"] == pytest.approx([2.5])
+    low, high = row["reward_gain_ci"]
+    assert high - low == pytest.approx(2 * 1.96 * (3 / 2 ** 0.5) / 2 ** 0.5)  # paired by prompt
+    (low, high), = row["constraint_gain_ci"]
+    assert [low, high] == pytest.approx([2.5 - 1.96 * 0.5, 2.5 + 1.96 * 0.5])  # sd of 2 and 3: 1/√2
 
 
-def test_a_policy_compared_with_itself_gains_nothing_and_wins_half():
+def test_a_policy_compared_with_itself_gains_nothing():
     scores = torch.randn(3, 5, 4, dtype=torch.float64)
-    gains, wins = mocan.compare(scores, scores)
-    assert [x[0] for x in gains] == [0.0] * 3 and [x[0] for x in wins] == pytest.approx([0.5] * 3)
+    row = mocan.compare(scores, scores)
+    assert [row["reward_gain"], *row["constraint_gain"]] == [0.0] * 3
+    assert [row["reward_gain_ci"], *row["constraint_gain_ci"]] == [[0.0, 0.0]] * 3
 
 
-def measured(capsys, block_size):
-    """The reference measured against itself on two prompts of 5 and 11 bytes, template and space included."""
-    tok = vocab_tokenizer([])
-    model, c = tiny(vocab_size=tok.encoding.n_vocab, sharp=2.0, block_size=block_size), settings(block_size=block_size,
-                                                                                                 max_new_tokens=4)
-    c.eval_responses = 3
-    return mocan.measure(model, model, None, {}, ["harmless", "polite"], ["ab", "abcdefgh"], tok, c, streams()[0],
-                         silent)
+def sampled(prompt_limit):
+    """Three responses of a policy to each of two prompts of 5 and 11 bytes, template and space included."""
+    tok, prompts = vocab_tokenizer([], prompt_limit, 4), ["ab", "abcdefgh"]
+    model = tiny(vocab_size=tok.encoding.n_vocab, sharp=2.0, block_size=prompt_limit + 4)
+    return model, tok, prompts, *mocan.sample_pool(model, tok, prompts, 3, 64, stream(), "evaluate")
 
 
 def test_the_reference_measured_against_itself(capsys):
-    scores, numbers, texts = measured(capsys, 64)
-    assert scores.shape == (3, 2, 3) and len(texts) == 6
-    assert numbers["reward_gain"] == 0 and numbers["constraint_gain"] == [0, 0] and abs(numbers["kl"]) < 1e-4
-    assert numbers["reward_win_rate"] == 0.5 and len(numbers["constraint_win_rate_ci"]) == 2
+    model, tok, prompts, pool, logp = sampled(60)
+    scores = mocan.score_pool({}, ["helpful", "harmless", "polite"], prompts, pool, tok)
+    row = mocan.compare(scores, scores)
+    assert scores.shape == (3, 2, 3) and len(pool.texts(tok)) == 6
+    assert row["reward_gain"] == 0 and row["constraint_gain"] == [0, 0] and len(row["constraint_gain_ci"]) == 2
+    assert abs((logp - mocan.logprobs(model, pool)).mean()) < 1e-4  # KL
     assert "lost" not in capsys.readouterr().out
 
 
-def test_truncated_prompts_of_the_evaluation_are_counted_and_said(capsys):
-    measured(capsys, 12)
+def test_truncated_prompts_of_a_sample_are_counted_and_said(capsys):
+    sampled(8)
     assert "1 of 2 prompts" in capsys.readouterr().out
 
 
+def row(gain, low, high, reward=1.0, reward_ci=(0.9, 1.1), lam=(1.25,)):
+    return {"reward_gain": reward, "reward_gain_ci": [*reward_ci], "constraint_gain": [gain], "margin": [0.3],
+            "constraint_gain_ci": [[low, high]], "kl": 0.5, "lam": [*lam], "seconds": 7.4}
+
+
 def test_the_table_says_what_holds_as_far_as_the_sample_can_tell(capsys):
-    def row(gain, low, high):
-        return {"reward_gain": 1.0, "reward_gain_ci": [0.9, 1.1], "constraint_gain": [gain], "margin": [0.3],
-                "constraint_gain_ci": [[low, high]], "kl": 0.5, "reward_win_rate": 0.625, "constraint_win_rate": [0.75],
-                "reward_win_rate_ci": [0.605, 0.645], "constraint_win_rate_ci": [[0.72, 0.78]], "lam": [1.25], "steps": 60, "seconds": 7.4}
-    rows = {"reference": {**row(0.0, 0.0, 0.0), "margin": None}, "above": row(0.31, 0.2, 0.4),
-            "near": row(0.28, 0.2, 0.33), "below": row(0.2, 0.1, 0.25),
-            "optimum": {"reward_gain": 1.2, "constraint_gain": [0.3], "margin": [0.3], "kl": 0.4, "lam": [1.25]}}
+    rows = {"reference": row(0.0, 0.0, 0.0, lam=()), "above": row(0.31, 0.2, 0.4),
+            "near": row(0.28, 0.2, 0.33), "below": row(0.2, 0.1, 0.25), "optimum (closed form)": row(0.3, 0.25, 0.35)}
     mocan.print_table(["safe"], rows)
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    header, lines = lines[0], {line.split()[0]: line for line in lines[1:]}
+    assert len(lines) == 5
     assert " yes " in lines["above"] and " within error " in lines["near"] and " no " in lines["below"]
-    assert " yes " in lines["optimum"] and "[" not in lines["optimum"]
-    assert not any(word in lines["reference"] for word in ("yes", "no ", "within"))
-    shown = ("+1.000 [+0.900, +1.100]", "+0.310 [+0.200, +0.400]", "0.500", "62.5% ± 2.0%", "75.0% ± 3.0%", "1.250", "60", "7")
+    assert " yes " in lines["optimum"] and " no " in lines["reference"]
+    shown = ("+1.000 [+0.900, +1.100]", "+0.310 [+0.200, +0.400]", "0.300", "0.500", "1.250", "7")
     assert all(x in lines["above"] for x in shown)
-    assert len({len(line) for line in lines.values()}) == 1  # columns stand under each other
+    for title, value in (("reward gain", "+1.000 [+0.900, +1.100]"), ("safe gain", "+0.310 [+0.200, +0.400]"),
+                         ("  b", "  0.300"), ("holds", "yes"), ("KL", "0.500"), ("seconds", "7")):
+        edge = header.index(title) + len(title)  # columns stand under each other
+        assert lines["above"][:edge].endswith(value)
+        assert all(line[edge:edge + 1] in (" ", "") for line in lines.values())
+    assert lines["above"].index("1.250") == header.index("λ*")
 
 
-def test_svg_draws_every_curve_and_point_within_the_frame(tmp_path):
-    mocan.svg(str(tmp_path / "a.svg"), "A title", "x in units", "y in units", {"curve": [(0.0, 1.0), (2.0, -3.0)]},
-              {"point": (1.0, 0.5, (0.5, 1.5), (0.0, 1.0))})
-    root, tag = ElementTree.parse(tmp_path / "a.svg").getroot(), "{http://www.w3.org/2000/svg}"
-    texts = [node.text for node in root.iter(tag + "text")]
-    assert {"A title", "x in units", "y in units", "curve", "point", "0", "1", "2", "-3"} <= set(texts)
+def test_the_optimum_is_a_row_of_what_the_dual_predicts(space):
+    s, margin = space(2), f64(0.5, 0.3)
+    found = dual.solve(s.spread(s.r), s.spread(s.g), margin, 1.0)
+    got = mocan.optimum(margin, found)
+    assert got["reward_gain"] == pytest.approx(found.score_gain, abs=1e-6)
+    assert got["constraint_gain"] == pytest.approx([0.5, 0.3], abs=1e-6)
+    assert got["margin"] == [0.5, 0.3] and got["lam"] == found.lam.tolist() and got["kl"] == found.kl
+    half = 1.96 * found.score_gain_se
+    assert got["reward_gain_ci"] == pytest.approx([found.score_gain - half, found.score_gain + half], abs=1e-6)
+    for j in range(2):
+        b, half = margin[j].item(), 1.96 * found.constraint_gain_se[j].item()
+        assert got["constraint_gain_ci"][j] == pytest.approx([b - half, b + half], abs=1e-6)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_the_frontier_is_the_closed_form_from_lambda_zero_on(space, m):
+    """Up to nearly all that is in reach of one constraint; of several, in a straight line to their margins."""
+    s, beta, margin = space(m), 0.8, f64(0.6, 0.5)[:m]
+    start = optimum(s, torch.zeros(m, dtype=torch.float64), beta)
+    low, end = gains(s, start), margin if m == 2 else 0.95 * dual.reachable(s.spread(s.g))
+    curve = mocan.frontier(s.spread(s.r), s.spread(s.g), margin, beta)
+    assert len(curve) == 41 and all(before[0] < after[0] for before, after in itertools.pairwise(curve))
+    assert curve[40][0] == pytest.approx(end[0].item(), abs=1e-6)
+    for t in (0, 10, 20, 40):
+        lam = dual.solve(s.spread(s.r), s.spread(s.g), low + t / 40 * (end - low), beta).lam
+        policy = start if t == 0 else optimum(s, lam, beta)
+        gain, reward = gains(s, policy)[0].item(), ((policy - s.ref) * s.r).sum(dim=1).mean().item()
+        assert curve[t] == pytest.approx((gain, reward), abs=1e-6)
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def marks(root, width):
+    """The end points of every path of that stroke width."""
+    paths = [node.get("d") for node in root.iter(SVG + "path") if node.get("stroke-width") == width]
+    return [[tuple(map(float, point.split())) for point in path[1:].removesuffix("h0").split("L")] for path in paths]
+
+
+def test_svg_draws_the_curve_and_every_row_within_the_frame():
+    text = mocan.svg("x in units", [(0.0, 1.0), (2.0, -3.0)],
+                     {"point": row(1.0, 0.5, 1.5, reward=0.5, reward_ci=(0.0, 1.0)),
+                      "worse": row(0.5, 0.0, 1.0, reward=-2.0, reward_ci=(-2.5, -1.5))})
+    root = ElementTree.fromstring(text)
+    texts = [node.text for node in root.iter(SVG + "text")]
+    assert {"x in units", "point", "worse", "0.00", "0.40", "2.00", "-3.00", "1.00"} <= set(texts)
     width, height = (float(x) for x in root.get("viewBox").split()[2:])
-    circle, = root.iter(tag + "circle")
-    assert 0 < float(circle.get("cx")) < width and 0 < float(circle.get("cy")) < height
-    line = next(node.get("d") for node in root.iter(tag + "path") if node.get("stroke-width") == "2")
-    (x0, y0), (x1, y1) = (tuple(float(v) for v in point.split()) for point in line.removeprefix("M").split(" L"))
-    assert x0 < float(circle.get("cx")) == pytest.approx((x0 + x1) / 2) and x1 < width  # x = 1 is half-way
-    assert y0 < float(circle.get("cy")) < y1 < height  # larger values stand higher
+    ((x, y),), ((left, below),) = marks(root, "8")
+    assert 0 < left < x < width and 0 < y < below < height  # larger values stand higher
+    ((x0, y0), (x1, y1)), = marks(root, "2")
+    assert x0 < x == pytest.approx((x0 + x1) / 2) and x1 < width  # x = 1 is half-way
+    assert y0 < y == pytest.approx(y0 + (y1 - y0) / 8, abs=0.1) and y1 < height  # 0.5 is an eighth down from 1 to −3
+    crosses = [node.get("d") for node in root.iter(SVG + "path") if node.get("stroke") == "#e8590c"
+               and node.get("stroke-width") is None]
+    across, down = ([float(v) for v in part.replace("L", " ").split()] for part in crosses[0][1:].split("M"))
+    quarter, eighth = (x1 - x0) / 4, (y1 - y0) / 8
+    assert across == pytest.approx([x - quarter, y, x + quarter, y], abs=0.2)  # its intervals
+    assert down == pytest.approx([x, y + eighth, x, y - eighth], abs=0.2)
 
 
-def test_svg_of_a_single_point_is_still_a_picture(tmp_path):
-    mocan.svg(str(tmp_path / "a.svg"), "t", "x", "y", {}, {"p": (0.0, 0.0, (0.0, 0.0), (0.0, 0.0))})
-    assert "nan" not in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    ElementTree.parse(tmp_path / "a.svg")
+def test_svg_of_a_single_point_is_still_a_picture():
+    text = mocan.svg("x", [(0.0, 0.0)], {"p": row(0.0, 0.0, 0.0, reward=0.0, reward_ci=(0.0, 0.0))})
+    assert "nan" not in text
+    ElementTree.fromstring(text)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_float16_training_scales_its_loss_and_moves_the_policy():
-    model, pool = tiny().cuda(), some_pool()
-    c = settings(device="cuda", dtype="float16", steps=5)
-    ref_logp = mocan.logprobs(model, pool, c)
+    model, pool = tiny(dtype="float16").cuda(), some_pool()
+    ref_logp = mocan.logprobs(model, pool)
     before = model.wte.weight.detach().clone()
-    assert mocan.mixed_precision(model, 1e-3, "float16")[2].is_enabled()
+    assert mocan.Descent(model, recipe()).scaler.is_enabled()
+    assert not mocan.Descent(tiny().cuda(), recipe()).scaler.is_enabled()
     score, constraint = torch.randn(8, 4), torch.randn(1, 8, 4)
-    mocan.train_mocan(model, pool, ref_logp, score, constraint, torch.ones(1), c, streams(), silent)
-    assert model.wte.weight.isfinite().all() and not torch.equal(before, model.wte.weight)
+    losses = mocan.train_mocan(model, pool, ref_logp, score, constraint, torch.ones(1), 1.0, 2, recipe(steps=5),
+                               stream())
+    assert len(losses) == 5 and model.wte.weight.isfinite().all() and not torch.equal(before, model.wte.weight)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, from_checkpoint, sequence_logprob, to_checkpoint
+from model import GPT, GPTConfig, draw, from_checkpoint, load, save, sequence_logprob, to_checkpoint
 
 PROMPTS = [[1 + (7 * i + 3 * t * t) % 10 for t in range(1 + i % 5)] for i in range(32)]  # 32 rows, lengths 1 to 5
 
@@ -30,11 +30,11 @@ def same_uniforms(monkeypatch):
     monkeypatch.setattr(torch, "rand", rand)
 
 
-def naive_generate(model, prompt, max_new_tokens, temperature, eos):
+def naive_generate(model, prompt, max_new_tokens, eos):
     """One prompt, no cache, no batch, no padding: the whole sequence is run again for every token."""
     tokens, logp = list(prompt), 0.0
     for step in range(max_new_tokens):
-        logits = F.linear(model(torch.tensor([tokens]))[0, -1], model.wte.weight) / temperature
+        logits = F.linear(model(torch.tensor([tokens]))[0, -1], model.wte.weight)
         p, u, cumulative, choice = logits.softmax(dim=0), 0.37 * (step + 1) % 1, 0.0, 0
         for choice in range(len(p)):
             cumulative += p[choice].item()
@@ -47,15 +47,14 @@ def naive_generate(model, prompt, max_new_tokens, temperature, eos):
     return tokens, logp
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.5])
-def test_cached_batched_sampling_equals_uncached_one_by_one(monkeypatch, temperature):
+def test_cached_batched_sampling_equals_uncached_one_by_one(monkeypatch):
     model = small(sharp=12.0)
     same_uniforms(monkeypatch)
-    tokens, mask, logp = model.generate(PROMPTS, 10, temperature=temperature, eos=5)
+    tokens, mask, logp = model.generate(PROMPTS, 10, eos=5)
     lengths = []
     with torch.no_grad():
         for row, prompt in enumerate(PROMPTS):
-            expected, expected_logp = naive_generate(model, prompt, 10, temperature, 5)
+            expected, expected_logp = naive_generate(model, prompt, 10, 5)
             lengths.append(len(expected) - len(prompt))
             assert tokens[row, :len(expected)].tolist() == expected
             assert mask[row].nonzero().flatten().tolist() == list(range(len(prompt), len(expected)))
@@ -65,10 +64,13 @@ def test_cached_batched_sampling_equals_uncached_one_by_one(monkeypatch, tempera
 
 def test_responses_that_end_free_their_rows_of_the_cache(monkeypatch):
     model = small()
-    sizes, forward = [], GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, t, *a: sizes.append(len(t)) or forward(self, t, *a))
+    sizes = []
+    for name in ("prefill", "decode"):
+        real = getattr(GPT, name)
+        monkeypatch.setattr(GPT, name, lambda self, t, *a, real=real: sizes.append(len(t)) or real(self, t, *a))
     model.generate(PROMPTS, 12, eos=0, generator=torch.Generator().manual_seed(1))
     assert sizes[0] == len(PROMPTS) and sizes[-1] < 0.75 * len(PROMPTS)
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) <= 12
 
 
 @pytest.mark.parametrize("eos", [None, 0])
@@ -104,6 +106,26 @@ def test_sampling_frequencies_are_the_softmax_of_the_logits():
     chi_square = ((seen - count * p) ** 2 / (count * p)).sum().item()
     assert p.min() > 0.001 and p.max() - p.min() > 0.1  # a test of something: not uniform, nothing absent
     assert chi_square < 18.5  # the 99.9 % point of 4 degrees of freedom
+
+
+def test_draw_inverts_the_cumulative_distribution(monkeypatch):
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    for u, choice in ((0.0, 0), (0.09, 0), (0.11, 1), (0.29, 1), (0.31, 2), (0.59, 2), (0.61, 3), (1.0, 3)):
+        monkeypatch.setattr(torch, "rand", lambda rows, columns, **_: torch.full((rows, columns), u))
+        new, logp = draw(p.log()[None] + 5.0, None)
+        assert new.tolist() == [choice] and logp.item() == pytest.approx(p[choice].log().item(), abs=1e-6)
+
+
+def test_a_prefilled_cache_and_one_decoded_token_are_the_whole_sequence():
+    model, tokens = small(), torch.randint(11, (3, 8))
+    with torch.no_grad():
+        expected = model(tokens)
+        hidden, cache = model.prefill(tokens[:, :5], 8)
+        assert torch.allclose(hidden, expected[:, :5], atol=1e-5, rtol=0)
+        for t in (5, 6, 7):
+            visible = torch.ones(3, t + 1, dtype=torch.bool)
+            hidden = model.decode(tokens[:, t], cache, torch.full((3,), t), visible)
+            assert torch.allclose(hidden, expected[:, t], atol=1e-4, rtol=0)
 
 
 def test_sequence_logprob_equals_a_naive_loop():
@@ -239,18 +261,30 @@ def test_padding_never_changes_a_score():
 
 def test_checkpoint_round_trip_holds_only_weights(tmp_path):
     model = small(score_head=True)
-    torch.save(to_checkpoint(model), tmp_path / "model.pt")
-    copy = from_checkpoint(torch.load(tmp_path / "model.pt", weights_only=True))
+    save(to_checkpoint(model), str(tmp_path / "model.pt"))
+    copy = from_checkpoint(load(str(tmp_path / "model.pt"), "make it again"))
     assert copy.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), copy.state_dict().values(), strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]  # nothing half-written is left
 
 
-@pytest.mark.parametrize("prompts, changes, named", [
-    ([[1] * 20], {}, "20"), ([[1], []], {}, "shortest 0"), ([[1]], {"temperature": 0.0}, "temperature=0.0"),
-    ([[1]], {"temperature": -1.0}, "temperature=-1.0")])
-def test_generate_refuses_in_one_line_that_names_the_value(prompts, changes, named):
+def test_a_missing_or_damaged_checkpoint_is_named_with_its_remedy(tmp_path):
+    path = tmp_path / "model.pt"
+    for spoil in (lambda: None, lambda: path.write_bytes(b""), lambda: path.write_bytes(b"no checkpoint"),
+                  lambda: (save(to_checkpoint(small()), str(path)), path.write_bytes(path.read_bytes()[:500])),
+                  lambda: torch.save(small(), path)):  # a pickle of code is not read
+        spoil()
+        with pytest.raises(ValueError) as error:
+            load(str(path), "make it again")
+        message = str(error.value)
+        assert message.startswith(f"{path}: missing or damaged") and message.endswith("; make it again")
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("prompts, named", [([[1] * 20], "20"), ([[1], []], "shortest 0")])
+def test_generate_refuses_in_one_line_that_names_the_value(prompts, named):
     with pytest.raises(ValueError) as error:
-        small().generate(prompts, 5, **changes)
+        small().generate(prompts, 5)
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
@@ -277,3 +311,15 @@ def test_logits_stay_float32_under_autocast():
         assert model.logits(hidden).dtype == torch.float32
         logp = sequence_logprob(model, torch.randint(11, (2, 6)), torch.ones(2, 6, dtype=torch.bool))
     assert logp.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_models_own_autocast_is_the_arithmetic_of_its_blocks_alone(dtype):
+    model, scorer = small(dtype=dtype), small(dtype=dtype, score_head=True)
+    tokens, mask = torch.randint(11, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    with model.autocast():
+        assert model.h[0].mlp(torch.randn(1, 3, 16)).dtype == getattr(torch, dtype)
+        assert model.logits(model(tokens)).dtype == torch.float32
+        assert sequence_logprob(model, tokens, mask).dtype == torch.float32
+        assert scorer.score(tokens, mask).dtype == torch.float32
+    assert model.h[0].mlp(torch.randn(1, 3, 16)).dtype == torch.float32

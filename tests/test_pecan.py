@@ -2,10 +2,10 @@ import inspect
 import math
 import random
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
 
 import data
@@ -13,13 +13,13 @@ import dual
 import mocan
 import pecan
 import train
-from data import Pool, pad
+from data import Pool, Preferences, pad
 from model import GPT, GPTConfig
 
 
 def alone(function):
-    """The function made from its own source, with nothing but torch in scope."""
-    scope = {"torch": torch}
+    """The function made from its own source, with nothing but torch and F in scope."""
+    scope = {"torch": torch, "F": F}
     exec(inspect.getsource(function), scope)
     return scope[function.__name__]
 
@@ -123,11 +123,16 @@ def test_the_problem_in_nats_has_the_same_price(space, beta):
 
 # ---- calibration
 
+def chosen_first(a, b, truth):
+    """Preferences between a and b, drawn from σ(truth·(a − b)) -> the chosen ones', the rejected ones' scores."""
+    first = torch.bernoulli(torch.sigmoid(truth * (a - b))) == 1
+    return torch.where(first, a, b), torch.where(first, b, a)
+
+
 @pytest.mark.parametrize("truth, scale", [(0.7, 2.0), (1.0, 1.0), (3.0, 0.5), (0.02, 30.0)])
 def test_calibrate_recovers_a_known_temperature(truth, scale):
     a, b = scale * torch.randn(2, 20000)
-    prefers = torch.bernoulli(torch.sigmoid(truth * (b - a)))
-    assert calibrate(a, b, prefers).item() == pytest.approx(truth, rel=0.06)
+    assert calibrate(*chosen_first(a, b, truth)).item() == pytest.approx(truth, rel=0.06)
 
 
 @pytest.mark.parametrize("heavy", [False, True])
@@ -135,23 +140,22 @@ def test_calibrate_equals_a_grid_of_the_likelihood(heavy):
     a, b = torch.randn(2, 60, dtype=torch.float64)
     if heavy:  # a few enormous leads
         a = a * torch.exp(1.5 * torch.randn(60, dtype=torch.float64))
-    prefers = torch.bernoulli(torch.sigmoid(0.8 * (b - a)))
+    chosen, rejected = chosen_first(a, b, 0.8)
     grid = torch.linspace(0, 8, 80001, dtype=torch.float64)
-    lead = torch.where(prefers == 1, b - a, a - b)
-    likelihood = -torch.log1p(torch.exp(-grid[:, None] * lead)).sum(dim=1)
+    likelihood = -torch.log1p(torch.exp(-grid[:, None] * (chosen - rejected))).sum(dim=1)
     best = grid[likelihood.argmax()].item()
     assert 0.1 < best < 7.9
-    assert calibrate(a, b, prefers).item() == pytest.approx(best, abs=1e-4)
+    assert calibrate(chosen, rejected).item() == pytest.approx(best, abs=1e-4)
 
 
 def test_calibrate_of_scores_that_say_the_opposite_is_zero():
     a, b = torch.randn(2, 500)
-    assert calibrate(a, b, (b < a).long()).item() == 0.0
+    assert calibrate(torch.minimum(a, b), torch.maximum(a, b)).item() == 0.0
 
 
 def test_calibrate_of_scores_that_are_never_wrong_is_large_and_finite():
     a, b = torch.randn(2, 500)
-    tau = calibrate(a, b, (b > a).long()).item()
+    tau = calibrate(torch.maximum(a, b), torch.minimum(a, b)).item()
     assert 10 < tau <= 100
 
 
@@ -167,18 +171,12 @@ def tiny(seed=1):
     return model
 
 
-def settings(**changes):
-    return SimpleNamespace(**{**dict(
-        device="cpu", dtype="float32", sample_batch=64, batch=8, accumulate=1, steps=5, warmup=1, lr=1e-3, clip=1.0,
-        labels="exact", beta=0.5, group=2, prealign_steps=4, prealign_lr=1e-3, calibrate=True), **changes})
+def recipe(stage="pecan", **changes):
+    return mocan.Recipe(**{**dict(stage=stage, steps=5, lr=1e-3, batch=8, warmup=1), **changes})
 
 
-def silent(step, steps, **numbers):
-    pass
-
-
-def streams(seed=0):
-    return torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 100)
+def stream(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def some_pool(N=8, K=4):
@@ -187,84 +185,101 @@ def some_pool(N=8, K=4):
     return Pool(tokens.view(N, K, -1), mask.view(N, K, -1))
 
 
-def spy_on_losses(monkeypatch):
-    calls, real = [], pecan.preference_loss
-    monkeypatch.setattr(pecan, "preference_loss", lambda *args: calls.append(args) or real(*args))
-    return calls
+def preferences(pool, prefers):
+    return Preferences(pool, prefers, torch.zeros(len(prefers), 2), list(range(len(prefers))))
 
 
-@pytest.mark.parametrize("changes", [{}, {"labels": "sampled"}, {"accumulate": 2, "batch": 4, "group": 3}])
-def test_the_policy_update_is_mocans_bit_for_bit_on_the_same_scores(changes):
-    pool, r, g, lam = some_pool(), torch.randn(8, 4), torch.randn(1, 8, 4), torch.tensor([1.5])
-    ref_logp, c, ours, theirs = mocan.logprobs(tiny(), pool, settings()), settings(**changes), tiny(), tiny()
-    pecan.train_pecan(ours, pool, ref_logp, r + 1.5 * g[0], c, c.steps, c.lr, streams(), silent)
-    mocan.train_mocan(theirs, pool, ref_logp, r, g, lam, c, streams(), silent)
+@pytest.mark.parametrize("group, changes", [(2, {}), (3, {"accumulate": 2, "batch": 4}), (99, {})])
+def test_the_policy_update_is_mocans_bit_for_bit_on_the_same_scores(group, changes):
+    """MoCAN's r is here β·ln π_r/π_ref and its g is β·ln π_g/π_ref."""
+    pool, lam, beta, ours, theirs = some_pool(), torch.tensor([1.5]), 0.5, tiny(), tiny()  # ½ and 1.5·½ are exact
+    ref_logp, logp_r, logp_g = (mocan.logprobs(tiny(seed), pool) for seed in (1, 2, 3))
+    r, g = beta * (logp_r - ref_logp), beta * (logp_g - ref_logp)
+    plan = recipe(**changes)
+    losses = pecan.train_pecan(ours, pool, ref_logp, logp_r, logp_g[None], lam, beta, group, plan, stream())
+    assert losses == mocan.train_mocan(theirs, pool, ref_logp, r, g[None], lam, beta, group, plan, stream())
+    assert len(losses) == 5 * plan.accumulate
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
     assert not torch.equal(ours.wte.weight, tiny().wte.weight)
 
 
-@pytest.mark.parametrize("labels", ["exact", "sampled"])
-def test_prealignment_labels_are_exactly_the_preference(monkeypatch, labels):
-    pool, prefers, calls = some_pool(K=2), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1]), spy_on_losses(monkeypatch)
-    c = settings(labels=labels)
-    pecan.prealign(tiny(), pool, mocan.logprobs(tiny(), pool, c), prefers, c, streams(), silent)
-    batches = mocan.pair_batches(pool.lengths(), 8, streams()[0])
-    assert len(calls) == 4
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_prealignment_is_dpo_with_the_preferred_response_first(monkeypatch, accumulate):
+    pool, prefers, calls = some_pool(K=2), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1]), []
+    ref_logp, real = mocan.logprobs(tiny(), pool), pecan.preference_loss
+    monkeypatch.setattr(pecan, "preference_loss", lambda *args: calls.append(args) or real(*args))
+    plan = recipe(steps=4, batch=4, accumulate=accumulate)
+    losses = pecan.prealign(tiny(), preferences(pool, prefers), ref_logp, 0.5, plan, stream())
+    batches = mocan.group_batches(pool.lengths, 8, 2, stream())
+    assert len(calls) == len(losses) == 4 * accumulate
     for call in calls:
-        n, k = next(batches)
-        assert call[4].flatten().tolist() == (k[:, 1] == prefers[n]).float().tolist()
-        assert call[5] == 0.5
+        n, _ = next(batches)
+        chosen, rejected = ref_logp[n, prefers[n]], ref_logp[n, 1 - prefers[n]]
+        assert call[2].flatten().tolist() == chosen.tolist() and call[3].flatten().tolist() == rejected.tolist()
+        assert call[4:] == (0.5,)  # β, and no label: plain DPO
+        if call is calls[0]:  # the policy is still the reference
+            assert torch.allclose(call[0].flatten(), chosen, atol=1e-4)
+            assert torch.allclose(call[1].flatten(), rejected, atol=1e-4)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_prealignment_makes_the_preferred_response_more_likely():
     pool, prefers, policy, reference = some_pool(K=2), torch.tensor([0, 1] * 4), tiny(), tiny()
-    c = settings(group=8, prealign_steps=30, prealign_lr=3e-3)
-    pecan.prealign(policy, pool, mocan.logprobs(reference, pool, c), prefers, c, streams(), silent)
-    lead = (mocan.logprobs(policy, pool, c) - mocan.logprobs(reference, pool, c)).diff(dim=1)[:, 0]
+    pecan.prealign(policy, preferences(pool, prefers), mocan.logprobs(reference, pool), 0.5,
+                   recipe(steps=30, lr=3e-3), stream())
+    lead = (mocan.logprobs(policy, pool) - mocan.logprobs(reference, pool)).diff(dim=1)[:, 0]
     assert (lead.sign() == 2 * prefers - 1).float().mean() >= 0.75
 
 
 def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys):
     policy, reference, pool = tiny(2), tiny(1), some_pool(N=60, K=2)
-    prefers, c = torch.randint(2, (60,)), settings()
-    implicit = 0.5 * (mocan.logprobs(policy, pool, c) - mocan.logprobs(reference, pool, c))
-    tau = pecan.temperature(policy, "safe", pool, mocan.logprobs(reference, pool, c), prefers, c)
-    assert tau == pytest.approx(calibrate(implicit[:, 0], implicit[:, 1], prefers).item(), abs=1e-6)
-    assert "safe" in capsys.readouterr().out
-
-
-def test_miscalibration_is_measured_within_prompts(capsys):
-    score = torch.randn(2, 5, 6)
-    pecan.say_miscalibration(["safe"], score, 0.4 * score + torch.randn(2, 5, 1))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and all("correlation 1.000, slope 0.400" in line for line in lines)
+    implicit = 0.5 * (mocan.logprobs(policy, pool) - mocan.logprobs(reference, pool))
+    prefers = torch.bernoulli(torch.sigmoid(0.3 * (implicit[:, 1] - implicit[:, 0]))).long()
+    chosen = torch.where(prefers == 1, implicit[:, 1], implicit[:, 0])
+    rejected = torch.where(prefers == 1, implicit[:, 0], implicit[:, 1])
+    expected, right = calibrate(chosen, rejected).item(), (chosen > rejected).float().mean()
+    assert 0.05 < expected < 2 and 0.5 < right < 1
+    for batch in (7, 256):
+        tau = pecan.temperature(policy, "safe", preferences(pool, prefers), mocan.logprobs(reference, pool), 0.5, batch)
+        assert tau == pytest.approx(expected, abs=1e-6)
+    said = capsys.readouterr().out
+    assert f"safe: the implicit score agrees with {right:.1%} of 60" in said and f"temperature {expected:.3f}" in said
 
 
 def test_a_non_finite_loss_stops_and_names_the_stage():
-    policy, pool, c = tiny(), some_pool(K=2), settings()
+    policy, pool = tiny(), some_pool(K=2)
     policy.wte.weight.data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="^prealign: .* step 0"):
-        pecan.prealign(policy, pool, torch.zeros(8, 2), torch.zeros(8, dtype=torch.long), c, streams(), silent)
+    with pytest.raises(FloatingPointError, match="^dpo-safe: .* step 0"):
+        pecan.prealign(policy, preferences(pool, torch.zeros(8, dtype=torch.long)), torch.zeros(8, 2), 0.5,
+                       recipe("dpo-safe"), stream())
     with pytest.raises(FloatingPointError, match="^pecan: .* step 0"):
-        pecan.train_pecan(policy, pool, torch.zeros(8, 2), torch.randn(8, 2), c, 3, c.lr, streams(), silent)
+        pecan.train_pecan(policy, pool, torch.zeros(8, 2), torch.randn(8, 2), torch.randn(1, 8, 2), torch.ones(1), 0.5,
+                          2, recipe(), stream())
 
 
 # ---- no score model on PeCAN's path
 
-def test_pecan_never_looks_at_a_score(monkeypatch, tmp_path):
-    """Preferences in, policy out: until its policies are evaluated, every way to a score raises."""
+@pytest.mark.parametrize("scores", ["exact", "learned"])
+def test_pecan_never_looks_at_a_score(monkeypatch, tmp_path, scores):
+    """Preferences in, policy out: until its policies are evaluated, every way to a score raises. With learned scores
+    the score models, which only the table needs, come just before that."""
     def forbidden(*args):
         raise AssertionError("a score on PeCAN's path")
+
+    def stop(*args):
+        assert (tmp_path / "pecan.pt").exists()
+        sys.exit("evaluation")
     rows = data.world_preferences(150, random.Random(0))
     monkeypatch.setattr(data, "world_preferences", lambda count, rng: rows)  # drawn before, from the exact scores
+    for name in data.WORLD_SCORES:
+        monkeypatch.setitem(data.WORLD_SCORES, name, forbidden)
     for name in ("score_pool", "learn_score", "train_score", "score_loss"):
         monkeypatch.setattr(mocan, name, forbidden)
     monkeypatch.setattr(GPT, "score", forbidden)
-    reached = []
-    monkeypatch.setattr(mocan, "measure", lambda *args: reached.append(1) or sys.exit("evaluation"))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--algo", "pecan", "--out", str(tmp_path), *(
+    first = (train, "evaluate") if scores == "exact" else (mocan, "learn_score")
+    monkeypatch.setattr(*first, stop)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--algo", "pecan", "--scores", scores, "--out", str(tmp_path), *(
         "--n_layer 1 --n_embd 16 --n_head 2 --max_new_tokens 16 --block_size 48 --vocab_size 400 --sft_steps 20 "
         "--prompts 8 --responses 8 --steps 2 --prealign_steps 3").split()])
     with pytest.raises(SystemExit, match="evaluation"):
         train.main()
-    assert reached and (tmp_path / "pecan.pt").exists()
