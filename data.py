@@ -144,8 +144,7 @@ def split_prompts(pairs, held_out):
     if count < 3:
         raise ValueError(f"{count} distinct prompts in the data; at least 3 are needed: 2 are held "
                          "out, for intervals")
-    wanted = max(2, round(held_out * count))
-    out = set(spread(pairs, min(count - 1, wanted)))
+    out = set(spread(pairs, min(count - 1, max(2, round(held_out * count)))))
     train = [pair for pair in pairs if pair.prompt not in out]
     return train, [pair for pair in pairs if pair.prompt in out]
 
@@ -157,7 +156,7 @@ def spread(pairs, count):
     return [prompts[(2 * i + 1) * len(prompts) // (2 * count)] for i in range(count)]
 
 
-def load(files, world_pairs, rng, held_out, constraints):
+def load_pairs(files, world_pairs, rng, held_out, constraints):
     """The pairs of the files, or of the built-in world -> training, held-out, preference names.
 
     constraints: the safety preferences to constrain, comma separated; "": harmless, or all of the
@@ -214,22 +213,24 @@ class Tokenizer(NamedTuple):
 
 
 def vocab_tokenizer(pieces, prompt_limit, response_limit):
-    """256 single bytes, then those pieces of text, then three special tokens."""
+    """256 single bytes, then those pieces of text, then the template's three special tokens.
+
+    tiktoken looks a whole piece up before it merges anything: a frequent piece is one token, and
+    any other falls to its bytes.
+    """
     ranks = {bytes([i]): i for i in range(256)}
     for piece in pieces:
         ranks.setdefault(piece.encode(), len(ranks))
     user = len(ranks)
-    assistant = user + 1
-    end = user + 2
-    special = {"<|user|>": user, "<|assistant|>": assistant, "<|end|>": end}
+    special = {"<|user|>": user, "<|assistant|>": user + 1, "<|end|>": user + 2}
     encoding = tiktoken.Encoding(
         "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(encoding, [user], [assistant], end, prompt_limit, response_limit)
+    return Tokenizer(encoding, [user], [user + 1], user + 2, prompt_limit, response_limit)
 
 
 def gpt2_tokenizer(prompt_limit, response_limit):
-    """GPT-2's published byte-pair encoding. The template is plain text, since its one special
-    token ends responses."""
+    """GPT-2's published byte-pair encoding, which tiktoken downloads once. The template is plain
+    text, since its one special token ends responses."""
     encoding = tiktoken.get_encoding("gpt2")
     before = encoding.encode_ordinary("\n\nHuman:")
     after = encoding.encode_ordinary("\n\nAssistant:")
@@ -237,7 +238,8 @@ def gpt2_tokenizer(prompt_limit, response_limit):
 
 
 def frequent_pieces(pairs, vocab_size):
-    """The most frequent pieces of the pairs' text, for `vocab_tokenizer`."""
+    """The most frequent pieces of the pairs' text, for `vocab_tokenizer`; it adds 256 bytes and 3
+    special tokens. Every text follows a space, as words do in the middle of a sentence."""
     count = Counter()
     for pair in pairs:
         for text in (pair.prompt, *pair.responses):
@@ -324,21 +326,21 @@ def pair_pool(tok, pairs, what):
 
 class Preferences(NamedTuple):
     """The pairs that hold one preference, as tensors."""
-    pool: Pool             # K = 2
-    prefers: torch.Tensor  # (N,) index of the preferred response
-    safe: torch.Tensor     # (N, 2) +1 safe, −1 unsafe, 0 not labelled (and for helpful)
+    pool: Pool             # (P, 2, T)
+    prefers: torch.Tensor  # (P,) index of the preferred response
+    sign: torch.Tensor     # (P, 2) +1 safe, −1 unsafe, 0 not labelled (and for helpful)
     rows: list             # which of the pairs these are
 
 
 def preference_tensors(tok, pairs, name):
     rows = [i for i, pair in enumerate(pairs) if name in pair.prefers]
     pairs = [pairs[i] for i in rows]
-    safe = torch.zeros(len(pairs), 2)
-    for row, pair in zip(safe, pairs):
+    sign = torch.zeros(len(pairs), 2)
+    for row, pair in zip(sign, pairs):
         if pair.safe and name != "helpful":
             row[:] = 2.0 * torch.tensor(pair.safe) - 1
     prefers = torch.tensor([pair.prefers[name] for pair in pairs])
-    return Preferences(pair_pool(tok, pairs, name), prefers, safe, rows)
+    return Preferences(pair_pool(tok, pairs, name), prefers, sign, rows)
 
 
 # ---- 5. the built-in world
@@ -401,10 +403,7 @@ WORLD_PROMPTS = [
 
 
 def _topic(prompt):
-    for topic in TOPICS:
-        if any(task in prompt for task in topic.tasks):
-            return topic
-    return NO_TOPIC
+    return next((x for x in TOPICS if any(task in prompt for task in x.tasks)), NO_TOPIC)
 
 
 def _found(sentences, text):
@@ -457,7 +456,7 @@ def world_preferences(count, rng):
     """`count` pairs of written responses: the world's substitute for a file of human preferences.
 
     Each preference is drawn by Bradley–Terry from the exact score, P(y_1 ≻ y_0) =
-    σ(s(y_1) − s(y_0)), and so is on the scale of the scores.
+    σ(s(y_1) − s(y_0)), so that a Bradley–Terry fit recovers the scores' own scale.
     """
     pairs = []
     for _ in range(count):

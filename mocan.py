@@ -76,9 +76,9 @@ def score_loss(chosen, rejected, chosen_sign=None, rejected_sign=None):
 def group_batches(lengths, responses, group, generator):
     """Yield batches forever: prompts n (B,), and for each a group k (B, G) of its K responses.
 
-    lengths (N, K); G = group, B·G is about `responses`; a prompt's k are different. An epoch visits
-    every prompt once, with a fresh group. It is shuffled, then sorted by length within stretches of
-    8 batches, so that little of a batch is padding.
+    lengths (N, K); G = group, B·G is about `responses`; a prompt's k are different; generator: on
+    the CPU. An epoch visits every prompt once, with a fresh group. It is shuffled, then sorted by
+    length within stretches of 8 batches, so that little of a batch is padding.
     """
     size = max(1, responses // group)
     while True:
@@ -111,7 +111,7 @@ class Recipe(NamedTuple):
     stage: str  # what progress and errors call it
     steps: int
     lr: float
-    batch: int = 16  # pairs a micro-batch; a policy update: 2·batch responses
+    batch: int = 16  # pairs a micro-batch, which are 2·batch responses, in groups of G or of 2
     accumulate: int = 1  # micro-batches a step
     warmup: int = 20
     clip: float = 1.0  # largest gradient norm
@@ -126,8 +126,8 @@ class Descent:
         self.recipe = recipe
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-        half = model.config.dtype == "float16"
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
+        self.scaler = torch.amp.GradScaler(
+            model.device.type, enabled=model.config.dtype == "float16")
         self.losses = []  # of every micro-batch
         self.log = progress(recipe.stage, recipe.steps)
 
@@ -157,7 +157,7 @@ class Descent:
 
 
 def lr_at(step, recipe):
-    """The learning rate's factor: linear warm-up to 1, then cosine down to 0."""
+    """The learning rate's factor: linear warm-up to 1 (if steps > warmup), then cosine to 0."""
     if step < recipe.warmup:
         return (step + 1) / (recipe.warmup + 1)
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
@@ -191,7 +191,7 @@ def train_mocan(policy, pool, ref_logp, score, constraint, lam, beta, group, rec
     """
     s = score + torch.einsum("m,mnk->nk", lam.to(score), constraint)  # (N, K)
     group = min(group, s.size(1))
-    j, i = torch.triu_indices(group, group, 1, device=policy.device)  # all pairs of a group
+    j, i = torch.triu_indices(group, group, 1, device=policy.device)  # each pair of a group once
     batches = group_batches(pool.lengths, 2 * recipe.batch, group, generator)
     descent = Descent(policy, recipe)
     for _ in descent.micro_batches():
@@ -200,8 +200,8 @@ def train_mocan(policy, pool, ref_logp, score, constraint, lam, beta, group, rec
         with policy.autocast():
             logp = sequence_logprob(policy, tokens, response_mask).view(k.shape)  # (B, G)
         ref = take(ref_logp, n, k, policy.device)  # (B, G)
-        label = take(s, n, k, policy.device)  # (B, G)
-        p_i = bradley_terry(label[:, i], label[:, j])  # pseudo-preference; β is in the loss
+        s_k = take(s, n, k, policy.device)  # (B, G)
+        p_i = bradley_terry(s_k[:, i], s_k[:, j])  # s is in the units of r: no β here
         loss = preference_loss(
             logp[:, i], logp[:, j],
             ref[:, i], ref[:, j],
@@ -223,7 +223,7 @@ def sample_pool(policy, tok, prompts, K, batch, generator, stage):
     for start in range(0, len(repeated), batch):
         some = repeated[start:start + batch]
         sampled = policy.generate(some, tok.response_limit, eos=tok.end, generator=generator)
-        rows += zip(*(x.cpu() for x in sampled))
+        rows += zip(*[x.cpu() for x in sampled])
         log(start + len(some))
     tokens, response_mask, logp = zip(*rows)  # N·K of (T,), (T,), ()
     tokens = pad_sequence(tokens, batch_first=True).view(len(prompts), K, -1)
@@ -231,15 +231,14 @@ def sample_pool(policy, tok, prompts, K, batch, generator, stage):
     pool = Pool(tokens, response_mask)
     if policy.config.dtype == "float32":
         return pool, torch.stack(logp).view(len(prompts), K)
-    return pool, logprobs(policy, pool, batch)  # in the arithmetic of every other ratio
+    return pool, logprobs(policy, pool, batch)  # `generate` runs in float32
 
 
 @torch.no_grad()
 def map_pool(function, model, pool, batch):
     """function(model, tokens (B, T), response_mask (B, T)) -> (B,) on every response -> (N, K).
 
-    Float32, on the CPU: log-probabilities of text that a policy did not sample just now, and the
-    score models' scores.
+    Float32, on the CPU: log-probabilities and the score models' scores.
     """
     lengths = pool.lengths.flatten()
     tokens = pool.tokens.flatten(0, 1)
@@ -264,7 +263,7 @@ def score_pool(judges, names, prompts, pool, tok, batch=256):
     the built-in world's functions where there are none. names: "helpful", then the constraints;
     prompts: N strings.
 
-    Offline samples, data pairs and evaluation all pass here, so no two versions can differ.
+    Offline samples and evaluation both pass here, so that the two cannot differ.
     """
     if judges:
         return torch.stack(
@@ -291,7 +290,7 @@ def train_reference(model, pool, recipe, generator):
 
 def train_score(model, preferences, recipe, generator):
     """A reward or safety model from `data.Preferences`."""
-    pool, prefers, safe, _ = preferences
+    pool, prefers, safety, _ = preferences
     batches = group_batches(pool.lengths, 2 * recipe.batch, 2, generator)
     descent = Descent(model, recipe)
     for _ in descent.micro_batches():
@@ -301,12 +300,12 @@ def train_score(model, preferences, recipe, generator):
         tokens, response_mask = take_text(pool, n, k, model.device)
         with model.autocast():
             score = model.score(tokens, response_mask).view(k.shape)  # (B, 2)
-        sign = take(safe, n, k, model.device)  # (B, 2)
+        sign = take(safety, n, k, model.device)  # (B, 2)
         loss = score_loss(score[:, 0], score[:, 1], sign[:, 0], sign[:, 1])
         descent.step(loss.mean())
 
 
-def learn_score(model, tok, train, held_out, name, recipe, generator, batch=256):
+def learn_score(model, tok, train, held_out, name, recipe, generator, batch):
     """Train a score model of preference `name`; print how often it agrees with held-out pairs."""
     train_score(model, preference_tensors(tok, train, name), recipe, generator)
     pool, prefers, *_ = preference_tensors(tok, held_out, name)
@@ -341,7 +340,7 @@ def optimum(margin, found):
     gains = torch.tensor([found.score_gain, *found.constraint_gain])
     errors = 1.96 * torch.tensor([found.score_gain_se, *found.constraint_gain_se])
     return {**with_intervals(gains, errors), "margin": margin.tolist(), "lam": found.lam.tolist(),
-            "kl": found.kl, "seconds": 0.0, "ess": found.ess, "iterations": found.iterations}
+            "kl": found.kl, "seconds": 0.0, "ess": found.ess}
 
 
 def print_table(names, rows):
@@ -352,8 +351,11 @@ def print_table(names, rows):
         line = f"{policy:22}  {cell(row['reward_gain'], row['reward_gain_ci'])}"
         for gain, ci, b in zip(row["constraint_gain"], row["constraint_gain_ci"], row["margin"]):
             line += f"  {cell(gain, ci)}  {b:6.3f}  {holds(gain, ci, b):>12}"
-        lam = ", ".join(f"{x:.3f}" for x in row["lam"])
-        print(f"{line}  {row['kl']:6.3f}  {row['seconds']:7.0f}  {lam}".rstrip())
+        print(f"{line}  {row['kl']:6.3f}  {row['seconds']:7.0f}  {numbers(row['lam'])}")
+
+
+def numbers(values):
+    return ", ".join(f"{x:.3f}" for x in values)
 
 
 def cell(x, ci):
@@ -361,7 +363,7 @@ def cell(x, ci):
 
 
 def holds(gain, ci, b):
-    """As far as the sample can tell."""
+    """By the measured gain; a shortfall within its interval is "within error"."""
     if gain >= b - 1e-6:
         return "yes"
     return "within error" if ci[1] >= b else "no"
@@ -370,12 +372,13 @@ def holds(gain, ci, b):
 def frontier(score, constraint, margin, beta):
     """What the dual predicts from λ = 0 on: [(g_1's gain, the reward's gain), …]; for several
     constraints along the way to `margin`."""
-    low = dual.margin_of(score, constraint, torch.zeros(len(constraint)), beta)
-    high = 0.95 * dual.reachable(constraint) if len(constraint) == 1 else margin
-    margins = [low + t / 40 * (high - low) for t in range(41)]
+    reach = dual.reachable(constraint)
+    high = 0.95 * reach if len(reach) == 1 else margin
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of small effective sample sizes at the far end
-        duals = dual.sweep(score, constraint, margins, beta)
+        low = dual.solve(score, constraint, -100 * reach, beta).constraint_gain  # λ = 0
+        duals = [dual.solve(score, constraint, low + t / 40 * (high - low), beta)
+                 for t in range(41)]
     return [(found.constraint_gain[0].item(), found.score_gain) for found in duals]
 
 

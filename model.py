@@ -2,16 +2,18 @@
 model.py: a GPT, how it scores text, and how it samples its own.
 
 The architecture is GPT-2's (pre-LN blocks, learned positions, tanh GELU, tied output layer), with
-GPT-2's own module names (its published projections are stored transposed). Three uses:
+GPT-2's own module names (to load its published weights, transpose the projections). Three uses:
 
     policy, reference   sequence_logprob   ln π(y|x) = Σ_t ln π(y_t | x, y_<t): what DPO trains on
                         generate           y ~ π(·|x), and ln π(y|x) for free
     reward, safety      score              a scalar read off at the response's last token
 
 Shapes, here and in every file: B batch, T tokens, C channels, H heads, V vocabulary, R response
-tokens of a batch. A batch of text is always the pair (tokens, response_mask), both (B, T): prompt,
-response, then padding on the right. Right padding needs no attention mask, since a causal model
-never looks right; the response mask says which tokens the policy is answerable for.
+tokens of a batch, A rows still in the sampling cache; N prompts, K responses to each, G of them in
+a group, P preference pairs, m constraints. A batch of text is always the pair (tokens,
+response_mask), both (B, T): prompt, response, then padding on the right. Right padding needs no
+attention mask, since a causal model never looks right; the response mask says which tokens the
+policy is answerable for.
 
 Read next: data.py (what the text is), then dual.py (the constraint's price), then mocan.py.
 """
@@ -34,7 +36,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     score_head: bool = False  # a reward or safety model: a scalar instead of logits
-    dtype: str = "float32"  # arithmetic of the blocks where `autocast` is used
+    dtype: str = "float32"  # of the blocks' arithmetic, under `autocast`
 
 
 # ---- the blocks: `forward` takes whole sequences, `decode` one new token a row
@@ -61,7 +63,9 @@ class CausalSelfAttention(nn.Module):
         return self.merge(y), k, v
 
     def decode(self, x, keys, values, position, visible):
-        q, k, v = self.project(x)  # (B, H, 1, C/H)
+        """One new token a row: x (A, 1, C); keys, values (A, H, capacity, C/H), written at position
+        (A,); visible (A, 1, 1, S)."""
+        q, k, v = self.project(x)  # (A, H, 1, C/H)
         rows = torch.arange(len(x), device=x.device)
         keys[rows, :, position] = k[:, :, 0]
         values[rows, :, position] = v[:, :, 0]
@@ -96,7 +100,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x)), keys, values
 
     def decode(self, x, keys, values, position, visible):
-        """(B, 1, C) -> (B, 1, C); writes the new token's key and value into the cache."""
+        """(A, 1, C) -> (A, 1, C); writes the new token's key and value into the cache."""
         x = x + self.attn.decode(self.ln_1(x), keys, values, position, visible)
         return x + self.mlp(self.ln_2(x))
 
@@ -121,7 +125,7 @@ class GPT(nn.Module):
         """GPT-2's: the two projections onto the residual stream shrink with depth."""
         std = 0.02
         if name.endswith("c_proj.weight"):
-            std = 0.02 / math.sqrt(2 * self.config.n_layer)
+            std /= math.sqrt(2 * self.config.n_layer)
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif parameter.dim() == 2:
@@ -165,7 +169,7 @@ class GPT(nn.Module):
         B, T = tokens.shape
         last = (response_mask * torch.arange(T, device=tokens.device)).amax(dim=1)  # (B,)
         hidden = self(tokens)
-        hidden = hidden[torch.arange(B, device=tokens.device), last]  # (B, C)
+        hidden = hidden[torch.arange(B), last]  # (B, C)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score_head(hidden.float())[:, 0]
 
@@ -179,10 +183,10 @@ class GPT(nn.Module):
         """
         x = self.embed(prompts)
         cache = []
-        room = (0, 0, 0, capacity - prompts.size(1))
+        padding = (0, 0, 0, capacity - prompts.size(1))  # on the right of the positions
         for block in self.h:
             x, keys, values = block(x)
-            cache.append((F.pad(keys, room), F.pad(values, room)))
+            cache.append((F.pad(keys, padding), F.pad(values, padding)))
         return self.ln_f(x), cache
 
     def decode(self, tokens, cache, position, visible):
@@ -201,8 +205,8 @@ class GPT(nn.Module):
 
         Returns tokens (B, T), response_mask (B, T), and logp (B,): each response's log-probability
         in nats under the policy that sampled it. A response ends with `eos`, which belongs to it,
-        or is cut at max_new_tokens. Raises ValueError when a prompt
-        leaves no room for that many tokens.
+        or is cut at max_new_tokens. generator: on the model's device. Raises ValueError when a
+        prompt leaves no room for that many tokens.
         """
         self._check_room(prompts, max_new_tokens)
         device = self.device
@@ -219,13 +223,12 @@ class GPT(nn.Module):
         active = torch.ones_like(index, dtype=torch.bool)  # (A,) its response has not ended yet
         hidden, cache = self.prefill(tokens[:, :longest], end)
         hidden = hidden[index, position - 1]  # (A, C)
-        for seen in range(longest + 1, end + 1):
-            new, new_logp = draw(self.logits(hidden), generator)  # (A,), (A,)
+        for seen in range(longest + 1, end + 1):  # positions in use once this token is there
+            new, new_logp = sample_token(self.logits(hidden), generator)  # (A,), (A,)
             tokens[index, position] = new * active
             response_mask[index, position] = active
             logp[index] += new_logp * active
-            if eos is not None:
-                active = active & (new != eos)
+            active = active & (new != eos)
             if seen == end or not active.any():
                 break
             if active.sum() < 0.75 * len(active):  # ended responses leave the cache
@@ -241,8 +244,8 @@ class GPT(nn.Module):
         return tokens[:, :used], response_mask[:, :used], logp
 
     def _check_room(self, prompts, max_new_tokens):
-        shortest = min(len(prompt) for prompt in prompts)
-        longest = max(len(prompt) for prompt in prompts)
+        shortest = min(map(len, prompts))
+        longest = max(map(len, prompts))
         room = self.config.block_size - max_new_tokens
         if shortest == 0 or longest > room:
             raise ValueError(
@@ -251,7 +254,7 @@ class GPT(nn.Module):
                 f"shortest {shortest}")
 
 
-def draw(logits, generator):
+def sample_token(logits, generator):
     """Inverse-CDF sampling: logits (A, V) -> token ids (A,), their log-probabilities (A,)."""
     logprobs = F.log_softmax(logits, dim=-1)  # (A, V)
     cdf = logprobs.exp().cumsum(dim=-1)
@@ -275,7 +278,8 @@ def sequence_logprob(model, tokens, response_mask):
 
 # ---- checkpoints
 def to_checkpoint(model):
-    """Configuration and weights, as `save` takes and `load` returns them."""
+    """Configuration and weights, as `save` takes and `load` returns them; on a CPU the weights are
+    the model's own, not a copy."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     return {"config": asdict(model.config), "weights": weights}
 
@@ -287,7 +291,7 @@ def from_checkpoint(saved, device="cpu"):
 
 
 def save(saved, path):
-    """Whole or not at all."""
+    """A run that is killed meanwhile leaves the old file."""
     torch.save(saved, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 

@@ -216,7 +216,7 @@ def test_spread_takes_distinct_prompts_evenly():
 
 
 def loaded(files=(), constraints=""):
-    return data.load(files, 300, random.Random(0), 0.2, constraints)
+    return data.load_pairs(files, 300, random.Random(0), 0.2, constraints)
 
 
 @pytest.mark.parametrize("constraints, names", [("", ["helpful", "harmless"]), ("polite", ["helpful", "polite"]),
@@ -439,8 +439,8 @@ def test_preference_tensors_take_the_pairs_that_carry_the_preference():
 
 def test_labels_of_safety_are_no_part_of_helpfulness():
     pairs = [Pair("a", ("x", "y"), {"helpful": 1, "safe": 1}, (False, True))]
-    assert data.preference_tensors(vocab([]), pairs, "helpful").safe.tolist() == [[0, 0]]
-    assert data.preference_tensors(vocab([]), pairs, "safe").safe.tolist() == [[-1, 1]]
+    assert data.preference_tensors(vocab([]), pairs, "helpful").sign.tolist() == [[0, 0]]
+    assert data.preference_tensors(vocab([]), pairs, "safe").sign.tolist() == [[-1, 1]]
 
 
 def test_decoding_a_pool_gives_its_responses_back():

@@ -340,14 +340,6 @@ def test_cold_start_takes_at_most_8_evaluations():
             assert d.iterations <= 8 and torch.where(d.lam > 0, d.grad, d.grad.clamp_max(0)).abs().max() < 1e-9
 
 
-def test_sweep_and_margin_of():
-    r, g = rand(0, 200, 30), rand(1, 2, 200, 30)
-    grid = [share * 0.6 * dual.reachable(g) for share in (0.2, 0.5, 0.8)]
-    for b, d in zip(grid, dual.sweep(r, g, grid, 0.5)):
-        torch.testing.assert_close(d.lam, dual.solve(r, g, b, 0.5).lam, atol=1e-8, rtol=0)
-        torch.testing.assert_close(dual.margin_of(r, g, d.lam, 0.5), b, atol=1e-9, rtol=0)
-
-
 def test_coverage_of_the_error_bars():
     """Truth from 200,000 prompts of the same world; 95 % intervals of 600 samples must cover 92 to 97.5 %."""
     def world(N, seed):
@@ -380,6 +372,12 @@ def test_coverage_of_the_error_bars():
     assert all(0.92 <= count / 600 <= 0.975 for count in hits.values()), hits
 
 
+def gain_at(r, g, lam, beta):
+    """E_pi_lam[g] - E_ref[g] of one constraint, from the definition."""
+    p = ((r + lam * g) / beta).softmax(dim=1)
+    return float((p * g).sum(dim=1).mean() - g.mean())
+
+
 def test_bias_of_finite_k_and_the_jackknife():
     """r, g normal in each prompt: E_pi[g] - E_ref[g] = Cov(g, r + lam g) / beta exactly, for K without end."""
     r, e = rand(0, 2000, 128), rand(1, 2000, 128)
@@ -387,7 +385,7 @@ def test_bias_of_finite_k_and_the_jackknife():
     bias = {}
     for beta in (1.0, 0.75):
         truth = (-0.3 + lam * 1.09) / beta
-        plain, fixed = dual.margin_of(r, g, lam, beta).item(), dual.jackknife(r, g, lam, beta)[1].item()
+        plain, fixed = gain_at(r, g, lam, beta), dual.jackknife(r, g, lam, beta)[1].item()
         bias[beta] = (plain - truth, fixed - truth)
         assert plain < truth and abs(fixed - truth) < 0.5 * abs(plain - truth), bias
     slow = ((r + lam * g) / 0.75).softmax(dim=1)[0]
@@ -486,10 +484,9 @@ def test_memory_stays_under_twice_the_input():
 
 
 def solver_source():
-    """solve() and everything it needs from dual.py, as one would paste it."""
+    """solve() and everything it needs from dual.py, as one would paste it: from the one marker to the other."""
     text = Path(dual.__file__).read_text()
-    end = text.index("\n\n\ndef ", text.index("def solve("))
-    return text[text.index("import warnings\n"):end]
+    return text[text.index("# ---- here the part to paste begins"):text.index("# ---- here the part to paste ends")]
 
 
 def test_solve_runs_pasted_alone():
@@ -524,7 +521,7 @@ def test_command_line(tmp_path, cli):
     d = dual.solve(r, g, 0.5, 1.0)
     assert out["lam"] == pytest.approx(d.lam.tolist()) and out["kl"] == pytest.approx(d.kl) and out["margin"] == [0.5]
     text = cli(tmp_path / "s.npz", "--margin", "50%", "--beta", 1)[1]
-    for word in ("lam*", "score gain", "KL", "effective sample size", "at most", "100%"):
+    for word in ("lam*", "score gain", "KL", "effective sample size", "at most"):
         assert word in text
     ref = rand(2, 80, 20).numpy()
     np.savez(tmp_path / "p.npz", ref_logp=ref, logp_r=ref + r, logp_g=ref + g)  # PeCAN
@@ -557,8 +554,8 @@ def test_command_line_errors_in_one_line(tmp_path, cli):
     assert run.stderr.count("\n") == 1 and run.stdout == ""
 
 
-def test_the_file_is_short():
+def test_the_file_is_narrow_and_documented():
     text = Path(dual.__file__).read_text()
     tree = ast.parse(solver_source())
-    assert text.count("\n") <= 375 and max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 100
     assert tree and inspect.getdoc(dual.solve)

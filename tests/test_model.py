@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, draw, from_checkpoint, load, save, sequence_logprob, to_checkpoint
+from model import GPT, GPTConfig, sample_token, from_checkpoint, load, save, sequence_logprob, to_checkpoint
 
 PROMPTS = [[1 + (7 * i + 3 * t * t) % 10 for t in range(1 + i % 5)] for i in range(32)]  # 32 rows, lengths 1 to 5
 
@@ -112,7 +112,7 @@ def test_draw_inverts_the_cumulative_distribution(monkeypatch):
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])
     for u, choice in ((0.0, 0), (0.09, 0), (0.11, 1), (0.29, 1), (0.31, 2), (0.59, 2), (0.61, 3), (1.0, 3)):
         monkeypatch.setattr(torch, "rand", lambda rows, columns, **_: torch.full((rows, columns), u))
-        new, logp = draw(p.log()[None] + 5.0, None)
+        new, logp = sample_token(p.log()[None] + 5.0, None)
         assert new.tolist() == [choice] and logp.item() == pytest.approx(p[choice].log().item(), abs=1e-6)
 
 

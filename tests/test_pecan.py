@@ -1,4 +1,5 @@
 import inspect
+import json
 import math
 import random
 import sys
@@ -196,7 +197,7 @@ def test_the_policy_update_is_mocans_bit_for_bit_on_the_same_scores(group, chang
     ref_logp, logp_r, logp_g = (mocan.logprobs(tiny(seed), pool) for seed in (1, 2, 3))
     r, g = beta * (logp_r - ref_logp), beta * (logp_g - ref_logp)
     plan = recipe(**changes)
-    losses = pecan.train_pecan(ours, pool, ref_logp, logp_r, logp_g[None], lam, beta, group, plan, stream())
+    losses = pecan.train_pecan(ours, pool, logp_r, logp_g[None], ref_logp, lam, beta, group, plan, stream())
     assert losses == mocan.train_mocan(theirs, pool, ref_logp, r, g[None], lam, beta, group, plan, stream())
     assert len(losses) == 5 * plan.accumulate
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
@@ -209,9 +210,9 @@ def test_prealignment_is_dpo_with_the_preferred_response_first(monkeypatch, accu
     ref_logp, real = mocan.logprobs(tiny(), pool), pecan.preference_loss
     monkeypatch.setattr(pecan, "preference_loss", lambda *args: calls.append(args) or real(*args))
     plan = recipe(steps=4, batch=4, accumulate=accumulate)
-    losses = pecan.prealign(tiny(), preferences(pool, prefers), ref_logp, 0.5, plan, stream())
+    pecan.prealign(tiny(), preferences(pool, prefers), ref_logp, 0.5, plan, stream())
     batches = mocan.group_batches(pool.lengths, 8, 2, stream())
-    assert len(calls) == len(losses) == 4 * accumulate
+    assert len(calls) == 4 * accumulate
     for call in calls:
         n, _ = next(batches)
         chosen, rejected = ref_logp[n, prefers[n]], ref_logp[n, 1 - prefers[n]]
@@ -220,7 +221,7 @@ def test_prealignment_is_dpo_with_the_preferred_response_first(monkeypatch, accu
         if call is calls[0]:  # the policy is still the reference
             assert torch.allclose(call[0].flatten(), chosen, atol=1e-4)
             assert torch.allclose(call[1].flatten(), rejected, atol=1e-4)
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert real(*calls[0]).tolist() == pytest.approx([math.log(2)] * 4, abs=1e-5)
 
 
 def test_prealignment_makes_the_preferred_response_more_likely():
@@ -243,7 +244,7 @@ def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys):
         tau = pecan.temperature(policy, "safe", preferences(pool, prefers), mocan.logprobs(reference, pool), 0.5, batch)
         assert tau == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
-    assert f"safe: the implicit score agrees with {right:.1%} of 60" in said and f"temperature {expected:.3f}" in said
+    assert f"safe: the implicit score agrees with {right:.1%} of 60" in said and f"τ = {expected:.3f}" in said
 
 
 def test_a_non_finite_loss_stops_and_names_the_stage():
@@ -253,15 +254,15 @@ def test_a_non_finite_loss_stops_and_names_the_stage():
         pecan.prealign(policy, preferences(pool, torch.zeros(8, dtype=torch.long)), torch.zeros(8, 2), 0.5,
                        recipe("dpo-safe"), stream())
     with pytest.raises(FloatingPointError, match="^pecan: .* step 0"):
-        pecan.train_pecan(policy, pool, torch.zeros(8, 2), torch.randn(8, 2), torch.randn(1, 8, 2), torch.ones(1), 0.5,
+        pecan.train_pecan(policy, pool, torch.randn(8, 2), torch.randn(1, 8, 2), torch.zeros(8, 2), torch.ones(1), 0.5,
                           2, recipe(), stream())
 
 
 # ---- no score model on PeCAN's path
 
-@pytest.mark.parametrize("scores", ["exact", "learned"])
-def test_pecan_never_looks_at_a_score(monkeypatch, tmp_path, scores):
-    """Preferences in, policy out: until its policies are evaluated, every way to a score raises. With learned scores
+@pytest.mark.parametrize("source", ["world", "file"])
+def test_pecan_never_looks_at_a_score(monkeypatch, tmp_path, source):
+    """Preferences in, policy out: until its policies are evaluated, every way to a score raises. With a file
     the score models, which only the table needs, come just before that."""
     def forbidden(*args):
         raise AssertionError("a score on PeCAN's path")
@@ -276,10 +277,23 @@ def test_pecan_never_looks_at_a_score(monkeypatch, tmp_path, scores):
     for name in ("score_pool", "learn_score", "train_score", "score_loss"):
         monkeypatch.setattr(mocan, name, forbidden)
     monkeypatch.setattr(GPT, "score", forbidden)
-    first = (train, "evaluate") if scores == "exact" else (mocan, "learn_score")
+    flags = []
+    if source == "file":
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({
+            "prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
+            "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]}) + "\n"
+            for pair in rows))
+        flags = ["--data", str(tmp_path / "pairs.jsonl")]
+    first = (train, "evaluate") if source == "world" else (mocan, "learn_score")
     monkeypatch.setattr(*first, stop)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--algo", "pecan", "--scores", scores, "--out", str(tmp_path), *(
+    monkeypatch.setattr(sys, "argv", ["train.py", "--algo", "pecan", "--out", str(tmp_path), *flags, *(
         "--n_layer 1 --n_embd 16 --n_head 2 --max_new_tokens 16 --block_size 48 --vocab_size 400 --sft_steps 20 "
         "--prompts 8 --responses 8 --steps 2 --prealign_steps 3").split()])
     with pytest.raises(SystemExit, match="evaluation"):
         train.main()
+
+
+def test_calibrated_log_probabilities_by_hand():
+    logp, ref = f64(-3.0, -1.0), f64(-2.0, -1.5)
+    assert pecan.calibrated(logp, ref, 0.5).tolist() == [-2.5, -1.25]
+    assert torch.equal(pecan.calibrated(logp, ref, 1.0), logp) and torch.equal(pecan.calibrated(logp, ref, 0.0), ref)

@@ -3,6 +3,7 @@ import gzip
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import dual
 import mocan
 import train
@@ -95,7 +97,7 @@ def test_results_hold_what_readers_rely_on(quick):
     assert set(results["config"]) == {f.name for f in fields(train.Config)} and results["config"]["quick"] is True
     for part in ("dual", "dual_pecan"):
         assert set(results[part]) >= {"margin", "lam", "reward_gain", "reward_gain_ci", "constraint_gain",
-                                      "constraint_gain_ci", "kl", "ess", "iterations"}
+                                      "constraint_gain_ci", "kl", "ess"}
         assert all(len(results[part][name]) == 1 for name in ("margin", "lam", "constraint_gain", "constraint_gain_ci"))
     assert list(results["policies"]) == POLICIES
     for row in (*results["policies"].values(), results["dual"], results["dual_pecan"]):
@@ -164,7 +166,7 @@ def test_the_picture_is_well_formed_and_titled(quick):
 
 
 def test_every_stage_leaves_its_artifact(quick):
-    tensors = {"reference.pt", "offline.pt", "offline_scores.pt", "pairs.pt", "dpo-helpful.pt", "dpo-harmless.pt",
+    tensors = {"reference.pt", "offline.pt", "offline_scores.pt", "dpo-helpful.pt", "dpo-harmless.pt",
                "mocan.pt", "pecan.pt"}
     others = {"run.json", "tokenizer.json", "results.json", "samples.jsonl", "tradeoff.svg"}
     assert set(os.listdir(quick[1])) == tensors | others
@@ -251,7 +253,7 @@ def test_a_new_margin_from_the_dual_on_keeps_the_samples(tiny, tiny_copy):
 def test_a_new_margin_keeps_the_pre_aligned_policies(tiny, tiny_copy):
     job("--from", "dual", "--out", tiny_copy, "--margin", "4%")
     assert all((tiny_copy / f"{name}.pt").read_bytes() == (tiny / f"{name}.pt").read_bytes()
-               for name in ("dpo-helpful", "dpo-harmless", "pairs"))
+               for name in ("dpo-helpful", "dpo-harmless"))
     assert not same_weights(tiny_copy, tiny, "pecan.pt")
 
 
@@ -260,7 +262,7 @@ def test_artifacts_of_other_settings_are_not_mixed_in(tiny_copy):
     with pytest.raises(ValueError, match=r"pecan\.pt: made with lr 0\.0004, not 0\.0003; .* --from pecan$"):
         job("--from", "evaluate", "--out", tiny_copy, "--algo", "all")
     job(*TINY, "--out", tiny_copy, "--seed", 1, "--algo", "mocan")
-    with pytest.raises(ValueError, match=r"pairs\.pt: made with seed 0, not 1; make it again with --from prealign$"):
+    with pytest.raises(ValueError, match=r"dpo-helpful\.pt: made with seed 0, not 1; make it again with --from prealign$"):
         job("--from", "evaluate", "--out", tiny_copy, "--algo", "all")
 
 
@@ -339,11 +341,16 @@ def test_mocan_alone_needs_no_pre_alignment(tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith(("dpo-", "pairs", "pecan"))]
 
 
-def test_learned_scores_in_the_world(tmp_path, capsys):
-    job(*TINY, "--out", tmp_path, "--scores", "learned", "--algo", "mocan", "--accumulate", 2)
+def test_scores_of_a_file_are_learned(tmp_path, capsys):
+    rows = data.world_preferences(300, random.Random(0))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({
+        "prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
+        "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]}) + "\n"
+        for pair in rows))
+    job(*TINY, "--out", tmp_path, "--data", tmp_path / "pairs.jsonl", "--algo", "mocan", "--accumulate", 2)
     said = capsys.readouterr().out
-    assert (tmp_path / "score_helpful.pt").exists() and (tmp_path / "score_harmless.pt").exists()
-    assert re.search(r"harmless: accuracy [\d.]+% ± [\d.]+% on \d+ held-out pairs", said)
+    assert (tmp_path / "score_helpful.pt").exists() and (tmp_path / "score_safe.pt").exists()
+    assert re.search(r"safe: accuracy [\d.]+% ± [\d.]+% on \d+ held-out pairs", said)
 
 
 def slice_of(path, rows, to):
@@ -421,12 +428,11 @@ def test_alternating_rows_of_two_preferences_keep_both(tmp_path, monkeypatch):
 
 
 def test_prealignment_reads_no_more_pairs_than_it_visits_and_none_twice(tmp_path, monkeypatch):
-    drawn, real = [], train.make_pairs_ref
-    monkeypatch.setattr(train, "make_pairs_ref", lambda c, reference, tok, pairs, held_out: (
-        drawn.extend(pairs), real(c, reference, tok, pairs, held_out))[1])
+    drawn, real = [], data.preference_tensors
+    monkeypatch.setattr(data, "preference_tensors", lambda tok, pairs, name: drawn.append(pairs) or real(tok, pairs, name))
     calls = prealignments(monkeypatch, "--out", tmp_path, "--prealign_steps", 1, "--batch", 8, "--accumulate", 2)
-    assert [size for *_, size in calls] == [32, 32]  # 2 preferences · 1 step · 8 · 2, of some 240 training pairs
-    assert len({id(pair) for pair in drawn}) == len(drawn) == 32
+    assert [size for *_, size in calls] == [16, 16]  # 1 step · 8 · 2, of some 240 training pairs
+    assert len({id(pair) for pair in drawn[0]}) == len(drawn[0]) == 16 and drawn[2] == drawn[0]
 
 
 def test_an_unreachable_margin_stops_before_training_and_names_the_largest(tiny_copy):
@@ -478,7 +484,6 @@ BAD_FLAGS = {
     "one response": (["--responses", "1"], "2"),
     "no training data": (["--held_out", "1.5"], "--held_out 1.5"),
     "no room for a prompt": (["--max_new_tokens", "190"], "--block_size 192"),
-    "exact scores of a file": (["--scores", "exact", "--data", "x.jsonl"], "learned"),
     "score_steps below 0": (["--score_steps", "-3"], "--score_steps"),
 }
 
@@ -535,9 +540,9 @@ def test_quick_from_the_reference_on_starts_afresh_in_quick_sizes(tiny):
     assert all(getattr(c, name) == value for name, value in train.QUICK.items() if name != "steps")
 
 
-def test_real_data_after_a_run_of_the_world_learns_its_scores_and_keeps_its_sizes(tiny):
+def test_real_data_after_a_run_of_the_world_keeps_its_sizes(tiny):
     c = train.settings(["--from", "reference", "--data", "x.jsonl", "--out", str(tiny)])
-    assert c.scores == "learned" and (c.margin, c.prealign_steps, c.sft_steps) == ("10%", 12, 80)  # not DATA's
+    assert (c.margin, c.prealign_steps, c.sft_steps) == ("10%", 12, 80)  # not DATA's
 
 
 def test_a_missing_data_file_leaves_the_earlier_runs_settings(tiny_copy):
