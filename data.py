@@ -42,7 +42,7 @@ def load_preferences(paths):
     \\n\\nAssistant: …" that share all but the last reply. The file does not say which preference
     it holds: NAME=FILE does. With NAME=FILE a PKU row's better_response_id (NAME is helpful) or
     safer_response_id (any other NAME) is read as the preference NAME. Unknown fields are ignored.
-    Returns list[Pair]; raises ValueError with file and line number.
+    Returns list[Pair]; raises ValueError with the file and, for a bad row, its line number.
     """
     pairs = []
     for spec in paths:
@@ -215,8 +215,8 @@ class Tokenizer(NamedTuple):
 def vocab_tokenizer(pieces, prompt_limit, response_limit):
     """256 single bytes, then those pieces of text, then the template's three special tokens.
 
-    tiktoken looks a whole piece up before it merges anything: a frequent piece is one token, and
-    any other falls to its bytes.
+    tiktoken looks a whole piece up before it merges anything: a frequent piece is one token, any
+    other is merged from its bytes as far as these pieces allow.
     """
     ranks = {bytes([i]): i for i in range(256)}
     for piece in pieces:

@@ -20,10 +20,11 @@ the units of r and g, with r → β·ln π_r/π_ref, g → β·ln π_g/π_ref.
     mean_y f, for f = r and g_j   mean                  (1+m, N), the score's row first
     E_π_λ[f|x] − mean_y f         policy.gain           (1+m, N), the score's row first
 
-Convergence. A step lowers the quadratic model of D + v·‖step‖²/(2·radius) on λ ≥ 0, v being the
-violation of the optimality (KKT) conditions: that keeps it within 2·radius. A step that lowers D by
-too little of what the model promised is refused, and shrinks radius. So for convex smooth D only
-KKT points are limits; near λ* v vanishes, and convergence is quadratic where ∇²D is regular.
+Convergence. In units of r, x = λ·unit, a step e ≥ −x lowers the quadratic model of D plus
+damp·‖e‖²/2, with damp = v/radius and v the norm of the violation of KKT. Since −⟨∇D,e⟩ ≤ v·‖e‖, a
+lower model means ‖e‖ ≤ 2·radius. A step that lowers D by too little of what the model promised is
+refused, and shrinks radius. So for convex smooth D only KKT points are limits; near λ* v vanishes,
+and convergence is quadratic where ∇²D is regular.
 
 Infeasible margins let D fall for ever. With the recession function R(d) = mean_x max_y ⟨d,h⟩,
 D(λ) ≥ R(λ) + mean_x min_y r − β ln K. A λ where D is below the last two terms has R(λ) < 0: the
@@ -114,7 +115,8 @@ def evaluate(problem, lam, detail=False):
     gain = policy.gain[1:]  # (m, N)
     average = mean_x(torch.cat([gain, policy.log_sum[None]]), weight)  # (m+1,)
     log_mean = average[-1] - float(problem.log_count @ weight)  # mean_x ln mean_y exp(…)
-    product = (gain * weight) @ (problem.mean[1:] + gain).T  # (m, m) what Cov subtracts
+    # Cov(g) = E[(g−μ)gᵀ] − E[g−μ]·E[g]ᵀ with μ = mean_y g: policy.second less this
+    product = (gain * weight) @ (problem.mean[1:] + gain).T  # (m, m)
 
     value = problem.beta * log_mean - ref[0] - lam @ (problem.margin + ref[1:])  # D(λ) − E_ref[r]
     grad = average[:-1] - problem.margin  # ∇D(λ) = E_π_λ[h]
@@ -514,7 +516,7 @@ def expectations(problem, lam, detail):
 
 
 def cold_start(problem):
-    """λ (m,) near λ*, approached on few prompts: a start, not a proof, with the ranges of all."""
+    """λ (m,) near λ*, approached on few prompts: a starting point; the units stay those of all."""
     lam = np.zeros(len(problem.margin))
     for stride in STRIDES:
         weight = problem.weight[::stride]
@@ -528,7 +530,7 @@ def cold_start(problem):
             mean=problem.mean[:, ::stride])
         try:
             point, _, _ = minimise(some, lam, COLD, LIMIT)
-        except Infeasible:  # on those prompts: all of them decide
+        except Infeasible:  # on those prompts, which proves nothing for all of them
             break
         lam = point.lam
     return lam

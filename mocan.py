@@ -6,8 +6,10 @@ The problem, for a reward r, safety measures g_j and a reference policy π_ref:
     max_π  E[r(x,y)] − β·KL(π‖π_ref)    subject to    E_π[g_j] − E_ref[g_j] ≥ b_j,   j = 1…m
 
 1. Sample K responses per prompt from π_ref and score them.              (sample_pool, score_pool)
-2. Solve the dual for λ* ≥ 0 on those scores: closed form, convex.       (dual.solve)
+2. Solve the dual for λ* ≥ 0 on those scores: closed form, convex.       (solve_from)
 3. One policy update: DPO with pairs labelled by s = r + ⟨λ*,g⟩.         (train_mocan)
+
+A second shot does the same from the policy that the first one made: see `solve_from`.
 
 Step 3 is all of the training, since π* ∝ π_ref·exp(s/β) is what DPO converges to when
 P(y ≻ y') = σ(s(y) − s(y')): the constants E_ref[g_j] and b_j of the dual cancel in the difference.
@@ -37,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import dual
 from data import WORLD_SCORES, Pool, encode_prompts, preference_tensors
-from model import GPT, sequence_logprob
+from model import GPT, from_checkpoint, sequence_logprob
 
 
 # ---- the losses: tensors in, tensors out
@@ -111,7 +113,7 @@ class Recipe(NamedTuple):
     stage: str  # what progress and errors call it
     steps: int
     lr: float
-    batch: int = 16  # pairs a micro-batch, which are 2·batch responses, in groups of G or of 2
+    batch: int = 16  # pairs a micro-batch; policy updates: 2·batch responses, in groups of G
     accumulate: int = 1  # micro-batches a step
     warmup: int = 20
     clip: float = 1.0  # largest gradient norm
@@ -186,12 +188,13 @@ def progress(stage, steps):
 def train_mocan(policy, pool, ref_logp, score, constraint, lam, beta, group, recipe, generator):
     """DPO on pairs of pool (N, K, T), labelled by s = r + ⟨λ*,g⟩ -> the loss of every micro-batch.
 
-    policy: starts as a copy of the reference; ref_logp, score (N, K); constraint (m, N, K); lam
-    (m,); group: G responses to a prompt, compared in all their pairs.
+    policy: starts as the reference, or as the shot before made it; ref_logp, score (N, K);
+    constraint (m, N, K); lam (m,); group: G responses to a prompt, compared in all their pairs.
     """
     s = score + torch.einsum("m,mnk->nk", lam.to(score), constraint)  # (N, K)
     group = min(group, s.size(1))
-    j, i = torch.triu_indices(group, group, 1, device=policy.device)  # each pair of a group once
+    # every pair of a group once; the loss is symmetric, so its order does not matter
+    j, i = torch.triu_indices(group, group, 1, device=policy.device)
     batches = group_batches(pool.lengths, 2 * recipe.batch, group, generator)
     descent = Descent(policy, recipe)
     for _ in descent.micro_batches():
@@ -210,7 +213,56 @@ def train_mocan(policy, pool, ref_logp, score, constraint, lam, beta, group, rec
     return descent.losses
 
 
-# ---- step 1: responses of π_ref, their log-probabilities and scores
+# ---- step 2: the dual, asked from any policy
+class Sample(NamedTuple):
+    """K responses of a policy π₁ to each of N prompts; in the first shot π₁ is π_ref."""
+    pool: Pool              # (N, K, T)
+    logp: torch.Tensor      # (N, K) ln π₁(y|x)
+    ref_logp: torch.Tensor  # (N, K) ln π_ref(y|x)
+    scores: torch.Tensor    # (1+m, N, K) r, g_1 … g_m
+
+
+def solve_from(sample, ref_mean, margin, beta):
+    """dual.Dual of the problem, asked from π₁; margin (m,); ref_mean (m,) is E_ref[g].
+
+    For any π₁:  E_π[r] − β·KL(π‖π_ref) = E_π[r − β·ln(π₁/π_ref)] − β·KL(π‖π₁), so it is the same
+    dual with r → r − β·ln(π₁/π_ref) and b → b less what π₁ has gained; in the first shot both
+    differences are 0. Where π₁ is near π_λ*, its weights are nearly flat and few responses serve:
+    λ* loses the bias of a finite K, which one shot has at a small β.
+    """
+    score = sample.scores[0] - beta * (sample.logp - sample.ref_logp)  # (N, K)
+    constraint = sample.scores[1:]  # (m, N, K)
+    gained = constraint.double().mean(dim=(1, 2)) - ref_mean  # (m,)
+    margin = torch.as_tensor(margin, dtype=torch.float64)
+    return dual.solve(score, constraint, margin - gained, beta)
+
+
+def solve_margins(scores, margin, margins, beta):
+    """Scores (1+m, N, K) of π_ref's responses -> {policy: b (m,)}, {policy: Dual}.
+
+    margin is of the policy "mocan", "0.5,0.3": one a constraint; margins lists more, comma
+    separated, "25%:25%,0.5:0", each of a policy "mocan TEXT".
+    """
+    reach = dual.reachable(scores[1:])
+    print(f"\nlargest reachable margins: {numbers(reach)}")
+    b = {"mocan": dual.parse_margin(margin, reach)}
+    for text in margins.split(","):
+        if text not in ("", margin.replace(",", ":")):  # the margin again
+            b[f"mocan {text}"] = dual.parse_margin(text, reach, ":")
+    duals = {name: dual.solve(scores[0], scores[1:], b[name], beta) for name in b}
+    return b, duals
+
+
+def say_dual(policy, margin, found):
+    """Gains and KL are those over the policy whose responses the dual was solved on."""
+    print(f"\ndual of {policy}: λ* = {numbers(found.lam)} ± {numbers(1.96 * found.lam_se)} at a "
+          f"margin of {numbers(margin)}; predicted from its responses: gains "
+          f"{numbers(found.constraint_gain)}, reward {found.score_gain:.3f}, KL {found.kl:.3f}; "
+          f"effective sample size {found.ess:.1f} a prompt (5th percentile {found.ess_p5:.1f}); "
+          f"{found.iterations} evaluations")
+
+
+# ---- step 1: responses, their log-probabilities and scores
 def sample_pool(policy, tok, prompts, K, batch, generator, stage):
     """K responses y ~ π(·|x) to each of N prompts (str) -> Pool, logp (N, K) in nats."""
     ids, cut = encode_prompts(tok, prompts)
@@ -231,7 +283,14 @@ def sample_pool(policy, tok, prompts, K, batch, generator, stage):
     pool = Pool(tokens, response_mask)
     if policy.config.dtype == "float32":
         return pool, torch.stack(logp).view(len(prompts), K)
-    return pool, logprobs(policy, pool, batch)  # `generate` runs in float32
+    return pool, logprobs(policy, pool, batch)  # as in training, by autocast: ratios start at 0
+
+
+def sample_from(policy, reference, tok, prompts, K, batch, generator, stage, score_of):
+    """K responses of a policy to each prompt -> Sample; score_of(pool, ref_logp): (1+m, N, K)."""
+    pool, logp = sample_pool(policy, tok, prompts, K, batch, generator, stage)
+    ref_logp = logprobs(reference, pool, batch)
+    return Sample(pool, logp, ref_logp, score_of(pool, ref_logp))
 
 
 @torch.no_grad()
@@ -317,13 +376,33 @@ def learn_score(model, tok, train, held_out, name, recipe, generator, batch):
 
 
 # ---- what came of it: gains, the table and the picture; nothing below is part of the method
-def compare(scores, ref_scores):
-    """A policy's scores against the reference's on the same prompts, both (1+m, N, K) -> means, and
-    gains with 95 % intervals over prompts, as results.json has them."""
-    scores = scores.double()
+def measure(policies, reference, judges, names, tok, prompts, K, batch, seed):
+    """K fresh responses of every policy to held-out prompts -> {policy: row}, {policy: N·K texts}.
+    policies {name: checkpoint}, the reference's first."""
+    rows = {}
+    texts = {}
+    for name, saved in policies.items():
+        policy = from_checkpoint(saved, reference.device)
+        generator = torch.Generator(policy.device).manual_seed(seed)  # the same noise for all
+        sample = sample_from(
+            policy, reference, tok, prompts, K, batch, generator, name,
+            lambda pool, _: score_pool(judges, names, prompts, pool, tok, batch))
+        if not rows:
+            ref_scores = sample.scores
+        texts[name] = sample.pool.texts(tok)
+        rows[name] = {**compare(sample, ref_scores), "lam": saved.get("lam", []),
+                      "seconds": saved.get("seconds", 0.0)}
+    return rows, texts
+
+
+def compare(sample, ref_scores):
+    """A policy's Sample against the reference's scores (1+m, N, K) on the same prompts -> means,
+    gains with 95 % intervals over prompts, and KL(π‖π_ref), as results.json has them."""
+    scores = sample.scores.double()
     gains = scores.mean(dim=2) - ref_scores.double().mean(dim=2)  # (1+m, N): paired by prompt
     errors = 1.96 * gains.std(dim=1) / math.sqrt(gains.size(1))
     return {"reward": scores[0].mean().item(), "constraint": scores[1:].mean(dim=(1, 2)).tolist(),
+            "kl": (sample.logp - sample.ref_logp).mean().item(),
             **with_intervals(gains.mean(dim=1), errors)}
 
 
@@ -369,9 +448,11 @@ def holds(gain, ci, b):
     return "within error" if ci[1] >= b else "no"
 
 
-def frontier(score, constraint, margin, beta):
-    """What the dual predicts from λ = 0 on: [(g_1's gain, the reward's gain), …]; for several
-    constraints along the way to `margin`."""
+def frontier(scores, margin, beta):
+    """What the dual predicts of scores (1+m, N, K) from λ = 0 on: [(g_1's gain, the reward's
+    gain), …]; for several constraints along the way to `margin`."""
+    score = scores[0]
+    constraint = scores[1:]
     reach = dual.reachable(constraint)
     high = 0.95 * reach if len(reach) == 1 else margin
     with warnings.catch_warnings():

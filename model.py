@@ -223,7 +223,7 @@ class GPT(nn.Module):
         active = torch.ones_like(index, dtype=torch.bool)  # (A,) its response has not ended yet
         hidden, cache = self.prefill(tokens[:, :longest], end)
         hidden = hidden[index, position - 1]  # (A, C)
-        for seen in range(longest + 1, end + 1):  # positions in use once this token is there
+        for seen in range(longest + 1, end + 1):  # positions in use, of the longest prompt
             new, new_logp = sample_token(self.logits(hidden), generator)  # (A,), (A,)
             tokens[index, position] = new * active
             response_mask[index, position] = active
@@ -296,10 +296,14 @@ def save(saved, path):
     os.replace(f"{path}.tmp", path)
 
 
-def load(path, remedy):
+def load(path, remedy, identity={}):
     """A dict of tensors and plain values, on the CPU; ValueError with the remedy where there is
-    none."""
+    none, or where its "made_from" {setting: value} contradicts this identity."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
+    for what, value in saved.get("made_from", {}).items():
+        if identity.get(what, value) != value:
+            raise ValueError(f"{path}: made with {what} {value}, not {identity[what]}; {remedy}")
+    return saved

@@ -11,7 +11,8 @@ helpful, which is safer.
        β·ln(π_r/π_ref) = r − β·ln Z_r(x),   β·ln(π_g/π_ref) = g − β·ln Z_g(x):
    the scores, up to a constant of the prompt, which no label and no π_λ can see. A pre-alignment
    stops before that optimum; a factor τ on its log-ratios mends it.       (calibrate, calibrated)
-3. The same dual, with r → β·ln(π_r/π_ref), g → β·ln(π_g/π_ref).                 (implicit_dual)
+3. The same dual, with r → β·ln(π_r/π_ref), g → β·ln(π_g/π_ref): implicit_dual, which is what
+   mocan.solve_from solves on such scores in the first shot.
 4. One policy update: DPO with pairs labelled by s = β·(ln(π_r/π_ref) + ⟨λ*, ln(π_g/π_ref)⟩).
                                                                                    (train_pecan)
 
@@ -71,6 +72,13 @@ def calibrated(logp, ref_logp, tau):
     return ref_logp + tau * (logp - ref_logp)
 
 
+def implicit_scores(policies, taus, pool, ref_logp, beta, batch=256):
+    """β·τ·ln(π/π_ref) of every pre-aligned policy on a pool (N, K, T) -> (1+m, N, K)."""
+    logp = torch.stack([calibrated(logprobs(policy, pool, batch), ref_logp, tau)
+                        for policy, tau in zip(policies, taus)])
+    return beta * (logp - ref_logp)
+
+
 # ---- the dual
 def implicit_dual(logp_r, logp_g, ref_logp, margin, beta):
     """λ* from log-probabilities: logp_r, ref_logp (N, K), logp_g (m, N, K), margin (m,), in the
@@ -80,17 +88,33 @@ def implicit_dual(logp_r, logp_g, ref_logp, margin, beta):
     return dual.solve(reward, safety, margin, beta)
 
 
+def solve(logp, ref_logp, margin, text, beta):
+    """b (m,), MoCAN's `margin` where there is one, else `text`'s; and the Dual, None where MoCAN
+    has one and these scores do not reach it. logp (1+m, N, K), calibrated; ref_logp (N, K)."""
+    b = margin
+    if margin is None:
+        b = dual.parse_margin(text, dual.reachable(beta * (logp[1:] - ref_logp)))
+    try:
+        return b, implicit_dual(logp[0], logp[1:], ref_logp, b, beta)
+    except (dual.Infeasible, FloatingPointError) as error:
+        if margin is None:
+            raise
+        print(f"  no PeCAN policy, by its implicit scores: {error}")
+        return b, None
+
+
 # ---- the policy update
 def train_pecan(policy, pool, logp_r, logp_g, ref_logp, lam, beta, group, recipe, generator):
     """DPO on pairs of pool (N, K, T), labelled by the implicit score -> the loss of every
     micro-batch.
 
-    policy: starts as a copy of π_ref; logp_r, ref_logp (N, K); logp_g (m, N, K); lam (m,); group: G
-    responses to a prompt, compared in all their pairs.
+    policy: starts as π_ref, or as the shot before made it; logp_r, ref_logp (N, K); logp_g (m, N,
+    K); lam (m,); group: G responses to a prompt, compared in all their pairs.
     """
     s = implicit_score(logp_r, logp_g, ref_logp, lam, beta)  # (N, K)
     group = min(group, s.size(1))
-    j, i = torch.triu_indices(group, group, 1, device=policy.device)  # each pair of a group once
+    # every pair of a group once; the loss is symmetric, so its order does not matter
+    j, i = torch.triu_indices(group, group, 1, device=policy.device)
     batches = group_batches(pool.lengths, 2 * recipe.batch, group, generator)
     descent = Descent(policy, recipe)
     for _ in descent.micro_batches():

@@ -14,11 +14,11 @@ The stages, and the artifact that each leaves in --out:
     prealign    PeCAN: one DPO policy per preference       dpo-*.pt
     dual        λ*, and what it predicts                   none: solved anew in every run
     mocan       one policy update                          mocan*.pt
-    pecan       one policy update                          pecan.pt
+    pecan       one policy update                          pecan*.pt
     evaluate    fresh responses on held-out prompts        results.json, samples.jsonl, tradeoff.svg
 
 `main` is the story; below it stand the stages, the results, the run's folder and the command line.
-"Earlier" and "later" stages are those above and below in this list.
+"Earlier" and "later" stages are those above and below in this list. run.json keeps the settings.
 """
 
 import argparse
@@ -36,7 +36,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 import torch
 
 import data
-import dual
 import mocan
 import pecan
 from model import GPT, GPTConfig, from_checkpoint, load, save, to_checkpoint
@@ -65,7 +64,7 @@ class Config:
     start: str = setting("reference", None, "(--from) reuse the artifacts of earlier stages and "
                          "run from this one", STAGES)
     out: str = setting("out", None, "folder of all artifacts")
-    quick: bool = setting(False, "reference", "shrink every stage: a run of seconds, to see that "
+    quick: bool = setting(False, "reference", "shrink the stages: a run of seconds, to see that "
                           "everything works")
     algo: str = setting("all", None, "which policies to train", ("mocan", "pecan", "all"))
     seed: int = setting(0, "reference", "seeds every random stream", least=0)
@@ -114,6 +113,11 @@ class Config:
     # policy
     lr: float = setting(4e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
     steps: int = setting(1200, "mocan", "its gradient steps")
+    shots: int = setting(1, "mocan", "1: as in the paper; each further one samples the policy so "
+                         "far, solves the dual again and goes on training")
+    shot_steps: int = setting(400, "mocan", "gradient steps of each further shot")
+    shot_lr: float = setting(2e-4, "mocan", "their learning rate")
+    shot_responses: int = setting(32, "mocan", "K of each further shot", least=2)
     group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all "
                          "their pairs", least=2)
     prealign_steps: int = setting(1800, "prealign", "gradient steps of each of PeCAN's pre-aligned "
@@ -146,34 +150,33 @@ def main():
     judges = {}  # preference -> score model, where no exact function exists
     policies = {}  # name -> its artifact
     margins = {}  # name -> b (m,)
-    duals = {}  # name -> dual.Dual
+    duals = {}  # name -> dual.Dual, for the reports; each shot solves its own, the first the same
 
     if c.algo != "pecan":  # before pre-alignment, so that an unreachable margin costs nothing
         judges = learn_judges(c, reference, tok, train, held_out, names)
         scores = artifact(c, "offline", "offline_scores.pt", make_scores, judges, names, prompts,
                           pool, tok)["scores"]  # (1+m, N, K)
-        margins, duals = solve_mocan(c, scores)
+        margins, duals = mocan.solve_margins(scores, c.margin, c.margins, c.beta)
     if c.algo != "mocan":
-        policies = prealigned(c, reference, tok, train, held_out, names, pool, ref_logp)
-        logp = torch.stack([saved["logp"] for saved in policies.values()])  # (1+m, N, K)
+        dpo = prealigned(c, reference, tok, train, held_out, names, pool, ref_logp)
+        logp = torch.stack([saved["logp"] for saved in dpo.values()])  # (1+m, N, K)
+        policies |= dpo
     if c.algo != "pecan":
-        for name, found in duals.items():
-            file = f"{name.replace(' ', '_')}.pt"
-            policies[name] = artifact(c, "mocan", file, make_policy, reference, name,
-                                      mocan.train_mocan, pool, ref_logp, scores[0], scores[1:],
-                                      lam=found.lam.tolist())
+        offline = mocan.Sample(pool, ref_logp, ref_logp, scores)
+        policies |= mocan_policies(c, reference, judges, names, tok, prompts, offline, margins)
     if c.algo != "mocan":
-        margins["pecan"], found = solve_pecan(c, logp, ref_logp, margins.get("mocan"))
+        margin, found = pecan.solve(logp, ref_logp, margins.get("mocan"), c.margin, c.beta)
+        margins["pecan"] = margin
         if found is not None:
             duals["pecan"] = found
-            policies["pecan"] = artifact(c, "pecan", "pecan.pt", make_policy, reference, "pecan",
-                                         pecan.train_pecan, pool, logp[0], logp[1:], ref_logp,
-                                         lam=found.lam.tolist())
+            offline = mocan.Sample(pool, ref_logp, ref_logp, c.beta * (logp - ref_logp))
+            policies |= pecan_policies(c, reference, tok, prompts, offline, margin, dpo)
     if c.algo == "pecan":  # PeCAN needs no score model; the table does
         judges = learn_judges(c, reference, tok, train, held_out, names)
     rows = evaluate(c, reference, policies, judges, names, margins, duals, held_out, tok)
     if c.algo != "pecan":
-        draw(c, names, scores, margins["mocan"], rows)
+        curve = mocan.frontier(scores, margins["mocan"], c.beta)
+        write(c, "tradeoff.svg", mocan.svg(f"{names[1]} gain over the reference", curve, rows))
 
 
 # ---- the stages; make_… returns what an artifact keeps
@@ -236,21 +239,6 @@ def make_scores(c, judges, names, prompts, pool, tok):
     return {"scores": mocan.score_pool(judges, names, prompts, pool, tok, c.sample_batch)}
 
 
-def solve_mocan(c, scores):
-    """{policy: b (m,)} and {policy: Dual} of --margin, which is "mocan"'s, and of --margins."""
-    reach = dual.reachable(scores[1:])
-    print(f"\nlargest reachable margins: {mocan.numbers(reach)}")
-    margins = {"mocan": dual.parse_margin(c.margin, reach)}
-    for text in c.margins.split(","):
-        if text not in ("", c.margin.replace(",", ":")):  # --margin again
-            margins[f"mocan {text}"] = dual.parse_margin(text, reach, ":")
-    duals = {}
-    for name, margin in margins.items():
-        duals[name] = dual.solve(scores[0], scores[1:], margin, c.beta)
-        say_dual(name, margin, duals[name])
-    return margins, duals
-
-
 def prealigned(c, reference, tok, train, held_out, names, pool, ref_logp):
     """PeCAN, steps 1 and 2 -> {dpo-NAME: artifact}."""
     # no more pairs than training will visit: each costs a pass of the reference
@@ -271,8 +259,9 @@ def prealigned(c, reference, tok, train, held_out, names, pool, ref_logp):
 
 
 def make_prealigned(c, reference, tok, name, sides, refs, pool, ref_logp):
-    """A pre-aligned policy, and its calibrated log-probabilities of the offline pool, (N, K). τ
-    sees held-out pairs, one number a preference: by that much PeCAN's rows are in-sample."""
+    """A pre-aligned policy, and its calibrated log-probabilities of the offline pool, (N, K). τ is
+    fitted on held-out pairs, whose prompts `evaluate` uses too: by that one number a preference
+    PeCAN's rows of the table are in-sample."""
     policy = copy.deepcopy(reference)
     plan = recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr)
     pairs = data.preference_tensors(tok, sides["training"], name)
@@ -282,33 +271,68 @@ def make_prealigned(c, reference, tok, name, sides, refs, pool, ref_logp):
     tau = pecan.temperature(policy, name, pairs, refs["held-out"][pairs.rows], c.beta,
                             c.sample_batch)
     logp = mocan.logprobs(policy, pool, c.sample_batch)
-    return {**to_checkpoint(policy), "logp": pecan.calibrated(logp, ref_logp, tau)}
+    return {**to_checkpoint(policy), "tau": tau,
+            "logp": pecan.calibrated(logp, ref_logp, tau)}
 
 
-def make_policy(c, reference, name, update, *inputs, lam):
-    """The one policy update: `update` is mocan.train_mocan or pecan.train_pecan."""
-    policy = copy.deepcopy(reference)
-    plan = recipe(c, name, c.steps, c.lr)
-    generator = stream(c, name.split()[0])  # every margin of MoCAN sees the same pairs
-    update(policy, *inputs, torch.tensor(lam), c.beta, c.group, plan, generator)
-    return to_checkpoint(policy)
+def mocan_policies(c, reference, judges, names, tok, prompts, offline, margins):
+    """MoCAN, steps 2 and 3 for every margin -> {policy: artifact}."""
+    policies = {}
+    for name, margin in margins.items():
+        policies |= shoot(c, reference, tok, prompts, "mocan", name, offline, margin, update_mocan,
+                          lambda pool, _: mocan.score_pool(judges, names, prompts, pool, tok,
+                                                           c.sample_batch))
+    return policies
 
 
-def solve_pecan(c, logp, ref_logp, margin):
-    """b (m,), MoCAN's where there is one, and PeCAN's Dual; None for that where only MoCAN's
-    scores reach the margin."""
-    try:
-        b = margin
-        if b is None:
-            b = dual.parse_margin(c.margin, dual.reachable(c.beta * (logp[1:] - ref_logp)))
-        found = pecan.implicit_dual(logp[0], logp[1:], ref_logp, b, c.beta)
-    except (dual.Infeasible, FloatingPointError) as error:
-        if margin is None:
-            raise
-        print(f"  no PeCAN policy, by its implicit scores: {error}")
-        return margin, None
-    say_dual("pecan", b, found)
-    return b, found
+def update_mocan(policy, sample, *how):  # how: lam, beta, group, recipe, generator
+    mocan.train_mocan(policy, sample.pool, sample.ref_logp, sample.scores[0], sample.scores[1:],
+                      *how)
+
+
+def pecan_policies(c, reference, tok, prompts, offline, margin, dpo):
+    """PeCAN, steps 3 and 4 -> {policy: artifact}; its scores are those of the dpo-NAME policies."""
+    policies = [from_checkpoint(saved, c.device) for saved in dpo.values()]
+    taus = [saved["tau"] for saved in dpo.values()]
+    return shoot(c, reference, tok, prompts, "pecan", "pecan", offline, margin, update_pecan,
+                 lambda pool, ref_logp: pecan.implicit_scores(policies, taus, pool, ref_logp,
+                                                              c.beta, c.sample_batch))
+
+
+def update_pecan(policy, sample, lam, beta, *how):
+    logp = sample.ref_logp + sample.scores / beta  # (1+m, N, K)
+    pecan.train_pecan(policy, sample.pool, logp[0], logp[1:], sample.ref_logp, lam, beta, *how)
+
+
+def shoot(c, reference, tok, prompts, stage, name, offline, margin, update, score_of):
+    """--shots policy updates, each from the one before -> {name: artifact, "name shot 2": …}."""
+    policies = {}
+    policy = reference
+    for shot in range(1, c.shots + 1):
+        label = name if shot == 1 else f"{name} shot {shot}"
+        policies[label] = artifact(
+            c, stage, f"{label.replace(' ', '_')}.pt", make_shot, policy, reference, tok, prompts,
+            offline, update, score_of, label, b=margin.tolist(), shot=shot)
+        policy = from_checkpoint(policies[label], c.device)
+    return policies
+
+
+def make_shot(c, policy, reference, tok, prompts, offline, update, score_of, label, b, shot):
+    """One shot: responses of the policy so far, the dual, the policy update."""
+    sample = offline
+    plan = recipe(c, label, c.steps, c.lr)
+    if shot > 1:
+        sample = mocan.sample_from(
+            policy, reference, tok, prompts, c.shot_responses, c.sample_batch,
+            stream(c, f"{label}/responses", c.device), label, score_of)
+        plan = recipe(c, label, c.shot_steps, c.shot_lr)
+    ref_mean = offline.scores[1:].double().mean(dim=(1, 2))  # (m,) E_ref[g]
+    found = mocan.solve_from(sample, ref_mean, b, c.beta)
+    mocan.say_dual(label, b, found)
+    policy = copy.deepcopy(policy)
+    generator = stream(c, label.split()[0])  # every margin of MoCAN sees the same pairs
+    update(policy, sample, found.lam, c.beta, c.group, plan, generator)
+    return {**to_checkpoint(policy), "lam": found.lam.tolist()}
 
 
 # ---- what the stages share
@@ -332,37 +356,18 @@ def recipe(c, stage, steps, lr):
 
 
 # ---- what came of it
-def say_dual(policy, margin, found):
-    print(f"\ndual of {policy}: λ* = {mocan.numbers(found.lam)} ± "
-          f"{mocan.numbers(1.96 * found.lam_se)} at a margin of {mocan.numbers(margin)}; predicted "
-          f"gains {mocan.numbers(found.constraint_gain)}, reward {found.score_gain:.3f}, KL "
-          f"{found.kl:.3f}; effective sample size {found.ess:.1f} a prompt (5th percentile "
-          f"{found.ess_p5:.1f}); {found.iterations} evaluations")
-
-
 def evaluate(c, reference, policies, judges, names, margins, duals, held_out, tok):
     """Fresh responses of every policy to held-out prompts -> results.json, samples.jsonl, the
     table; returns its rows."""
     prompts = data.spread(held_out, c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} held-out prompts")
-    rows = {}
-    texts = {}
-    for name, saved in {"reference": to_checkpoint(reference), **policies}.items():
-        policy = from_checkpoint(saved, c.device)
-        pool, logp = mocan.sample_pool(  # the same noise for every policy
-            policy, tok, prompts, c.eval_responses, c.sample_batch,
-            stream(c, "evaluate", c.device), name)
-        ref_logp = mocan.logprobs(reference, pool, c.sample_batch)
-        scores = mocan.score_pool(judges, names, prompts, pool, tok, c.sample_batch)
-        if name == "reference":
-            ref_scores = scores
-        texts[name] = pool.texts(tok)
-        margin = margins.get(name, next(iter(margins.values())))
-        # KL(π‖π_ref) = E_π[ln π − ln π_ref], on the policy's own samples
-        rows[name] = {**mocan.compare(scores, ref_scores), "kl": (logp - ref_logp).mean().item(),
-                      "margin": margin.tolist(), "seconds": saved.get("seconds", 0.0),
-                      "lam": saved.get("made_from", {}).get("lam", [])}
+    rows, texts = mocan.measure(
+        {"reference": to_checkpoint(reference), **policies}, reference, judges, names, tok,
+        prompts, c.eval_responses, c.sample_batch, seed_of(c, "evaluate"))
+    for name, row in rows.items():
+        margin = margins.get(name.split(" shot ")[0], next(iter(margins.values())))
+        row["margin"] = margin.tolist()
 
     optima = {name: mocan.optimum(margins[name], found) for name, found in duals.items()}
     write(c, "results.json", json.dumps({
@@ -370,8 +375,7 @@ def evaluate(c, reference, policies, judges, names, margins, duals, held_out, to
         "dual_pecan": optima.get("pecan")}, indent=1))
     samples = [{"instruction": prompts[i // c.eval_responses], "output": text, "generator": name}
                for name in texts for i, text in enumerate(texts[name])]
-    write(c, "samples.jsonl", "".join(
-        json.dumps(sample) + "\n" for sample in samples))
+    write(c, "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     for i in range(0, len(prompts), len(prompts) // 3 + 1):
         print(f"\n  {prompts[i]}")
         for name in texts:
@@ -379,11 +383,6 @@ def evaluate(c, reference, policies, judges, names, margins, duals, held_out, to
     mocan.print_table(names[1:], {
         **rows, "optimum (closed form)": next(iter(optima.values()))})
     return rows
-
-
-def draw(c, names, scores, margin, rows):
-    curve = mocan.frontier(scores[0], scores[1:], margin, c.beta)
-    write(c, "tradeoff.svg", mocan.svg(f"{names[1]} gain over the reference", curve, rows))
 
 
 # ---- the run's folder
@@ -397,19 +396,14 @@ def write(c, name, text):
 
 def artifact(c, stage, name, make, *args, **made_from):
     """The file `name` of a stage: read where --from starts later, else make(c, *args, **made_from),
-    a dict of tensors. made_from: what shaped it beside the settings of its stage and those before;
-    an artifact that other values shaped is refused."""
+    tensors and plain values by name. made_from: what shaped it beside the settings of its stage and
+    those before; an artifact that other values shaped is refused."""
     path = f"{c.out}/{name}"
     stages = STAGES[:STAGES.index(stage) + 1]
     identity = {f.name: getattr(c, f.name) for f in fields(Config) if f.metadata["stage"] in stages}
     identity |= made_from
     if reused(stage, c.start):
-        saved = load(path, f"make it with --from {stage}")
-        for what, value in saved.get("made_from", {}).items():
-            if identity.get(what) != value:
-                raise ValueError(f"{path}: made with {what} {value}, not {identity.get(what)}; "
-                                 f"make it again with --from {stage}")
-        return saved
+        return load(path, f"make it with --from {stage}", identity)
     print(f"\n{stage}: {path}", flush=True)
     write(c, "run.json", json.dumps({"config": asdict(c)}, indent=1))
     began = time.time()

@@ -1,9 +1,9 @@
-"""Benchmarks, each one command: `python tests/bench.py dual`, `python tests/bench.py oneshot --out out`.
+"""Benchmarks, each one command: `python tests/bench.py dual`, `python tests/bench.py shots --out out`.
 
 dual: the solver of dual.py against what one would call instead, interleaved, the median of `--repeat` runs (of one run
       for projected gradient descent). Evaluations are passes over all prompts; |grad| is the largest violation of the
       KKT conditions at the end, always computed by the same function.
-oneshot: the MoCAN policy of a finished `python train.py`, in the built-in world with exact scores and one constraint,
+shots: the MoCAN policy of a finished `python train.py`, in the built-in world with exact scores and one constraint,
       against primal-dual policy optimization from the same reference.
 """
 import argparse
@@ -219,8 +219,8 @@ def bench_dual(argv):
                   f"and {ours / whole:.2f}")
 
 
-def bench_oneshot(argv):
-    """One-shot dualization against the primal-dual policy optimization that it replaces, on one model, world and margin.
+def bench_shots(argv):
+    """One shot, or several, against the primal-dual policy optimization that it replaces, on one model, world and margin.
 
     Both start from the same reference and see the same training prompts, learning rate, schedule and step size (2 * batch
     responses in groups of G, all pairs of a group). A primal-dual round samples fresh responses of the current policy,
@@ -228,7 +228,7 @@ def bench_oneshot(argv):
     response used once; DPO's optimum at a fixed lam is the same pi_lam for samples of any policy. The policy is kept from
     round to round. Evaluations are the ones of train.py, on the same prompts, and are not counted.
     """
-    parser = argparse.ArgumentParser(prog="bench.py oneshot", allow_abbrev=False, description=bench_oneshot.__doc__,
+    parser = argparse.ArgumentParser(prog="bench.py shots", allow_abbrev=False, description=bench_shots.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of a finished run of `python train.py`")
     parser.add_argument("--rounds", type=int, default=140, help="primal-dual rounds")
@@ -240,7 +240,7 @@ def bench_oneshot(argv):
         ours = json.load(file)
     c = train.Config(**{**ours["config"], "data": tuple(ours["config"]["data"]), "start": "evaluate", "out": a.out})
     if c.data or not ours["dual"] or len(ours["dual"]["lam"]) != 1:
-        sys.exit("bench.py oneshot: needs a MoCAN run of the built-in world with one constraint")
+        sys.exit("bench.py shots: needs a MoCAN run of the built-in world with one constraint")
     mocan.progress = lambda *_: lambda *_: None  # the rounds print lines of their own
     train_pairs, held_out, names = data.load_pairs(c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out,
                                              c.constraints)
@@ -257,12 +257,11 @@ def bench_oneshot(argv):
     sampling = generator if c.device == "cpu" else train.stream(c, "primal-dual", c.device)
 
     def measure(model):
-        """Scores (2, N, K) of fresh responses to the held-out prompts, KL to the reference."""
-        pool, logp = mocan.sample_pool(model, tok, held, c.eval_responses, c.sample_batch,
-                                       train.stream(c, "evaluate", c.device), "evaluate")
-        kl = (logp - mocan.logprobs(reference, pool, c.sample_batch)).mean().item()
-        return mocan.score_pool({}, names, held, pool, tok), kl
-    ref_eval, _ = measure(reference)
+        """A mocan.Sample of the model's fresh responses to the held-out prompts."""
+        return mocan.sample_from(model, reference, tok, held, c.eval_responses, c.sample_batch,
+                                 train.stream(c, "evaluate", c.device), "evaluate",
+                                 lambda pool, _: mocan.score_pool({}, names, held, pool, tok))
+    ref_eval = measure(reference).scores
 
     G, size = c.group, max(1, 2 * c.batch // c.group)
     j, i = torch.triu_indices(G, G, 1, device=policy.device)
@@ -290,11 +289,10 @@ def bench_oneshot(argv):
             descent.step(loss.mean())
         spent += time.time() - began
         if (turn + 1) * a.evaluations // a.rounds > turn * a.evaluations // a.rounds:
-            fresh, kl = measure(policy)
-            m = mocan.compare(fresh, ref_eval)
-            history.append((m["reward_gain"], m["constraint_gain"][0], kl, lam.item(), spent, turn + 1))
+            m = mocan.compare(measure(policy), ref_eval)
+            history.append((m["reward_gain"], m["constraint_gain"][0], m["kl"], lam.item(), spent, turn + 1))
             print(f"  round {turn + 1:3d}: lam {lam.item():.3f}  reward gain {m['reward_gain']:+.3f}  {names[1]} gain "
-                  f"{m['constraint_gain'][0]:+.3f} (b {b:.3f})  KL {kl:.3f}  {spent:.0f} s", flush=True)
+                  f"{m['constraint_gain'][0]:+.3f} (b {b:.3f})  KL {m['kl']:.3f}  {spent:.0f} s", flush=True)
 
     def row(name, x):  # one evaluated moment of primal-dual
         reward, gain, kl, _, seconds, turns = x
@@ -302,8 +300,13 @@ def bench_oneshot(argv):
 
     met, feasible = [x for x in history if x[1] >= b], [x for x in history if x[1] >= 0.95 * b]
     seconds = mine["seconds"] + saved["offline"]["seconds"] + saved["offline_scores"]["seconds"] + solving
-    rows = [("one-shot", c.steps, len(prompts) * c.responses, 1, seconds, mine["reward_gain"], mine["constraint_gain"][0],
+    rows = [("one shot", c.steps, len(prompts) * c.responses, 1, seconds, mine["reward_gain"], mine["constraint_gain"][0],
              mine["kl"])]
+    for shot in range(2, c.shots + 1):  # each costs what it adds to the ones before
+        mine = ours["policies"][f"mocan shot {shot}"]
+        seconds += mine["seconds"]
+        rows += [(f"{shot} shots", c.steps + (shot - 1) * c.shot_steps, len(prompts) * (c.responses + (shot - 1) *
+                  c.shot_responses), shot, seconds, mine["reward_gain"], mine["constraint_gain"][0], mine["kl"])]
     rows += [row("primal-dual, first with gain >= b", met[0])] if met else []
     rows += [row("primal-dual, best with gain >= 0.95 b", max(feasible))] if feasible else []
     rows += [row("primal-dual, last", history[-1])]
@@ -313,13 +316,13 @@ def bench_oneshot(argv):
         print(f"{name:38s}{steps:7d}{samples:9d}{updates:9d}{seconds:9.0f}{reward:+9.3f}{gain:+8.3f}{max(0, b - gain):11.3f}"
               f"{kl:7.3f}{reward - c.beta * kl:+18.3f}")
     tail = torch.tensor(history[len(history) // 2:])
-    print(f"oscillation of primal-dual over its second half: lam {tail[:, 3].min():.3f} to {tail[:, 3].max():.3f} (one-shot: "
+    print(f"oscillation of primal-dual over its second half: lam {tail[:, 3].min():.3f} to {tail[:, 3].max():.3f} (one shot: "
           f"{ours['dual']['lam'][0]:.3f}), {names[1]} gain {tail[:, 1].min():+.3f} to {tail[:, 1].max():+.3f}, "
           f"reward gain {tail[:, 0].min():+.3f} to {tail[:, 0].max():+.3f}")
 
 
 def main():
-    commands = {"dual": bench_dual, "oneshot": bench_oneshot}
+    commands = {"dual": bench_dual, "shots": bench_shots}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(f"{__doc__}\nusage: python tests/bench.py {{{','.join(commands)}}} [--help]")
     commands[sys.argv[1]](sys.argv[2:])

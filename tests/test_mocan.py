@@ -547,18 +547,63 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
     assert realised.tolist() == pytest.approx(found.constraint_gain.tolist(), abs=0.05)
 
 
+# ---- the dual from any policy
+
+def sample_of(scores, logp=None, ref_logp=None):
+    zero = torch.zeros(scores.shape[1:])
+    return mocan.Sample(None, zero if logp is None else logp, zero if ref_logp is None else ref_logp, scores)
+
+
+@pytest.mark.parametrize("m, beta, share", [(1, 1.0, 0.5), (1, 0.25, 0.6), (2, 0.5, 0.3), (2, 2.0, 0.4)])
+@pytest.mark.parametrize("seed", [5, 6])
+def test_the_dual_from_any_policy_is_the_first_problems(space, m, beta, share, seed):
+    """An exact sample of a random π₁ of full support gives the same λ* and the same π* as one of π_ref."""
+    s, other = space(m), space(m, seed)  # π₁ is another space's reference
+    margin = share * dual.reachable(s.spread(s.g)) / m
+    first = dual.solve(s.spread(s.r), s.spread(s.g), margin, beta)
+    ref_mean = (s.ref * s.g).sum(dim=2).mean(dim=1)
+    log_ratio = other.ref.log() - s.ref.log()
+    sample = mocan.Sample(None, other.spread(other.ref.log()), other.spread(s.ref.log()),
+                          other.spread(torch.cat([s.r[None], s.g])))
+    again = mocan.solve_from(sample, ref_mean, margin, beta)
+    assert first.lam.max() > 0.05 and log_ratio.abs().max() > 0.5
+    assert torch.allclose(again.lam, first.lam, atol=1e-9, rtol=0)
+    gained = ((other.ref - s.ref) * s.g).sum(dim=2).mean(dim=1)
+    assert torch.allclose(again.constraint_gain + gained, first.constraint_gain, atol=1e-9, rtol=0)
+    score = s.r - beta * log_ratio + torch.einsum("m,mns->ns", again.lam, s.g)
+    policy = (other.ref.log() + score / beta).softmax(dim=1)  # π₁·exp((r − β ln π₁/π_ref + ⟨λ,g⟩)/β)
+    assert torch.allclose(policy, optimum(s, first.lam, beta), atol=1e-9, rtol=0)
+
+
+def test_in_the_first_shot_it_is_the_dual_itself(space):
+    s = space(2)
+    scores = torch.cat([s.spread(s.r)[None], s.spread(s.g)])
+    ref = s.spread(s.ref.log())
+    found = mocan.solve_from(mocan.Sample(None, ref, ref, scores), scores[1:].mean(dim=(1, 2)), f64(0.3, 0.2), 0.5)
+    assert torch.equal(found.lam, dual.solve(scores[0], scores[1:], f64(0.3, 0.2), 0.5).lam)
+
+
+def test_sample_from_scores_what_the_policy_samples():
+    policy, reference = tiny(2), tiny(1)
+    sample = mocan.sample_from(policy, reference, DIGITS, ["123", "4"], 3, 4, stream(), "shot",
+                               lambda pool, ref_logp: torch.stack([pool.lengths.float(), ref_logp]))
+    assert torch.allclose(sample.logp, mocan.logprobs(policy, sample.pool), atol=1e-4, rtol=0)
+    assert torch.equal(sample.ref_logp, mocan.logprobs(reference, sample.pool, 4))
+    assert torch.equal(sample.scores[1], sample.ref_logp) and torch.equal(sample.scores[0], sample.pool.lengths.float())
+
+
 # ---- what came of it
 
 def test_an_interval_by_hand():
     # mean 2.5, standard deviation √(5/3) = 1.2909944, half-width 1.96·1.2909944/2 = 1.2651746
-    row = mocan.compare(f64(1, 2, 3, 4).view(1, 4, 1), torch.zeros(1, 4, 1))
+    row = mocan.compare(sample_of(f64(1, 2, 3, 4).view(1, 4, 1)), torch.zeros(1, 4, 1))
     assert [row["reward_gain"], *row["reward_gain_ci"]] == pytest.approx([2.5, 1.2348254, 3.7651746], abs=1e-6)
 
 
 def test_compare_by_hand():
     scores = f64(1, 3, 0, 0, 2, 4, 5, 5).view(2, 2, 2)  # r and g of two responses to each of two prompts
     ref_scores = f64(1, 2, 0, 5, 1, 1, 2, 2).view(2, 2, 2)
-    row = mocan.compare(scores, ref_scores)
+    row = mocan.compare(sample_of(scores), ref_scores)
     # r: gains 2 − 1.5 on prompt 0 and 0 − 2.5 on prompt 1; g: 3 − 1 and 5 − 2
     assert row["reward"] == 1 and row["constraint"] == [4]
     assert row["reward_gain"] == pytest.approx((0.5 - 2.5) / 2) and row["constraint_gain"] == pytest.approx([2.5])
@@ -570,7 +615,7 @@ def test_compare_by_hand():
 
 def test_a_policy_compared_with_itself_gains_nothing():
     scores = torch.randn(3, 5, 4, dtype=torch.float64)
-    row = mocan.compare(scores, scores)
+    row = mocan.compare(sample_of(scores), scores)
     assert [row["reward_gain"], *row["constraint_gain"]] == [0.0] * 3
     assert [row["reward_gain_ci"], *row["constraint_gain_ci"]] == [[0.0, 0.0]] * 3
 
@@ -585,7 +630,7 @@ def sampled(prompt_limit):
 def test_the_reference_measured_against_itself(capsys):
     model, tok, prompts, pool, logp = sampled(60)
     scores = mocan.score_pool({}, ["helpful", "harmless", "polite"], prompts, pool, tok)
-    row = mocan.compare(scores, scores)
+    row = mocan.compare(sample_of(scores), scores)
     assert scores.shape == (3, 2, 3) and len(pool.texts(tok)) == 6
     assert row["reward_gain"] == 0 and row["constraint_gain"] == [0, 0] and len(row["constraint_gain_ci"]) == 2
     assert abs((logp - mocan.logprobs(model, pool)).mean()) < 1e-4  # KL
@@ -641,7 +686,7 @@ def test_the_frontier_is_the_closed_form_from_lambda_zero_on(space, m):
     s, beta, margin = space(m), 0.8, f64(0.6, 0.5)[:m]
     start = optimum(s, torch.zeros(m, dtype=torch.float64), beta)
     low, end = gains(s, start), margin if m == 2 else 0.95 * dual.reachable(s.spread(s.g))
-    curve = mocan.frontier(s.spread(s.r), s.spread(s.g), margin, beta)
+    curve = mocan.frontier(torch.cat([s.spread(s.r)[None], s.spread(s.g)]), margin, beta)
     assert len(curve) == 41 and all(before[0] < after[0] for before, after in itertools.pairwise(curve))
     assert curve[40][0] == pytest.approx(end[0].item(), abs=1e-6)
     for t in (0, 10, 20, 40):

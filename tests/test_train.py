@@ -262,22 +262,22 @@ def test_artifacts_of_other_settings_are_not_mixed_in(tiny_copy):
     with pytest.raises(ValueError, match=r"pecan\.pt: made with lr 0\.0004, not 0\.0003; .* --from pecan$"):
         job("--from", "evaluate", "--out", tiny_copy, "--algo", "all")
     job(*TINY, "--out", tiny_copy, "--seed", 1, "--algo", "mocan")
-    with pytest.raises(ValueError, match=r"dpo-helpful\.pt: made with seed 0, not 1; make it again with --from prealign$"):
+    with pytest.raises(ValueError, match=r"dpo-helpful\.pt: made with seed 0, not 1; make it with --from prealign$"):
         job("--from", "evaluate", "--out", tiny_copy, "--algo", "all")
 
 
 def test_a_run_that_was_cut_short_leaves_no_stale_policy_to_evaluate(tiny_copy):
     with pytest.raises(FloatingPointError):
         job("--from", "dual", "--out", tiny_copy, "--margin", "4%", "--lr", "1e30", "--algo", "mocan")
-    with pytest.raises(ValueError, match=r"mocan\.pt: made with margin 10%, not 4%; make it again with --from mocan$"):
+    with pytest.raises(ValueError, match=r"mocan\.pt: made with margin 10%, not 4%; make it with --from mocan$"):
         job("--from", "evaluate", "--out", tiny_copy)
 
 
-def test_a_policy_of_another_lam_is_not_evaluated(tiny_copy):
+def test_a_policy_of_another_margin_is_not_evaluated(tiny_copy):
     saved = torch.load(tiny_copy / "mocan.pt", weights_only=True)
-    saved["made_from"]["lam"] = [9.0]
+    saved["made_from"]["b"] = [9.0]
     torch.save(saved, tiny_copy / "mocan.pt")
-    with pytest.raises(ValueError, match=r"mocan\.pt: made with lam \[9\.0\], not \[0\.\d+\]; .* --from mocan$"):
+    with pytest.raises(ValueError, match=r"mocan\.pt: made with b \[9\.0\], not \[0\.\d+\]; .* --from mocan$"):
         job("--from", "evaluate", "--out", tiny_copy)
 
 
@@ -301,6 +301,32 @@ def test_two_constraints_and_a_trade_off_curve(tmp_path, capsys):
     assert "polite gain" in capsys.readouterr().out
     ElementTree.parse(tmp_path / "tradeoff.svg")
     assert (tmp_path / "mocan_5%:5%.pt").exists() and (tmp_path / "mocan_10%:20%.pt").exists()
+
+
+SHOTS = ["--shots", 2, "--shot_steps", 3, "--shot_responses", 4]
+
+
+def test_a_second_shot_starts_from_the_first_and_has_a_row(tiny, tmp_path):
+    job(*TINY, "--out", tmp_path, *SHOTS)
+    rows = numbers(tmp_path)["policies"]
+    assert list(rows) == [*POLICIES[:-1], "mocan shot 2", "pecan", "pecan shot 2"]
+    assert all(same_weights(tmp_path, tiny, f"{name}.pt") for name in POLICIES)  # the first shots are the plain run's
+    for name in ("mocan", "pecan"):
+        assert rows[f"{name} shot 2"]["margin"] == rows[name]["margin"]
+        assert rows[f"{name} shot 2"]["lam"] != rows[name]["lam"] and len(rows[f"{name} shot 2"]["lam"]) == 1
+        first, second = weights(tmp_path, f"{name}.pt"), weights(tmp_path, f"{name}_shot_2.pt")
+        assert not torch.equal(first["wte.weight"], second["wte.weight"])
+    before = (tmp_path / "mocan_shot_2.pt").read_bytes()
+    job("--from", "evaluate", "--out", tmp_path)
+    assert numbers(tmp_path)["policies"] == rows and (tmp_path / "mocan_shot_2.pt").read_bytes() == before
+
+
+def test_shots_of_several_margins_and_constraints(tmp_path):
+    job(*TINY, "--out", tmp_path, *SHOTS, "--algo", "mocan", "--constraints", "harmless,polite", "--margin", "5%,5%",
+        "--margins", "2%:5%")
+    rows = numbers(tmp_path)["policies"]
+    assert list(rows) == ["reference", "mocan", "mocan shot 2", "mocan 2%:5%", "mocan 2%:5% shot 2"]
+    assert rows["mocan 2%:5% shot 2"]["margin"] == rows["mocan 2%:5%"]["margin"] != rows["mocan"]["margin"]
 
 
 def test_the_main_margin_among_the_margins_is_trained_once(tiny_copy):
@@ -499,9 +525,9 @@ def test_a_bad_flag_exits_with_2_and_names_what_is_valid(case, capsys):
 
 
 CONTRADICTIONS = {
-    "seed": (["--seed", "5"], "reference.pt: made with seed 0, not 5; make it again with --from reference"),
-    "n_embd": (["--n_embd", "64"], "reference.pt: made with n_embd 32, not 64; make it again with --from reference"),
-    "responses": (["--responses", "9"], "offline.pt: made with responses 8, not 9; make it again with --from offline"),
+    "seed": (["--seed", "5"], "reference.pt: made with seed 0, not 5; make it with --from reference"),
+    "n_embd": (["--n_embd", "64"], "reference.pt: made with n_embd 32, not 64; make it with --from reference"),
+    "responses": (["--responses", "9"], "offline.pt: made with responses 8, not 9; make it with --from offline"),
 }
 
 
