@@ -493,7 +493,7 @@ def svg(x_title, curve, rows):
                    f'<text transform="translate({at(x_low, y)})" dx="-38" dy="4">{y:.2f}</text>')
     line = "L".join(at(x, y) for x, y in curve)
     out.append(f'<path d="M{line}" fill="none" stroke="#3b82f6" stroke-width="2"/>')
-    for name, row in rows.items():
+    for i, (name, row) in enumerate(rows.items()):
         x = row["constraint_gain"][0]
         y = row["reward_gain"]
         left, right = row["constraint_gain_ci"][0]
@@ -501,5 +501,6 @@ def svg(x_title, curve, rows):
         cross = f"M{at(left, y)}L{at(right, y)}M{at(x, low)}L{at(x, high)}"
         out.append(f'<path d="{cross}" stroke="#e8590c"/>'
                    f'<path d="M{at(x, y)}h0" stroke="#e8590c" stroke-width="8"/>'
-                   f'<text transform="translate({at(x, y)})" dx="8" dy="-8">{name}</text>')
+                   f'<text transform="translate({at(x, y)})" dx="8" dy="{17 if i % 2 else -8}">'
+                   f'{name}</text>')
     return "\n".join([*out, "</svg>\n"])
