@@ -159,8 +159,8 @@ def spread(pairs, count):
 def load_pairs(files, world_pairs, rng, held_out, constraints):
     """The pairs of the files, or of the built-in world -> training, held-out, preference names.
 
-    constraints: the safety preferences to constrain, comma separated; "": harmless, or all of the
-    files'. The names are "helpful", then those.
+    constraints: the safety preferences to constrain, comma separated; "" means harmless in the
+    built-in world, all of a file's otherwise. The names are "helpful", then those.
     """
     pairs = load_preferences(files) if files else world_preferences(world_pairs, rng)
     train, out = split_prompts(pairs, held_out)

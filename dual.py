@@ -92,7 +92,7 @@ class Policy(NamedTuple):
 class Point(NamedTuple):
     """The dual at one λ."""
     lam: Array  # (m,) λ
-    value: float  # D(λ) − E_ref[r]: without the level of r, which would cost digits
+    value: float  # D(λ) − E_ref[r]
     grad: Array  # (m,) ∇D(λ)
     hessian: Array  # (m, m) ∇²D(λ)
     policy: Policy  # None if not asked for
@@ -125,18 +125,19 @@ def evaluate(problem, lam, detail=False):
 
 
 def newton_step(point, grad, unit, damp):
-    """The next λ ≥ 0, where the model ⟨grad,e⟩ + ⟨e,(∇²D + damp)e⟩/2 of D(λ + e) is lower.
+    """The next λ ≥ 0: a walk over active sets on ⟨grad,e⟩ + ⟨e,(∇²D + damp)e⟩/2, the model of D.
 
-    Go towards its minimum over the free entries, pin the first that meets its bound 0, and so on,
-    down to the minimum on the face where this ends: for one constraint, the minimum on λ ≥ 0.
-    In units of r: x = λ·unit.
+    In units of r, x = λ·unit. An entry is free if it is > 0, or 0 with D falling as it grows; the
+    others are pinned at 0. `end` is the minimum over the free entries. If it is ≥ 0, that is the
+    answer; else walk from `path` towards it until the first entries meet 0, pin those, and repeat.
+    Every leg lowers the model; for one constraint the answer is its minimum on λ ≥ 0.
     """
     x = point.lam * unit
     slope = grad / unit
     curvature = point.hessian / (unit[:, None] * unit)
     curvature = curvature + np.diag(damp + SINGULAR * curvature.diagonal())
     free = (x > 0) | (slope < 0)
-    path = x  # walks from x to ever smaller faces; `end` is the minimum over the free entries
+    path = x
     while True:
         matrix = np.where(free[:, None], curvature, np.eye(len(x)))  # pinned entries end at 0
         end = x + np.linalg.solve(matrix, np.where(free, -slope, -x))
@@ -158,6 +159,7 @@ def minimise(problem, start, tolerance, limit):
     evaluations = 1
     while True:
         grad, violation, noise = optimality(problem, point)
+        # rounding r + ⟨λ,h⟩ by `noise` changes π_λ by a share noise/β, and ∇D by that much of h
         allowed = tolerance + min(noise / problem.beta, MOST_NOISE)
         converged = (violation <= allowed).all()
         if converged or evaluations == limit:
@@ -438,14 +440,14 @@ LAST_STEP = 1e-8  # promised drop / β that makes a step the last one: evaluate 
 
 
 def optimality(problem, point):
-    """∇D (m,) without rounding, its violation of KKT (m,) in units of h_j, and the rounding of D.
-    Raises Infeasible where D is so low that it proves R(λ) < 0."""
+    """∇D (m,), 0 where it is only rounding; its violation of KKT (m,) in units of h_j; the
+    rounding of D. Raises Infeasible where D is so low that it proves R(λ) < 0."""
     noise = 2 * ROUNDING * (problem.score_size + 4 * problem.beta + point.lam @ problem.size)
     # D(λ) ≥ R(λ) + floor, so that D below the floor proves R(λ) < 0
     floor = problem.lowest - problem.beta * float(problem.log_count.max())
     if point.value < floor - noise:
         raise Infeasible(problem, point.lam)
-    rounding = abs(point.grad) <= ROUNDING * problem.size  # it has no direction
+    rounding = abs(point.grad) <= ROUNDING * problem.size  # its sign means nothing
     grad = np.where(rounding, 0.0, point.grad)
     wrong = np.where(point.lam > 0, grad, np.minimum(grad, 0))  # KKT: all 0
     return grad, abs(wrong) / problem.unit, noise
@@ -530,7 +532,7 @@ def cold_start(problem):
             mean=problem.mean[:, ::stride])
         try:
             point, _, _ = minimise(some, lam, COLD, LIMIT)
-        except Infeasible:  # on those prompts, which proves nothing for all of them
+        except Infeasible:  # its floor is that of all prompts: this proves nothing
             break
         lam = point.lam
     return lam
@@ -558,7 +560,7 @@ def jackknife(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
     lost = 0
     for k in range(problem.score.shape[1]):
         others = problem.score.double().clone()
-        others[:, k] = MISSING  # where it is missing already, nothing is lost
+        others[:, k] = MISSING  # mean_y keeps it: a plain mean has no bias to remove
         lost += theta - expectations(problem._replace(score=others), lam, detail=True).gain
     share = 1 - 1 / problem.log_count.exp()  # (N,) (K−1)/K
     return (theta + share * lost) @ problem.weight

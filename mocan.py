@@ -193,7 +193,7 @@ def train_mocan(policy, pool, ref_logp, score, constraint, lam, beta, group, rec
     """
     s = score + torch.einsum("m,mnk->nk", lam.to(score), constraint)  # (N, K)
     group = min(group, s.size(1))
-    # every pair of a group once; the loss is symmetric, so its order does not matter
+    # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     batches = group_batches(pool.lengths, 2 * recipe.batch, group, generator)
     descent = Descent(policy, recipe)
@@ -240,14 +240,14 @@ def solve_from(sample, ref_mean, margin, beta):
 def solve_margins(scores, margin, margins, beta):
     """Scores (1+m, N, K) of π_ref's responses -> {policy: b (m,)}, {policy: Dual}.
 
-    margin is of the policy "mocan", "0.5,0.3": one a constraint; margins lists more, comma
-    separated, "25%:25%,0.5:0", each of a policy "mocan TEXT".
+    margin: of the policy "mocan"; "0.5,0.3" is one number for each constraint. margins: of further
+    policies "mocan TEXT", where ',' separates policies and ':' constraints: "25%:25%,0.5:0" is two.
     """
     reach = dual.reachable(scores[1:])
     print(f"\nlargest reachable margins: {numbers(reach)}")
     b = {"mocan": dual.parse_margin(margin, reach)}
     for text in margins.split(","):
-        if text not in ("", margin.replace(",", ":")):  # the margin again
+        if text not in ("", margin.replace(",", ":")):  # none, or `margin` again
             b[f"mocan {text}"] = dual.parse_margin(text, reach, ":")
     duals = {name: dual.solve(scores[0], scores[1:], b[name], beta) for name in b}
     return b, duals
@@ -256,7 +256,7 @@ def solve_margins(scores, margin, margins, beta):
 def say_dual(policy, margin, found):
     """Gains and KL are those over the policy whose responses the dual was solved on."""
     print(f"\ndual of {policy}: λ* = {numbers(found.lam)} ± {numbers(1.96 * found.lam_se)} at a "
-          f"margin of {numbers(margin)}; predicted from its responses: gains "
+          f"margin of {numbers(margin)}; predicted from the responses it was solved on: gains "
           f"{numbers(found.constraint_gain)}, reward {found.score_gain:.3f}, KL {found.kl:.3f}; "
           f"effective sample size {found.ess:.1f} a prompt (5th percentile {found.ess_p5:.1f}); "
           f"{found.iterations} evaluations")
@@ -283,7 +283,7 @@ def sample_pool(policy, tok, prompts, K, batch, generator, stage):
     pool = Pool(tokens, response_mask)
     if policy.config.dtype == "float32":
         return pool, torch.stack(logp).view(len(prompts), K)
-    return pool, logprobs(policy, pool, batch)  # as in training, by autocast: ratios start at 0
+    return pool, logprobs(policy, pool, batch)  # by autocast, as in training
 
 
 def sample_from(policy, reference, tok, prompts, K, batch, generator, stage, score_of):

@@ -9,11 +9,11 @@ GPT-2's own module names (to load its published weights, transpose the projectio
     reward, safety      score              a scalar read off at the response's last token
 
 Shapes, here and in every file: B batch, T tokens, C channels, H heads, V vocabulary, R response
-tokens of a batch, A rows still in the sampling cache; N prompts, K responses to each, G of them in
-a group, P preference pairs, m constraints. A batch of text is always the pair (tokens,
-response_mask), both (B, T): prompt, response, then padding on the right. Right padding needs no
-attention mask, since a causal model never looks right; the response mask says which tokens the
-policy is answerable for.
+tokens of a batch, A rows still in the sampling cache, S its positions in view; N prompts, K
+responses to each, G of them in a group, P preference pairs, m constraints. A batch of text is
+always the pair (tokens, response_mask), both (B, T): prompt, response, then padding on the right.
+Right padding needs no attention mask, since a causal model never looks right; the response mask
+says which tokens the policy is answerable for.
 
 Read next: data.py (what the text is), then dual.py (the constraint's price), then mocan.py.
 """
@@ -223,12 +223,12 @@ class GPT(nn.Module):
         active = torch.ones_like(index, dtype=torch.bool)  # (A,) its response has not ended yet
         hidden, cache = self.prefill(tokens[:, :longest], end)
         hidden = hidden[index, position - 1]  # (A, C)
-        for seen in range(longest + 1, end + 1):  # positions in use, of the longest prompt
+        for seen in range(longest + 1, end + 1):  # cache positions of the longest prompt's row
             new, new_logp = sample_token(self.logits(hidden), generator)  # (A,), (A,)
             tokens[index, position] = new * active
             response_mask[index, position] = active
             logp[index] += new_logp * active
-            active = active & (new != eos)
+            active = active & (new != eos)  # eos None: never ends
             if seen == end or not active.any():
                 break
             if active.sum() < 0.75 * len(active):  # ended responses leave the cache

@@ -89,8 +89,9 @@ def implicit_dual(logp_r, logp_g, ref_logp, margin, beta):
 
 
 def solve(logp, ref_logp, margin, text, beta):
-    """b (m,), MoCAN's `margin` where there is one, else `text`'s; and the Dual, None where MoCAN
-    has one and these scores do not reach it. logp (1+m, N, K), calibrated; ref_logp (N, K)."""
+    """-> b (m,), and the Dual or None. margin: MoCAN's b, used if given; else b is what `text` says
+    of PeCAN's own scores. If MoCAN's b cannot be reached or solved on these: a message, and None.
+    logp (1+m, N, K), calibrated; ref_logp (N, K)."""
     b = margin
     if margin is None:
         b = dual.parse_margin(text, dual.reachable(beta * (logp[1:] - ref_logp)))
@@ -106,14 +107,14 @@ def solve(logp, ref_logp, margin, text, beta):
 # ---- the policy update
 def train_pecan(policy, pool, logp_r, logp_g, ref_logp, lam, beta, group, recipe, generator):
     """DPO on pairs of pool (N, K, T), labelled by the implicit score -> the loss of every
-    micro-batch.
+    micro-batch. mocan.train_mocan with another s.
 
     policy: starts as π_ref, or as the shot before made it; logp_r, ref_logp (N, K); logp_g (m, N,
     K); lam (m,); group: G responses to a prompt, compared in all their pairs.
     """
     s = implicit_score(logp_r, logp_g, ref_logp, lam, beta)  # (N, K)
     group = min(group, s.size(1))
-    # every pair of a group once; the loss is symmetric, so its order does not matter
+    # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     batches = group_batches(pool.lengths, 2 * recipe.batch, group, generator)
     descent = Descent(policy, recipe)
@@ -158,7 +159,7 @@ def prealign(policy, preferences, ref_logp, beta, recipe, generator):
         descent.step(loss.mean())
 
 
-def temperature(policy, name, preferences, ref_logp, beta, batch=256):
+def fit_tau(policy, name, preferences, ref_logp, beta, batch=256):
     """τ of a pre-aligned policy on held-out preferences, whose ln π_ref is ref_logp (P, 2); prints
     it and how well the implicit score predicts them."""
     pool, prefers, *_ = preferences

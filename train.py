@@ -241,7 +241,7 @@ def make_scores(c, judges, names, prompts, pool, tok):
 
 def prealigned(c, reference, tok, train, held_out, names, pool, ref_logp):
     """PeCAN, steps 1 and 2 -> {dpo-NAME: artifact}."""
-    # no more pairs than training will visit: each costs a pass of the reference
+    # π_ref scores every pair: about as many as the rarest preference's training visits are enough
     rarest = min(sum(name in pair.prefers for pair in train) for name in names)
     share = min(1.0, c.prealign_steps * c.batch * c.accumulate / rarest)
     train = random.Random(f"{c.seed}/pairs").sample(train, math.ceil(share * len(train)))
@@ -260,15 +260,15 @@ def prealigned(c, reference, tok, train, held_out, names, pool, ref_logp):
 
 def make_prealigned(c, reference, tok, name, sides, refs, pool, ref_logp):
     """A pre-aligned policy, and its calibrated log-probabilities of the offline pool, (N, K). τ is
-    fitted on held-out pairs, whose prompts `evaluate` uses too: by that one number a preference
-    PeCAN's rows of the table are in-sample."""
+    fitted on held-out pairs, whose prompts `evaluate` uses too: PeCAN's rows of the table are
+    in-sample by that one number for each preference."""
     policy = copy.deepcopy(reference)
     plan = recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr)
     pairs = data.preference_tensors(tok, sides["training"], name)
     pecan.prealign(policy, pairs, refs["training"][pairs.rows], c.beta, plan,
                    stream(c, f"prealign/{name}"))
     pairs = data.preference_tensors(tok, sides["held-out"], name)
-    tau = pecan.temperature(policy, name, pairs, refs["held-out"][pairs.rows], c.beta,
+    tau = pecan.fit_tau(policy, name, pairs, refs["held-out"][pairs.rows], c.beta,
                             c.sample_batch)
     logp = mocan.logprobs(policy, pool, c.sample_batch)
     return {**to_checkpoint(policy), "tau": tau,
@@ -285,7 +285,7 @@ def mocan_policies(c, reference, judges, names, tok, prompts, offline, margins):
     return policies
 
 
-def update_mocan(policy, sample, *how):  # how: lam, beta, group, recipe, generator
+def update_mocan(policy, sample, *how):
     mocan.train_mocan(policy, sample.pool, sample.ref_logp, sample.scores[0], sample.scores[1:],
                       *how)
 
@@ -300,12 +300,16 @@ def pecan_policies(c, reference, tok, prompts, offline, margin, dpo):
 
 
 def update_pecan(policy, sample, lam, beta, *how):
-    logp = sample.ref_logp + sample.scores / beta  # (1+m, N, K)
+    logp = sample.ref_logp + sample.scores / beta  # (1+m, N, K), since scores = β·log-ratios
     pecan.train_pecan(policy, sample.pool, logp[0], logp[1:], sample.ref_logp, lam, beta, *how)
 
 
 def shoot(c, reference, tok, prompts, stage, name, offline, margin, update, score_of):
-    """--shots policy updates, each from the one before -> {name: artifact, "name shot 2": …}."""
+    """--shots policy updates, each from the one before -> {name: artifact, "name shot 2": …}.
+
+    update(policy, sample, lam, beta, group, recipe, generator) trains the policy in place;
+    score_of(pool, ref_logp) -> (1+m, N, K) scores the responses of further shots.
+    """
     policies = {}
     policy = reference
     for shot in range(1, c.shots + 1):
@@ -395,9 +399,9 @@ def write(c, name, text):
 
 
 def artifact(c, stage, name, make, *args, **made_from):
-    """The file `name` of a stage: read where --from starts later, else make(c, *args, **made_from),
-    tensors and plain values by name. made_from: what shaped it beside the settings of its stage and
-    those before; an artifact that other values shaped is refused."""
+    """A stage's result, {name: tensor or plain value}, kept in the file `name`: read where --from
+    starts later, else make(c, *args, **made_from). With it are kept made_from and the settings of
+    its stage and earlier ones; a file that others shaped is refused."""
     path = f"{c.out}/{name}"
     stages = STAGES[:STAGES.index(stage) + 1]
     identity = {f.name: getattr(c, f.name) for f in fields(Config) if f.metadata["stage"] in stages}
@@ -430,7 +434,7 @@ def settings(argv):
         base |= QUICK
     elif "data" in given:
         base |= DATA
-    # --from inherits that run's settings; --from reference --quick starts afresh
+    # --from inherits that run's settings; only --from reference --quick starts afresh
     if "start" in given and not (given["start"] == STAGES[0] and given.get("quick")):
         base = continued(parser, given["start"], given.get("out", Config.out))
     values = {**base, **given}

@@ -241,7 +241,7 @@ def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys):
     expected, right = calibrate(chosen, rejected).item(), (chosen > rejected).float().mean()
     assert 0.05 < expected < 2 and 0.5 < right < 1
     for batch in (7, 256):
-        tau = pecan.temperature(policy, "safe", preferences(pool, prefers), mocan.logprobs(reference, pool), 0.5, batch)
+        tau = pecan.fit_tau(policy, "safe", preferences(pool, prefers), mocan.logprobs(reference, pool), 0.5, batch)
         assert tau == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
     assert f"safe: the implicit score agrees with {right:.1%} of 60" in said and f"τ = {expected:.3f}" in said
