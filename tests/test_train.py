@@ -477,7 +477,7 @@ def test_an_unreachable_margin_stops_before_pre_alignment(tiny_copy):
 
 
 def test_a_margin_that_only_pecans_scores_cannot_reach_keeps_the_table(tiny_copy, monkeypatch, capsys):
-    monkeypatch.setattr(train.pecan, "temperature", lambda *_: 0.0)  # scores that know nothing
+    monkeypatch.setattr(train.pecan, "fit_tau", lambda *_: 0.0)  # scores that know nothing
     job("--from", "prealign", "--out", tiny_copy)
     results = json.loads((tiny_copy / "results.json").read_text())
     assert list(results["policies"]) == POLICIES[:-1] and results["dual_pecan"] is None
