@@ -269,7 +269,7 @@ def make_prealigned(c, reference, tok, name, sides, refs, pool, ref_logp):
                    stream(c, f"prealign/{name}"))
     pairs = data.preference_tensors(tok, sides["held-out"], name)
     tau = pecan.fit_tau(policy, name, pairs, refs["held-out"][pairs.rows], c.beta,
-                            c.sample_batch)
+                        c.sample_batch)
     logp = mocan.logprobs(policy, pool, c.sample_batch)
     return {**to_checkpoint(policy), "tau": tau,
             "logp": pecan.calibrated(logp, ref_logp, tau)}
