@@ -2,7 +2,7 @@
 data.py: where text comes from, and how it becomes tensors.
 
 1. Preference files: PKU-SafeRLHF's JSONL schema and HH-RLHF's transcripts, checked line by line.
-2. The split: no prompt is on both sides.
+2. The split: training, calibration and evaluation share no conversation.
 3. Tokens: one tokenizer and one chat template for training, sampling and evaluation alike.
 4. Pools: K responses to each of N prompts as padded tensors; preference pairs have K = 2.
 5. The built-in world: a small assistant language with exact helpfulness r(x,y), harmlessness
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class Pair(NamedTuple):
-    prompt: str
+    prompt: str       # a conversation of several turns: a tuple (user, assistant, …, user)
     responses: tuple  # (y_0, y_1)
     prefers: dict     # name -> index of the preferred response; "helpful" is the reward's
     safe: tuple = ()  # (bool, bool) whether each response is safe, where the file says so
@@ -39,8 +39,9 @@ def load_preferences(paths):
     PKU-SafeRLHF rows: prompt, response_0, response_1, better_response_id (helpful),
     safer_response_id (safe), and optionally is_response_0_safe and is_response_1_safe; one of the
     two preferences may be absent. HH-RLHF rows: chosen, rejected, two transcripts "\\n\\nHuman: …
-    \\n\\nAssistant: …" that share all but the last reply. The file does not say which preference
-    it holds: NAME=FILE does. With NAME=FILE a PKU row's better_response_id (NAME is helpful) or
+    \\n\\nAssistant: …" that share all but the last reply; rows that differ before it, as some of
+    HH-RLHF's do, are skipped, counted and said. The file does not say which preference it holds:
+    NAME=FILE does. With NAME=FILE a PKU row's better_response_id (NAME is helpful) or
     safer_response_id (any other NAME) is read as the preference NAME. Unknown fields are ignored.
     Returns list[Pair]; raises ValueError with the file and, for a bad row, its line number.
     """
@@ -49,7 +50,12 @@ def load_preferences(paths):
         name, path = "", spec
         if "=" in spec and not os.path.exists(spec):
             name, _, path = spec.partition("=")
-        rows = [_read_row(line, name, where) for line, where in _lines(path)]
+        read = [_read_row(line, name, where) for line, where in _lines(path)]
+        rows = [pair for pair in read if pair]
+        if len(rows) < len(read):
+            print(f"  {path}: {len(read) - len(rows)} of {len(read)} rows skipped: their two "
+                  "transcripts are not one conversation up to the last reply, Human and Assistant "
+                  "in turns")
         if not rows:
             raise ValueError(f"{path}: no usable pair: no row at all; each needs better_response_id"
                              " or safer_response_id (0 or 1), or chosen and rejected")
@@ -100,10 +106,16 @@ def _hh_pair(row, name, where):
     turn = "\n\nAssistant:"
     prompt, _, chosen = row["chosen"].rpartition(turn)
     other, _, rejected = row["rejected"].rpartition(turn)
-    if not prompt or prompt != other:
-        raise ValueError(f"{where}: chosen and rejected must be transcripts that differ only after "
-                         f"the last {turn!r}; drop this line or fix it")
-    prompt = prompt.removeprefix("\n\nHuman:").strip()
+    if not prompt or not other:
+        raise ValueError(f"{where}: chosen and rejected must be transcripts that differ after the "
+                         f"last {turn!r}; drop this line or fix it")
+    _, *turns = re.split("\n\n(Human|Assistant):", prompt)  # speaker, words, speaker, words, …
+    speakers = turns[::2]
+    in_turns = ["Human", "Assistant"] * len(turns)
+    if prompt != other or len(speakers) % 2 == 0 or speakers != in_turns[:len(speakers)]:
+        return None
+    words = tuple(text.strip() for text in turns[1::2])
+    prompt = words if len(words) > 1 else words[0]
     return Pair(prompt, (chosen.strip(), rejected.strip()), {name: 0})
 
 
@@ -137,34 +149,71 @@ def _pku_safe(row, where):
 
 
 # ---- 2. the split
-def split_prompts(pairs, held_out):
-    """Split pairs into (train, held-out) so that no prompt is in both: every so many-th prompt in
-    sorted order is held out, which gives both parts the same mix of prompts."""
-    count = len({pair.prompt for pair in pairs})
-    if count < 3:
-        raise ValueError(f"{count} distinct prompts in the data; at least 3 are needed: 2 are held "
-                         "out, for intervals")
-    out = set(spread(pairs, min(count - 1, max(2, round(held_out * count)))))
-    train = [pair for pair in pairs if pair.prompt not in out]
-    return train, [pair for pair in pairs if pair.prompt in out]
+class Split(NamedTuple):
+    """Three lists of pairs that share no conversation."""
+    train: list
+    calibration: list  # temperatures, and when to stop a training
+    evaluation: list   # what the table says
 
 
-def spread(pairs, count):
-    """At most `count` distinct prompts, evenly spaced in sorted order."""
-    prompts = sorted({pair.prompt for pair in pairs})
-    count = min(count, len(prompts))
-    return [prompts[(2 * i + 1) * len(prompts) // (2 * count)] for i in range(count)]
+def turns(prompt):
+    return (prompt,) if isinstance(prompt, str) else prompt
 
 
-def load_pairs(files, world_pairs, rng, held_out, constraints):
-    """The pairs of the files, or of the built-in world -> training, held-out, preference names.
+def transcript(prompt):
+    """The prompt as one text, which also orders prompts."""
+    speakers = ("\n\nHuman: ", "\n\nAssistant: ")
+    text = "".join(speakers[i % 2] + words for i, words in enumerate(turns(prompt)))
+    return text.removeprefix(speakers[0])
+
+
+def conversation(prompt):
+    """Prompts that begin alike are one conversation, cut at several places or told again."""
+    return " ".join(turns(prompt)[0].casefold().split())
+
+
+def split_pairs(pairs, held_out, calibration):
+    """-> Split: those shares of the conversations for evaluation and calibration, each every so
+    many-th one in sorted order, which gives all parts the same mix."""
+    opened = {conversation(pair.prompt) for pair in pairs}
+    count = len(opened)
+    if count < 4:
+        raise ValueError(f"{count} distinct conversations in the data; at least 4 are needed: 2 "
+                         "for evaluation, 1 for calibration, 1 for training")
+    evaluation = set(spread(opened, min(count - 2, max(2, round(held_out * count)))))
+    rest = opened - evaluation
+    tuning = set(spread(rest, min(len(rest) - 1, max(1, round(calibration * count)))))
+    split = Split([], [], [])
+    for pair in pairs:
+        part = split.train
+        if conversation(pair.prompt) in evaluation:
+            part = split.evaluation
+        elif conversation(pair.prompt) in tuning:
+            part = split.calibration
+        part.append(pair)
+    return split
+
+
+def spread(texts, count):
+    """At most `count` distinct ones, evenly spaced in sorted order."""
+    texts = sorted(set(texts), key=transcript)
+    count = min(count, len(texts))
+    return [texts[(2 * i + 1) * len(texts) // (2 * count)] for i in range(count)]
+
+
+def some_prompts(pairs, count):
+    return spread((pair.prompt for pair in pairs), count)
+
+
+def load_pairs(files, world_pairs, rng, held_out, calibration, constraints):
+    """The pairs of the files, or of the built-in world -> Split, preference names.
 
     constraints: the safety preferences to constrain, comma separated; "" means harmless in the
     built-in world, all of a file's otherwise. The names are "helpful", then those.
     """
     pairs = load_preferences(files) if files else world_preferences(world_pairs, rng)
-    train, out = split_prompts(pairs, held_out)
-    known = _preferences(train)
+    split = split_pairs(pairs, held_out, calibration)
+    known = list(dict.fromkeys(name for pair in pairs for name in pair.prefers))
     if constraints:
         constraints = constraints.split(",")
     else:
@@ -177,18 +226,15 @@ def load_pairs(files, world_pairs, rng, held_out, constraints):
                          "(--data safe=FILE)")
     names = ["helpful", *constraints]
     for name in names:
-        if name not in known or name not in _preferences(out):
+        if not all(any(name in pair.prefers for pair in part) for part in split):
             raise ValueError(
-                f"no preference {name!r} in both parts of the split; the data has "
+                f"no preference {name!r} in all parts of the split; the data has "
                 f"{', '.join(known)}: add a file that has it (--data NAME=FILE), or choose "
                 "--constraints among these")
-    print(f"\ndata: {len(train)} training and {len(out)} held-out pairs, no prompt in both; "
+    print(f"\ndata: {len(split.train)} training, {len(split.calibration)} calibration and "
+          f"{len(split.evaluation)} evaluation pairs, no conversation in two of these; "
           f"constraints: {', '.join(constraints)}")
-    return train, out, names
-
-
-def _preferences(pairs):
-    return list(dict.fromkeys(name for pair in pairs for name in pair.prefers))
+    return split, names
 
 
 # ---- 3. the tokenizer and the chat template
@@ -242,7 +288,7 @@ def frequent_pieces(pairs, vocab_size):
     special tokens. Every text follows a space, as words do in the middle of a sentence."""
     count = Counter()
     for pair in pairs:
-        for text in (pair.prompt, *pair.responses):
+        for text in (*turns(pair.prompt), *pair.responses):
             count.update(re.findall(SPLIT_RE, " " + text))
     ranked = sorted(count, key=lambda piece: (-count[piece], piece))
     return [piece for piece in ranked if len(piece.encode()) > 1][:vocab_size - 259]
@@ -260,14 +306,23 @@ def open_tokenizer(name, path, prompt_limit, response_limit):
 
 
 def encode_prompts(tok, prompts):
-    """Prompts (str) -> token ids in the chat template, and how many were too long.
+    """Prompts -> token ids in the chat template, and how many were too long."""
+    encoded = [encode_prompt(tok, prompt) for prompt in prompts]
+    return [ids for ids, _ in encoded], sum(cut for _, cut in encoded)
 
-    At most prompt_limit ids each: a longer prompt loses its beginning.
-    """
+
+def encode_prompt(tok, prompt):
+    """-> at most prompt_limit token ids, and whether something was cut: the oldest exchanges, each
+    as a whole, so that no one's words pass for the other's; then the last question's beginning."""
+    *earlier, last = [tok.encoding.encode_ordinary(" " + words) for words in turns(prompt)]
     room = max(0, tok.prompt_limit - len(tok.before) - len(tok.after))
-    ids = [tok.encoding.encode_ordinary(" " + prompt) for prompt in prompts]
-    kept = [tok.before + x[max(0, len(x) - room):] + tok.after for x in ids]
-    return kept, sum(len(x) > room for x in ids)
+    ids = tok.before + last[max(0, len(last) - room):] + tok.after
+    for user, assistant in zip(earlier[-2::-2], earlier[::-2]):  # the latest first
+        exchange = tok.before + user + tok.after + assistant + [tok.end]
+        if len(exchange) + len(ids) > tok.prompt_limit:
+            return ids, True
+        ids = exchange + ids
+    return ids, len(last) > room
 
 
 def encode_responses(tok, responses):
@@ -330,6 +385,17 @@ class Preferences(NamedTuple):
     prefers: torch.Tensor  # (P,) index of the preferred response
     sign: torch.Tensor     # (P, 2) +1 safe, −1 unsafe, 0 not labelled (and for helpful)
     rows: list             # which of the pairs these are
+    talk: torch.Tensor     # (P,) which conversation each belongs to, as a number
+
+    def by_choice(self, score):
+        """Scores (P, 2) -> those of the chosen responses, and of the rejected, (P,) each."""
+        chosen = self.prefers[:, None]  # (P, 1)
+        return score.gather(1, chosen)[:, 0], score.gather(1, 1 - chosen)[:, 0]
+
+    def half_width(self, x):
+        """Of the 95 % interval of x's mean (P,), over conversations: their pairs hang together."""
+        sums = torch.zeros_like(x).index_add(0, self.talk, x - x.mean())
+        return 1.96 * sums.norm().item() / len(x)
 
 
 def preference_tensors(tok, pairs, name):
@@ -340,7 +406,9 @@ def preference_tensors(tok, pairs, name):
         if pair.safe and name != "helpful":
             row[:] = 2.0 * torch.tensor(pair.safe) - 1
     prefers = torch.tensor([pair.prefers[name] for pair in pairs])
-    return Preferences(pair_pool(tok, pairs, name), prefers, sign, rows)
+    talks = {}
+    talk = [talks.setdefault(conversation(pair.prompt), len(talks)) for pair in pairs]
+    return Preferences(pair_pool(tok, pairs, name), prefers, sign, rows, torch.tensor(talk))
 
 
 # ---- 5. the built-in world

@@ -28,9 +28,9 @@ own two responses.
 Read next: pecan.py, the same without score models.
 """
 
+import copy
 import math
 import time
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import dual
-from data import WORLD_SCORES, Pool, encode_prompts, preference_tensors
+from data import WORLD_SCORES, Pool, encode_prompts
 from model import GPT, from_checkpoint, sequence_logprob
 
 
@@ -72,6 +72,24 @@ def score_loss(chosen, rejected, chosen_sign=None, rejected_sign=None):
         loss = loss - chosen_sign.abs() * F.logsigmoid(chosen_sign * chosen)
         loss = loss - rejected_sign.abs() * F.logsigmoid(rejected_sign * rejected)
     return loss
+
+
+def calibrate(chosen, rejected):
+    """The inverse temperature τ that makes P(chosen ≻ rejected) = σ(τ·(chosen − rejected)) most
+    likely: scores on preferences that did not train them, (P,), (P,) -> τ (), at least 0.
+
+    One-parameter logistic regression by Newton's method, which does not overshoot from 0, since the
+    curvature falls as τ grows. τ = 1: calibrated; τ > 1: the scores understate the preference; τ <
+    1: they overstate it, as those that were learned by heart do.
+    """
+    lead = (chosen - rejected).double()
+    tau = lead.new_zeros(())
+    for _ in range(50):
+        p = torch.sigmoid(-tau * lead)  # probability of the choice that was not made
+        slope = (p * lead).sum()
+        curvature = (p * (1 - p) * lead * lead).sum().clamp_min(1e-12)
+        tau = (tau + slope / curvature).clamp(0, 100)
+    return tau
 
 
 # ---- batches
@@ -131,10 +149,32 @@ class Descent:
         self.scaler = torch.amp.GradScaler(
             model.device.type, enabled=model.config.dtype == "float16")
         self.losses = []  # of every micro-batch
+        self.best = {}  # weights after the best epoch
         self.log = progress(recipe.stage, recipe.steps)
 
-    def micro_batches(self):
-        return range(self.recipe.steps * self.recipe.accumulate)
+    def micro_batches(self, examples=0, held_out=None):
+        """A turn for each. After every epoch of so many examples, if there are several, held_out()
+        -> calibration loss is asked; the weights of the best epoch are kept, and training ends
+        when two epochs have brought nothing."""
+        recipe = self.recipe
+        epoch = max(1, examples // (recipe.batch * recipe.accumulate))
+        least = math.inf
+        worse = 0
+        for step in range(1, recipe.steps + 1):
+            yield from range(recipe.accumulate)
+            if held_out is None or epoch >= recipe.steps or step % epoch and step < recipe.steps:
+                continue
+            loss = held_out()
+            worse += 1
+            if loss < least:
+                print(f"  {recipe.stage}: calibration loss {loss:.4f} after {step} steps")
+                least = loss
+                worse = 0
+                self.best = copy.deepcopy(self.model.state_dict())
+            if worse == 2:
+                break
+        if self.best:
+            self.model.load_state_dict(self.best)
 
     def step(self, loss):
         """Backward; after the last micro-batch of a step, clip and update. Raises
@@ -335,11 +375,12 @@ def score_pool(judges, names, prompts, pool, tok, batch=256):
 
 
 # ---- before MoCAN: the reference policy and the score models
-def train_reference(model, pool, recipe, generator):
-    """Supervised fine-tuning: raise the mean log-probability of the pool's response tokens."""
+def train_reference(model, pool, recipe, generator, held_out=None):
+    """Supervised fine-tuning: raise the mean log-probability of the pool's response tokens.
+    held_out() -> calibration loss, see Descent.micro_batches."""
     batches = group_batches(pool.lengths, 2 * recipe.batch, 2, generator)
     descent = Descent(model, recipe)
-    for _ in descent.micro_batches():
+    for _ in descent.micro_batches(len(pool.tokens), held_out):
         n, k = next(batches)
         tokens, response_mask = take_text(pool, n, k, model.device)
         with model.autocast():
@@ -347,12 +388,12 @@ def train_reference(model, pool, recipe, generator):
         descent.step(-logp.sum() / response_mask.sum())
 
 
-def train_score(model, preferences, recipe, generator):
-    """A reward or safety model from `data.Preferences`."""
-    pool, prefers, safety, _ = preferences
+def train_score(model, preferences, recipe, generator, held_out=None):
+    """A reward or safety model from `data.Preferences`; held_out() -> calibration loss."""
+    pool, prefers, safety, *_ = preferences
     batches = group_batches(pool.lengths, 2 * recipe.batch, 2, generator)
     descent = Descent(model, recipe)
-    for _ in descent.micro_batches():
+    for _ in descent.micro_batches(len(prefers), held_out):
         n, _ = next(batches)
         chosen = prefers[n]  # (B,)
         k = torch.stack([chosen, 1 - chosen], dim=1)  # (B, 2) chosen, rejected
@@ -364,23 +405,48 @@ def train_score(model, preferences, recipe, generator):
         descent.step(loss.mean())
 
 
-def learn_score(model, tok, train, held_out, name, recipe, generator, batch):
-    """Train a score model of preference `name`; print how often it agrees with held-out pairs."""
-    train_score(model, preference_tensors(tok, train, name), recipe, generator)
-    pool, prefers, *_ = preference_tensors(tok, held_out, name)
-    score = map_pool(GPT.score, model, pool, batch)  # (N, 2)
-    right = (score.argmax(dim=1) == prefers).float().mean().item()
-    error = 1.96 * math.sqrt(right * (1 - right) / len(prefers))
-    print(f"  {name}: accuracy {right:.1%} ± {error:.1%} on {len(prefers)} held-out pairs; "
-          f"standard deviation of the score {score.std():.2f}")
+def learn_score(model, name, training, calibration, evaluation, recipe, generator, batch):
+    """Train a score model on `data.Preferences` and divide its temperature out, so that r or g is
+    in log-odds of the preference."""
+    def score(preferences):
+        return map_pool(GPT.score, model, preferences.pool, batch)  # (P, 2)
+    train_score(model, training, recipe, generator,
+                lambda: calibrated_loss(*calibration.by_choice(score(calibration))))
+    tau = calibrate(*calibration.by_choice(score(calibration)))
+    with torch.no_grad():
+        model.score_head.weight *= tau
+    print(f"  {name}: temperature divided out, τ = {tau:.3f}")
+    say_agreement(f"{name}, evaluation", score(evaluation), evaluation)
+
+
+def calibrated_loss(chosen, rejected):
+    """Bradley–Terry loss at the best temperature: what the scores know, whatever their scale."""
+    tau = calibrate(chosen, rejected)
+    return score_loss(tau * chosen, tau * rejected).mean().item()
+
+
+def say_agreement(name, score, preferences):
+    """How well scores (P, 2) predict a choice that did not train them: how often they agree with
+    it, and the temperature that is left. Intervals are those of conversations, not of pairs."""
+    chosen, rejected = preferences.by_choice(score)
+    right = (chosen > rejected).double()
+    tau = calibrate(chosen, rejected)
+    lead = (chosen - rejected).double()
+    p = torch.sigmoid(-tau * lead)
+    influence = p * lead / (p * (1 - p) * lead * lead).mean()
+    print(f"  {name}: {right.mean():.1%} ± {preferences.half_width(right):.1%} of {len(right)} "
+          f"pairs right; τ = {tau:.3f} ± {preferences.half_width(influence):.3f}; standard "
+          f"deviation of the score {score.std():.2f}")
 
 
 # ---- what came of it: gains, the table and the picture; nothing below is part of the method
-def measure(policies, reference, judges, names, tok, prompts, K, batch, seed):
-    """K fresh responses of every policy to held-out prompts -> {policy: row}, {policy: N·K texts}.
-    policies {name: checkpoint}, the reference's first."""
+def measure(policies, reference, judges, names, tok, prompts, K, batch, seed, margins, beta):
+    """K fresh responses of every policy to evaluation prompts -> {policy: row}, {policy: N·K
+    texts}, the frontier. policies {name: checkpoint}, the reference's first; margins {name: b
+    (m,)}: each also gets a row "optimum …"."""
     rows = {}
     texts = {}
+    near = {}  # margin's name -> responses from near its optimum
     for name, saved in policies.items():
         policy = from_checkpoint(saved, reference.device)
         generator = torch.Generator(policy.device).manual_seed(seed)  # the same noise for all
@@ -388,49 +454,79 @@ def measure(policies, reference, judges, names, tok, prompts, K, batch, seed):
             policy, reference, tok, prompts, K, batch, generator, name,
             lambda pool, _: score_pool(judges, names, prompts, pool, tok, batch))
         if not rows:
-            ref_scores = sample.scores
+            ref = sample
         texts[name] = sample.pool.texts(tok)
-        rows[name] = {**compare(sample, ref_scores), "lam": saved.get("lam", []),
-                      "seconds": saved.get("seconds", 0.0)}
-    return rows, texts
+        even = torch.full_like(sample.logp, 1 / K)
+        rows[name] = {**compare(sample.scores, sample.logp - sample.ref_logp, even, ref.scores),
+                      "lam": saved.get("lam", []), "seconds": saved.get("seconds", 0.0)}
+        asked = name.split(" shot ")[0]
+        rows[name]["margin"] = margins.get(asked, next(iter(margins.values()))).tolist()
+        if asked in margins and (asked != "pecan" or "mocan" not in margins):
+            near[asked] = mixture(sample, ref, logprobs(policy, ref.pool, batch))
+    curve = []
+    ref_mean = ref.scores[1:].double().mean(dim=(1, 2))  # (m,)
+    for asked, mixed in near.items():
+        try:
+            lam = solve_from(mixed, ref_mean, margins[asked], beta).lam
+        except (dual.Infeasible, FloatingPointError) as error:
+            print(f"  no optimum for {asked}, by the evaluation prompts: {error}")
+            continue
+        label = "optimum" + asked[len("mocan"):]
+        rows[label] = {**optimum(mixed, lam, beta, ref.scores), "margin": margins[asked].tolist(),
+                       "seconds": 0.0}
+        if not curve and len(lam) == 1:
+            path = [optimum(mixed, t / 20 * lam, beta, ref.scores) for t in range(31)]
+            curve = [(point["constraint_gain"][0], point["reward_gain"]) for point in path]
+    return rows, texts, curve
 
 
-def compare(sample, ref_scores):
-    """A policy's Sample against the reference's scores (1+m, N, K) on the same prompts -> means,
-    gains with 95 % intervals over prompts, and KL(π‖π_ref), as results.json has them."""
-    scores = sample.scores.double()
-    gains = scores.mean(dim=2) - ref_scores.double().mean(dim=2)  # (1+m, N): paired by prompt
-    errors = 1.96 * gains.std(dim=1) / math.sqrt(gains.size(1))
-    return {"reward": scores[0].mean().item(), "constraint": scores[1:].mean(dim=(1, 2)).tolist(),
-            "kl": (sample.logp - sample.ref_logp).mean().item(),
-            **with_intervals(gains.mean(dim=1), errors)}
+def compare(scores, log_ratio, weight, ref_scores):
+    """Responses with scores (1+m, N, K), ln π/π_ref (N, K) and weights (N, K), each row's sum 1,
+    against the reference's scores on the same prompts -> means, gains, KL(π‖π_ref) and their 95 %
+    intervals over prompts, as results.json has them."""
+    mean = (weight * scores.double()).sum(dim=2)  # (1+m, N)
+    gain = mean - ref_scores.double().mean(dim=2)  # (1+m, N): paired by prompt
+    kl = (weight * log_ratio).sum(dim=1)  # (N,)
+    found = torch.cat([gain, kl[None]])  # (2+m, N)
+    error = 1.96 * found.std(dim=1) / math.sqrt(found.size(1))
+    found = found.mean(dim=1)
+    reward_gain, *constraint_gain, kl = found.tolist()
+    reward_ci, *constraint_ci, kl_ci = torch.stack([found - error, found + error], dim=1).tolist()
+    return {"reward": mean[0].mean().item(), "constraint": mean[1:].mean(dim=1).tolist(),
+            "reward_gain": reward_gain, "reward_gain_ci": reward_ci,
+            "constraint_gain": constraint_gain, "constraint_gain_ci": constraint_ci,
+            "kl": kl, "kl_ci": kl_ci}
 
 
-def with_intervals(gains, errors):
-    """Gains of r, g_1 … g_m and the half-widths of their intervals, (1+m,) each."""
-    intervals = torch.stack([gains - errors, gains + errors], dim=1).tolist()
-    reward, *constraint = gains.tolist()
-    return {"reward_gain": reward, "reward_gain_ci": intervals[0],
-            "constraint_gain": constraint, "constraint_gain_ci": intervals[1:]}
+def mixture(sample, ref, logp):
+    """A policy's Sample and the reference's as one of 2K responses, whose π₁ is the even mixture of
+    both: near the policy, and nowhere far below π_ref. logp (N, K): the policy's ln π of ref's."""
+    logp = torch.cat([sample.logp, logp], dim=1)  # (N, 2K)
+    ref_logp = torch.cat([sample.ref_logp, ref.ref_logp], dim=1)  # (N, 2K)
+    scores = torch.cat([sample.scores, ref.scores], dim=2)  # (1+m, N, 2K)
+    return Sample(None, torch.logaddexp(logp, ref_logp) - math.log(2), ref_logp, scores)
 
 
-def optimum(margin, found):
-    """The closed-form optimum π_λ* as a row: what the dual predicts, with its errors."""
-    gains = torch.tensor([found.score_gain, *found.constraint_gain])
-    errors = 1.96 * torch.tensor([found.score_gain_se, *found.constraint_gain_se])
-    return {**with_intervals(gains, errors), "margin": margin.tolist(), "lam": found.lam.tolist(),
-            "kl": found.kl, "seconds": 0.0, "ess": found.ess}
+def optimum(sample, lam, beta, ref_scores):
+    """π_λ ∝ π_ref·exp((r + ⟨λ,g⟩)/β) itself, which nobody trained, as a row."""
+    tilt = (sample.scores[0] + torch.einsum("m,mnk->nk", lam, sample.scores[1:].double())) / beta
+    log_weight = tilt - (sample.logp - sample.ref_logp)  # (N, K) ln π_λ/π₁ + ln Z
+    log_z = log_weight.logsumexp(dim=1, keepdim=True) - math.log(log_weight.size(1))
+    weight = log_weight.softmax(dim=1)
+    return {**compare(sample.scores, tilt - log_z, weight, ref_scores), "lam": lam.tolist()}
 
 
 def print_table(names, rows):
-    """names: of the constraints; rows {policy: what `compare` says of it, margin, kl, lam, …}."""
+    """names: of the constraints; rows {policy: what `compare` says of it, margin, lam, …}."""
     gains = [f"  {name + ' gain':>23}  {'b':>6}  {'holds':>12}" for name in names]
-    print(f"\n{'':22}  {'reward gain':>23}{''.join(gains)}      KL  seconds  λ*")
+    print(f"\n{'':22}  {'reward gain':>23}{''.join(gains)}  {'KL':>13}  seconds  λ*")
     for policy, row in rows.items():
         line = f"{policy:22}  {cell(row['reward_gain'], row['reward_gain_ci'])}"
         for gain, ci, b in zip(row["constraint_gain"], row["constraint_gain_ci"], row["margin"]):
             line += f"  {cell(gain, ci)}  {b:6.3f}  {holds(gain, ci, b):>12}"
-        print(f"{line}  {row['kl']:6.3f}  {row['seconds']:7.0f}  {numbers(row['lam'])}")
+        error = row["kl_ci"][1] - row["kl"]
+        print(f"{line}  {row['kl']:.3f} ± {error:.3f}  {row['seconds']:7.0f}  "
+              f"{numbers(row['lam'])}")
 
 
 def numbers(values):
@@ -448,23 +544,9 @@ def holds(gain, ci, b):
     return "within error" if ci[1] >= b else "no"
 
 
-def frontier(scores, margin, beta):
-    """What the dual predicts of scores (1+m, N, K) from λ = 0 on: [(g_1's gain, the reward's
-    gain), …]; for several constraints along the way to `margin`."""
-    score = scores[0]
-    constraint = scores[1:]
-    reach = dual.reachable(constraint)
-    high = 0.95 * reach if len(reach) == 1 else margin
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of small effective sample sizes at the far end
-        low = dual.solve(score, constraint, -100 * reach, beta).constraint_gain  # λ = 0
-        duals = [dual.solve(score, constraint, low + t / 40 * (high - low), beta)
-                 for t in range(41)]
-    return [(found.constraint_gain[0].item(), found.score_gain) for found in duals]
-
-
 def svg(x_title, curve, rows):
-    """A chart of the curve [(safety gain, reward gain), …] and of the rows with their intervals.
+    """A chart of the curve [(safety gain, reward gain), …], of the optima on it and of the policies
+    with their intervals.
     Text and axes are a mid gray and the marks strong hues: it reads on light and dark pages."""
     xs = [x for x, _ in curve]
     ys = [y for _, y in curve]
@@ -491,16 +573,18 @@ def svg(x_title, curve, rows):
         out.append(f'<path d="{grid}" stroke="#888" stroke-opacity=".25"/>'
                    f'<text transform="translate({at(x, y_low)})" dx="-14" dy="20">{x:.2f}</text>'
                    f'<text transform="translate({at(x_low, y)})" dx="-38" dy="4">{y:.2f}</text>')
-    line = "L".join(at(x, y) for x, y in curve)
-    out.append(f'<path d="M{line}" fill="none" stroke="#3b82f6" stroke-width="2"/>')
+    if curve:
+        line = "L".join(at(x, y) for x, y in curve)
+        out.append(f'<path d="M{line}" fill="none" stroke="#3b82f6" stroke-width="2"/>')
     for i, (name, row) in enumerate(rows.items()):
+        color = "#3b82f6" if name.startswith("optimum") else "#e8590c"
         x = row["constraint_gain"][0]
         y = row["reward_gain"]
         left, right = row["constraint_gain_ci"][0]
         low, high = row["reward_gain_ci"]
         cross = f"M{at(left, y)}L{at(right, y)}M{at(x, low)}L{at(x, high)}"
-        out.append(f'<path d="{cross}" stroke="#e8590c"/>'
-                   f'<path d="M{at(x, y)}h0" stroke="#e8590c" stroke-width="8"/>'
+        out.append(f'<path d="{cross}" stroke="{color}"/>'
+                   f'<path d="M{at(x, y)}h0" stroke="{color}" stroke-width="8"/>'
                    f'<text transform="translate({at(x, y)})" dx="8" dy="{17 if i % 2 else -8}">'
                    f'{name}</text>')
     return "\n".join([*out, "</svg>\n"])

@@ -33,8 +33,8 @@ Read next: train.py, the whole job.
 import torch
 
 import dual
-from mocan import (Descent, bradley_terry, group_batches, logprobs, preference_loss, take,
-                   take_text)
+from mocan import (Descent, bradley_terry, calibrate, calibrated_loss, group_batches,
+                   logprobs, preference_loss, say_agreement, take, take_text)
 from model import sequence_logprob
 
 
@@ -46,25 +46,6 @@ def implicit_score(logp_r, logp_g, ref_logp, lam, beta):
     safety = logp_g - ref_logp  # (m, …)
     lam = lam.to(safety).view(-1, *[1] * reward.dim())  # (m, 1, …)
     return beta * (reward + (lam * safety).sum(dim=0))
-
-
-def calibrate(implicit_chosen, implicit_rejected):
-    """The factor τ (an inverse temperature) that makes P(chosen ≻ rejected) =
-    σ(τ·(implicit_chosen − implicit_rejected)) most likely on held-out preferences: P numbers each
-    -> τ (), at least 0.
-
-    One-parameter logistic regression by Newton's method, which does not overshoot from 0, since the
-    curvature falls as τ grows. τ = 1: calibrated; τ > 1: the pre-aligned policy understates its
-    preference; τ < 1: it overstates it.
-    """
-    lead = (implicit_chosen - implicit_rejected).double()
-    tau = lead.new_zeros(())
-    for _ in range(50):
-        p = torch.sigmoid(-tau * lead)  # probability of the choice that was not made
-        slope = (p * lead).sum()
-        curvature = (p * (1 - p) * lead * lead).sum().clamp_min(1e-12)
-        tau = (tau + slope / curvature).clamp(0, 100)
-    return tau
 
 
 def calibrated(logp, ref_logp, tau):
@@ -135,8 +116,9 @@ def train_pecan(policy, pool, logp_r, logp_g, ref_logp, lam, beta, group, recipe
 
 
 # ---- before the dual
-def prealign(policy, preferences, ref_logp, beta, recipe, generator):
-    """Plain DPO on one preference: `data.Preferences` of P pairs, their ref_logp (P, 2).
+def prealign(policy, preferences, ref_logp, beta, recipe, generator, held_out=None):
+    """Plain DPO on one preference: `data.Preferences` of P pairs, their ref_logp (P, 2);
+    held_out() -> calibration loss, see mocan.Descent.micro_batches.
 
     Give it a low learning rate: hard labels are noise that a policy learns by heart, and τ mends a
     timid one.
@@ -144,7 +126,7 @@ def prealign(policy, preferences, ref_logp, beta, recipe, generator):
     pool, prefers, *_ = preferences
     batches = group_batches(pool.lengths, 2 * recipe.batch, 2, generator)
     descent = Descent(policy, recipe)
-    for _ in descent.micro_batches():
+    for _ in descent.micro_batches(len(prefers), held_out):
         n, _ = next(batches)
         chosen = prefers[n]  # (B,)
         k = torch.stack([chosen, 1 - chosen], dim=1)  # (B, 2) chosen, rejected
@@ -159,17 +141,15 @@ def prealign(policy, preferences, ref_logp, beta, recipe, generator):
         descent.step(loss.mean())
 
 
-def fit_tau(policy, name, preferences, ref_logp, beta, batch=256):
-    """τ of a pre-aligned policy on held-out preferences, whose ln π_ref is ref_logp (P, 2); prints
-    it and how well the implicit score predicts them."""
-    pool, prefers, *_ = preferences
-    logp = logprobs(policy, pool, batch)
-    implicit = beta * (logp - ref_logp)  # (P, 2)
-    chosen = implicit.gather(1, prefers[:, None])  # (P, 1)
-    rejected = implicit.gather(1, 1 - prefers[:, None])
-    tau = calibrate(chosen, rejected).item()
-    agrees = implicit.argmax(dim=1) == prefers
-    right = agrees.float().mean().item()
-    print(f"  {name}: the implicit score agrees with {right:.1%} of {len(prefers)} held-out "
-          f"preferences; τ = {tau:.3f}")
+def prealign_and_calibrate(policy, name, training, ref_training, calibration, ref_calibration,
+                           beta, recipe, generator, batch=256):
+    """Pre-align a policy on one preference, for as many epochs as help on the calibration pairs,
+    and fit τ on these -> τ. `data.Preferences` and their ln π_ref (P, 2)."""
+    def implicit():
+        return beta * (logprobs(policy, calibration.pool, batch) - ref_calibration)  # (P, 2)
+    prealign(policy, training, ref_training, beta, recipe, generator,
+             lambda: calibrated_loss(*calibration.by_choice(implicit())))
+    score = implicit()
+    tau = calibrate(*calibration.by_choice(score)).item()
+    say_agreement(name, score, calibration)
     return tau

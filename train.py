@@ -15,7 +15,7 @@ The stages, and the artifact that each leaves in --out:
     dual        λ*, and what it predicts                   none: solved anew in every run
     mocan       one policy update                          mocan*.pt
     pecan       one policy update                          pecan*.pt
-    evaluate    fresh responses on held-out prompts        results.json, samples.jsonl, tradeoff.svg
+    evaluate    fresh responses on evaluation prompts      results.json, samples.jsonl, tradeoff.svg
 
 `main` is the story; below it stand the stages, the results, the run's folder and the command line.
 "Earlier" and "later" stages are those above and below in this list. run.json keeps the settings.
@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 import torch
 
 import data
+import dual
 import mocan
 import pecan
 from model import GPT, GPTConfig, from_checkpoint, load, save, to_checkpoint
@@ -76,7 +77,8 @@ class Config:
     data: tuple = setting((), "reference", "preference files, FILE or NAME=FILE, one or more; none:"
                           " the built-in world")
     world_pairs: int = setting(36000, "reference", "preference pairs that the world writes")
-    held_out: float = setting(0.2, "reference", "share of the prompts kept for evaluation and τ")
+    held_out: float = setting(0.2, "reference", "share of the conversations kept for evaluation")
+    calibration: float = setting(0.1, "reference", "share kept for temperatures and early stopping")
     tokenizer: str = setting("vocab", "reference", "vocab: built from the training text; gpt2: "
                              "GPT-2's", ("vocab", "gpt2"))
     vocab_size: int = setting(4096, "reference", "largest size of the vocab tokenizer",
@@ -93,9 +95,10 @@ class Config:
     accumulate: int = setting(1, None, "micro-batches per step")
     warmup: int = setting(20, None, "steps of linear warm-up, then cosine to 0", least=0)
     clip: float = setting(1.0, None, "largest gradient norm")
-    sft_steps: int = setting(1000, "reference", "gradient steps of the reference policy")
+    sft_steps: int = setting(1000, "reference", "gradient steps of the reference policy, at most")
     sft_lr: float = setting(3e-3, "reference", "its learning rate")
-    score_steps: int = setting(120, "scores", "gradient steps of each learned score model")
+    score_steps: int = setting(1000, "scores", "gradient steps of each learned score model, at "
+                               "most")
     score_lr: float = setting(1e-3, "scores", "its learning rate")
     # offline samples and the dual
     prompts: int = setting(512, "offline", "N, training prompts that the reference answers")
@@ -121,17 +124,17 @@ class Config:
     group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all "
                          "their pairs", least=2)
     prealign_steps: int = setting(1800, "prealign", "gradient steps of each of PeCAN's pre-aligned "
-                                  "policies")
+                                  "policies, at most")
     prealign_lr: float = setting(6e-5, "prealign", "their learning rate; see pecan.prealign")
     # evaluation
-    eval_prompts: int = setting(240, None, "held-out prompts, at most", least=2)
+    eval_prompts: int = setting(240, None, "evaluation prompts, at most", least=2)
     eval_responses: int = setting(24, None, "fresh responses to each")
 
 
 QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, prompts=128,
-             responses=16, steps=120, prealign_steps=120, prealign_lr=3e-4, lr=1e-3,
+             responses=16, steps=120, prealign_steps=100, prealign_lr=3e-4, lr=1e-3,
              eval_prompts=64, eval_responses=8)
-DATA = dict(sft_steps=600, prealign_steps=300, lr=2e-4, margin="25%")  # a thousand pairs are few
+DATA = dict(lr=2e-4, margin="25%")
 
 
 # ---- the job
@@ -141,11 +144,12 @@ def main():
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
     os.makedirs(c.out, exist_ok=True)
     print(as_command(c))
-    train, held_out, names = data.load_pairs(  # names: "helpful", then the constraints
-        c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.constraints)
-    tok = tokenizer_of_run(c, train)
-    reference = reference_policy(c, tok, train)
-    prompts = data.spread(train, c.prompts)
+    split, names = data.load_pairs(  # names: "helpful", then the constraints
+        c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.calibration,
+        c.constraints)
+    tok = tokenizer_of_run(c, split.train)
+    reference = reference_policy(c, tok, split)
+    prompts = data.some_prompts(split.train, c.prompts)
     pool, ref_logp = sample_reference(c, reference, tok, prompts)  # (N, K, T), (N, K)
     judges = {}  # preference -> score model, where no exact function exists
     policies = {}  # name -> its artifact
@@ -153,12 +157,12 @@ def main():
     duals = {}  # name -> dual.Dual, for the reports; each shot solves its own, the first the same
 
     if c.algo != "pecan":  # before pre-alignment, so that an unreachable margin costs nothing
-        judges = learn_judges(c, reference, tok, train, held_out, names)
+        judges = learn_judges(c, reference, tok, split, names)
         scores = artifact(c, "offline", "offline_scores.pt", make_scores, judges, names, prompts,
                           pool, tok)["scores"]  # (1+m, N, K)
         margins, duals = mocan.solve_margins(scores, c.margin, c.margins, c.beta)
     if c.algo != "mocan":
-        dpo = prealigned(c, reference, tok, train, held_out, names, pool, ref_logp)
+        dpo = prealigned(c, reference, tok, split, names, pool, ref_logp)
         logp = torch.stack([saved["logp"] for saved in dpo.values()])  # (1+m, N, K)
         policies |= dpo
     if c.algo != "pecan":
@@ -172,11 +176,8 @@ def main():
             offline = mocan.Sample(pool, ref_logp, ref_logp, c.beta * (logp - ref_logp))
             policies |= pecan_policies(c, reference, tok, prompts, offline, margin, dpo)
     if c.algo == "pecan":  # PeCAN needs no score model; the table does
-        judges = learn_judges(c, reference, tok, train, held_out, names)
-    rows = evaluate(c, reference, policies, judges, names, margins, duals, held_out, tok)
-    if c.algo != "pecan":
-        curve = mocan.frontier(scores, margins["mocan"], c.beta)
-        write(c, "tradeoff.svg", mocan.svg(f"{names[1]} gain over the reference", curve, rows))
+        judges = learn_judges(c, reference, tok, split, names)
+    evaluate(c, reference, policies, judges, names, margins, duals, split, tok)
 
 
 # ---- the stages; make_… returns what an artifact keeps
@@ -188,18 +189,20 @@ def tokenizer_of_run(c, train):
                                c.block_size - c.max_new_tokens, c.max_new_tokens)
 
 
-def reference_policy(c, tok, train):
-    saved = artifact(c, "reference", "reference.pt", make_reference, tok, train)
+def reference_policy(c, tok, split):
+    saved = artifact(c, "reference", "reference.pt", make_reference, tok, split)
     return from_checkpoint(saved, c.device)
 
 
-def make_reference(c, tok, train):
+def make_reference(c, tok, split):
     config = GPTConfig(tok.encoding.n_vocab, c.block_size, c.n_layer, c.n_head, c.n_embd,
                        dtype=c.dtype)
     model = new_model(c, config, "reference")
-    pool = data.pair_pool(tok, train, "training data")
-    plan = recipe(c, "reference", c.sft_steps, c.sft_lr)
-    mocan.train_reference(model, pool, plan, stream(c, "reference"))
+    pool = data.pair_pool(tok, split.train, "training data")
+    calibration = data.pair_pool(tok, split.calibration, "calibration data")
+    mocan.train_reference(
+        model, pool, recipe(c, "reference", c.sft_steps, c.sft_lr), stream(c, "reference"),
+        lambda: -mocan.logprobs(model, calibration, c.sample_batch).mean().item())
     return to_checkpoint(model)
 
 
@@ -216,22 +219,21 @@ def make_offline(c, reference, tok, prompts):
             "ref_logp": ref_logp}
 
 
-def learn_judges(c, reference, tok, train, held_out, names):
+def learn_judges(c, reference, tok, split, names):
     """{preference: score model}; empty where the world's exact functions serve."""
     judges = {}
     for name in names if c.data else ():
-        saved = artifact(c, "scores", f"score_{name}.pt", make_judge, reference, tok, train,
-                         held_out, name)
+        saved = artifact(c, "scores", f"score_{name}.pt", make_judge, reference, tok, split, name)
         judges[name] = from_checkpoint(saved, c.device)
     return judges
 
 
-def make_judge(c, reference, tok, train, held_out, name):
+def make_judge(c, reference, tok, split, name):
     model = new_model(c, replace(reference.config, score_head=True), f"scores/{name}")
     model.load_state_dict(reference.state_dict(), strict=False)  # all but the head
-    plan = recipe(c, "scores", c.score_steps, c.score_lr)
-    mocan.learn_score(model, tok, train, held_out, name, plan, stream(c, f"scores/{name}"),
-                      c.sample_batch)
+    plan = recipe(c, f"score {name}", c.score_steps, c.score_lr)
+    mocan.learn_score(model, name, *[data.preference_tensors(tok, part, name) for part in split],
+                      plan, stream(c, f"scores/{name}"), c.sample_batch)
     return to_checkpoint(model)
 
 
@@ -239,40 +241,27 @@ def make_scores(c, judges, names, prompts, pool, tok):
     return {"scores": mocan.score_pool(judges, names, prompts, pool, tok, c.sample_batch)}
 
 
-def prealigned(c, reference, tok, train, held_out, names, pool, ref_logp):
+def prealigned(c, reference, tok, split, names, pool, ref_logp):
     """PeCAN, steps 1 and 2 -> {dpo-NAME: artifact}."""
-    # π_ref scores every pair: about as many as the rarest preference's training visits are enough
-    rarest = min(sum(name in pair.prefers for pair in train) for name in names)
-    share = min(1.0, c.prealign_steps * c.batch * c.accumulate / rarest)
-    train = random.Random(f"{c.seed}/pairs").sample(train, math.ceil(share * len(train)))
-    sides = {"training": train, "held-out": held_out}
-    refs = {}  # side -> ln π_ref of its pairs (P, 2), once for all preferences
-    policies = {}
-    for side, pairs in sides.items():
+    refs = []  # ln π_ref of the training and the calibration pairs (P, 2), for all preferences
+    for part in split[:2]:
         if not reused("prealign", c.start):
-            of_side = data.pair_pool(tok, pairs, f"{side} pairs")
-            refs[side] = mocan.logprobs(reference, of_side, c.sample_batch)
-    for name in names:
-        policies[f"dpo-{name}"] = artifact(c, "prealign", f"dpo-{name}.pt", make_prealigned,
-                                           reference, tok, name, sides, refs, pool, ref_logp)
-    return policies
+            refs.append(mocan.logprobs(reference, data.pair_pool(tok, part, "pairs"),
+                                       c.sample_batch))
+    return {f"dpo-{name}": artifact(c, "prealign", f"dpo-{name}.pt", make_prealigned, reference,
+                                    tok, name, split, refs, pool, ref_logp) for name in names}
 
 
-def make_prealigned(c, reference, tok, name, sides, refs, pool, ref_logp):
-    """A pre-aligned policy, and its calibrated log-probabilities of the offline pool, (N, K). τ is
-    fitted on held-out pairs, whose prompts `evaluate` uses too: PeCAN's rows of the table are
-    in-sample by that one number for each preference."""
+def make_prealigned(c, reference, tok, name, split, refs, pool, ref_logp):
+    """A pre-aligned policy, and its calibrated log-probabilities of the offline pool, (N, K)."""
     policy = copy.deepcopy(reference)
+    training, calibration = [data.preference_tensors(tok, part, name) for part in split[:2]]
     plan = recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr)
-    pairs = data.preference_tensors(tok, sides["training"], name)
-    pecan.prealign(policy, pairs, refs["training"][pairs.rows], c.beta, plan,
-                   stream(c, f"prealign/{name}"))
-    pairs = data.preference_tensors(tok, sides["held-out"], name)
-    tau = pecan.fit_tau(policy, name, pairs, refs["held-out"][pairs.rows], c.beta,
-                        c.sample_batch)
+    tau = pecan.prealign_and_calibrate(
+        policy, name, training, refs[0][training.rows], calibration, refs[1][calibration.rows],
+        c.beta, plan, stream(c, f"prealign/{name}"), c.sample_batch)
     logp = mocan.logprobs(policy, pool, c.sample_batch)
-    return {**to_checkpoint(policy), "tau": tau,
-            "logp": pecan.calibrated(logp, ref_logp, tau)}
+    return {**to_checkpoint(policy), "tau": tau, "logp": pecan.calibrated(logp, ref_logp, tau)}
 
 
 def mocan_policies(c, reference, judges, names, tok, prompts, offline, margins):
@@ -331,7 +320,13 @@ def make_shot(c, policy, reference, tok, prompts, offline, update, score_of, lab
             stream(c, f"{label}/responses", c.device), label, score_of)
         plan = recipe(c, label, c.shot_steps, c.shot_lr)
     ref_mean = offline.scores[1:].double().mean(dim=(1, 2))  # (m,) E_ref[g]
-    found = mocan.solve_from(sample, ref_mean, b, c.beta)
+    try:
+        found = mocan.solve_from(sample, ref_mean, b, c.beta)
+    except dual.Infeasible as error:
+        if shot == 1:
+            raise
+        print(f"  {label} changes nothing, by its responses: {error}")
+        return {**to_checkpoint(policy), "lam": []}
     mocan.say_dual(label, b, found)
     policy = copy.deepcopy(policy)
     generator = stream(c, label.split()[0])  # every margin of MoCAN sees the same pairs
@@ -360,33 +355,28 @@ def recipe(c, stage, steps, lr):
 
 
 # ---- what came of it
-def evaluate(c, reference, policies, judges, names, margins, duals, held_out, tok):
-    """Fresh responses of every policy to held-out prompts -> results.json, samples.jsonl, the
-    table; returns its rows."""
-    prompts = data.spread(held_out, c.eval_prompts)
+def evaluate(c, reference, policies, judges, names, margins, duals, split, tok):
+    """Fresh responses of every policy to evaluation prompts -> results.json, samples.jsonl, the
+    picture and the table."""
+    prompts = data.some_prompts(split.evaluation, c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
-          f"{len(prompts)} held-out prompts")
-    rows, texts = mocan.measure(
+          f"{len(prompts)} evaluation prompts")
+    rows, texts, curve = mocan.measure(
         {"reference": to_checkpoint(reference), **policies}, reference, judges, names, tok,
-        prompts, c.eval_responses, c.sample_batch, seed_of(c, "evaluate"))
-    for name, row in rows.items():
-        margin = margins.get(name.split(" shot ")[0], next(iter(margins.values())))
-        row["margin"] = margin.tolist()
-
-    optima = {name: mocan.optimum(margins[name], found) for name, found in duals.items()}
-    write(c, "results.json", json.dumps({
-        "config": asdict(c), "policies": rows, "dual": optima.get("mocan"),
-        "dual_pecan": optima.get("pecan")}, indent=1))
+        prompts, c.eval_responses, c.sample_batch, seed_of(c, "evaluate"), margins, c.beta)
+    prompts = [data.transcript(prompt) for prompt in prompts]
+    found = {name: {**found._asdict(), "margin": margins[name]} for name, found in duals.items()}
+    results = {"config": asdict(c), "policies": rows, "duals": found}
+    write(c, "results.json", json.dumps(results, default=torch.Tensor.tolist, indent=1))
     samples = [{"instruction": prompts[i // c.eval_responses], "output": text, "generator": name}
                for name in texts for i, text in enumerate(texts[name])]
     write(c, "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    write(c, "tradeoff.svg", mocan.svg(f"{names[1]} gain over the reference", curve, rows))
     for i in range(0, len(prompts), len(prompts) // 3 + 1):
         print(f"\n  {prompts[i]}")
         for name in texts:
             print(f"    {name:>14}: {' '.join(texts[name][i * c.eval_responses].split())}")
-    mocan.print_table(names[1:], {
-        **rows, "optimum (closed form)": next(iter(optima.values()))})
-    return rows
+    mocan.print_table(names[1:], rows)
 
 
 # ---- the run's folder
@@ -487,9 +477,10 @@ def check(parser, c):
         if type(f.default) in (int, float) and not least <= value < math.inf:
             wanted = "> 0" if least == ABOVE_0 else f"at least {least}"
             parser.error(f"--{f.name} is {value}; it must be {wanted}")
-    if c.held_out >= 1 or c.max_new_tokens + 8 > c.block_size:
-        parser.error(f"--held_out {c.held_out} must be < 1, --max_new_tokens {c.max_new_tokens} at "
-                     f"most --block_size {c.block_size} − 8")
+    if c.held_out + c.calibration >= 1 or c.max_new_tokens + 8 > c.block_size:
+        parser.error(f"--held_out {c.held_out} and --calibration {c.calibration} together must be "
+                     f"< 1, --max_new_tokens {c.max_new_tokens} at most --block_size "
+                     f"{c.block_size} − 8")
     try:
         torch.empty(0, device=c.device)
     except (RuntimeError, AssertionError):

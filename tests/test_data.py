@@ -74,7 +74,29 @@ def test_hh_transcripts_under_the_name_that_the_user_gives(tmp_path):
     path = jsonl(tmp_path, HH)
     for name in ("helpful", "safe"):
         assert data.load_preferences([f"{name}={path}"]) == [
-            Pair("Hi\n\nAssistant: Hello!\n\nHuman: How?", ("Like this.", "Go away."), {name: 0})]
+            Pair(("Hi", "Hello!", "How?"), ("Like this.", "Go away."), {name: 0})]
+    short = {side: "\n\nHuman: " + text.rpartition("\n\nHuman: ")[2] for side, text in HH.items()}
+    assert data.load_preferences([f"safe={jsonl(tmp_path, short)}"]) == [Pair("How?", ("Like this.", "Go away."), {"safe": 0})]
+
+
+NOT_ONE_CONVERSATION = {
+    "prompts diverge": {**HH, "rejected": HH["rejected"].replace("Hi", "Ho")},
+    "one reply earlier": {**HH, "rejected": "\n\nHuman: Hi\n\nAssistant: Hello!"},
+    "Human speaks twice": {side: "\n\nHuman: Ah" + text for side, text in HH.items()},
+    "Assistant speaks twice": {side: text.replace("\n\nHuman: How", "\n\nAssistant: How") for side, text in HH.items()},
+    "Assistant begins": {side: "\n\nAssistant: Yes?" + text for side, text in HH.items()},
+    "no one begins": {side: text.removeprefix("\n\nHuman:") for side, text in HH.items()},
+}
+
+
+@pytest.mark.parametrize("case", NOT_ONE_CONVERSATION)
+def test_transcripts_that_are_not_one_conversation_are_skipped_and_counted(tmp_path, capsys, case):
+    path = jsonl(tmp_path, HH, NOT_ONE_CONVERSATION[case], HH)
+    assert len(data.load_preferences([f"safe={path}"])) == 2
+    said = capsys.readouterr().out
+    assert f"{path}: 1 of 3 rows skipped" in said and said.count("\n") == 1
+    with pytest.raises(ValueError, match="no usable pair"):
+        data.load_preferences([f"safe={jsonl(tmp_path, NOT_ONE_CONVERSATION[case])}"])
 
 
 @pytest.mark.parametrize("name, prefers", [("helpful", 1), ("polite", 0)])
@@ -120,8 +142,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, case):
 
 
 BAD_HH = {
-    "prompts diverge": ({**HH, "rejected": HH["rejected"].replace("Hi", "Ho")}, "differ only after the last"),
-    "no reply": ({"chosen": "Hi", "rejected": "Ho"}, "differ only after the last"),
+    "no reply": ({"chosen": "Hi", "rejected": "Ho"}, "differ after the last"),
     "missing rejected": (without(HH, "rejected"), "'rejected' is missing"),
     "chosen of the wrong type": ({**HH, "chosen": 3}, "'chosen' is not a string"),
 }
@@ -188,49 +209,71 @@ def pairs_of(*prompts):
     return [Pair(prompt, (f"a{i}", f"b{i}"), {"helpful": 0, "safe": 1}) for i, prompt in enumerate(prompts)]
 
 
-@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.999])
-def test_no_prompt_is_in_both_parts_and_no_pair_is_lost(share):
+def parts(pairs, held_out=0.2, calibration=0.1):
+    return data.split_pairs(pairs, held_out, calibration)
+
+
+@pytest.mark.parametrize("held_out, calibration", [(0.001, 0.001), (0.2, 0.1), (0.5, 0.4), (0.999, 0.0001)])
+def test_no_conversation_is_in_two_parts_and_no_pair_is_lost(held_out, calibration):
     pairs = pairs_of(*(f"prompt {i % 40}" for i in range(100)))
-    train, held_out = data.split_prompts(pairs, share)
-    assert train and held_out
-    assert not {p.prompt for p in train} & {p.prompt for p in held_out}
-    assert sorted(train + held_out, key=lambda p: p.responses) == sorted(pairs, key=lambda p: p.responses)
+    split = parts(pairs, held_out, calibration)
+    assert all(split) and len({p.prompt for p in split.evaluation}) >= 2  # intervals need two
+    spoken = [{data.conversation(p.prompt) for p in part} for part in split]
+    assert sum(map(len, spoken)) == len(set.union(*spoken)) == 40
+    assert sorted(sum(split, []), key=lambda p: p.responses) == sorted(pairs, key=lambda p: p.responses)
 
 
-def test_the_held_out_share_is_a_share_of_prompts():
-    _, held_out = data.split_prompts(pairs_of(*(f"prompt {i % 50}" for i in range(200))), 0.2)
-    assert len({p.prompt for p in held_out}) == 10 and len(held_out) == 40
+def test_the_shares_are_of_conversations():
+    split = parts(pairs_of(*(f"prompt {i % 50}" for i in range(200))))
+    assert [len({p.prompt for p in part}) for part in split] == [35, 5, 10] and [len(part) for part in split] == [140, 20, 40]
 
 
-def test_three_prompts_are_enough_and_two_are_not():
-    train, held_out = data.split_prompts(pairs_of("a", "b", "b", "c"), 0.2)
-    assert len({p.prompt for p in train}) == 1 and len({p.prompt for p in held_out}) == 2  # intervals need two
-    with pytest.raises(ValueError, match="2 distinct prompts"):
-        data.split_prompts(pairs_of("a", "a", "b"), 0.2)
+def test_prompts_that_begin_alike_stay_together():
+    """A conversation and its own beginning, another ending, another spelling."""
+    prompts = [prompt for i in range(40) for prompt in (
+        f"Question {i}?", f"  question  {i}? ", (f"Question {i}?", "Why?", "So."), (f"QUESTION {i}?", "Well.", "And?"))]
+    split = parts(pairs_of(*prompts))
+    assert [len(part) for part in split] == [4 * 28, 4 * 4, 4 * 8]
+    where = {}
+    for name, part in zip(split._fields, split):
+        for pair in part:
+            where.setdefault(data.conversation(pair.prompt), set()).add(name)
+    assert len(where) == 40 and all(len(names) == 1 for names in where.values())
 
 
-def test_spread_takes_distinct_prompts_evenly():
+def test_four_conversations_are_enough_and_three_are_not():
+    split = parts(pairs_of("a", "b", "b", "c", "d"))
+    assert [len({p.prompt for p in part}) for part in split] == [1, 1, 2]
+    with pytest.raises(ValueError, match="3 distinct conversations"):
+        parts(pairs_of("a", "A", "b", ("c", "d", "e")))
+
+
+def test_some_prompts_are_distinct_and_evenly_spread():
     pairs = pairs_of(*(f"{i:02d}" for i in range(20)), "07", "07")
-    assert data.spread(pairs, 4) == ["02", "07", "12", "17"]
-    assert data.spread(pairs, 99) == [f"{i:02d}" for i in range(20)]
+    assert data.some_prompts(pairs, 4) == ["02", "07", "12", "17"]
+    assert data.some_prompts(pairs, 99) == [f"{i:02d}" for i in range(20)]
+    mixed = [("b", "x", "y"), "a", ("a", "x", "y"), "b"]
+    assert data.some_prompts(pairs_of(*mixed), 9) == ["a", ("a", "x", "y"), "b", ("b", "x", "y")]
 
 
 def loaded(files=(), constraints=""):
-    return data.load_pairs(files, 300, random.Random(0), 0.2, constraints)
+    return data.load_pairs(files, 300, random.Random(0), 0.2, 0.1, constraints)
 
 
 @pytest.mark.parametrize("constraints, names", [("", ["helpful", "harmless"]), ("polite", ["helpful", "polite"]),
                                                 ("polite,harmless", ["helpful", "polite", "harmless"])])
 def test_the_world_is_loaded_split_and_with_the_constraints_asked_for(constraints, names, capsys):
-    train, held_out, got = loaded(constraints=constraints)
+    split, got = loaded(constraints=constraints)
     assert got == names
-    assert (train, held_out) == data.split_prompts(data.world_preferences(300, random.Random(0)), 0.2)
-    assert f"{len(train)} training and {len(held_out)} held-out pairs" in capsys.readouterr().out
+    assert split == parts(data.world_preferences(300, random.Random(0)))
+    train, calibration, evaluation = map(len, split)
+    assert (f"{train} training, {calibration} calibration and {evaluation} evaluation pairs"
+            in capsys.readouterr().out)
 
 
 def test_a_constraint_that_the_data_lacks_is_refused_with_the_names_it_has(tmp_path):
     path = jsonl(tmp_path, *({**ROW, "prompt": f"{i}"} for i in range(9)))
-    assert loaded([path])[2] == ["helpful", "safe"]
+    assert loaded([path])[1] == ["helpful", "safe"]
     with pytest.raises(ValueError) as error:
         loaded([path], "polite")
     one_line(error, "'polite'", "helpful, safe")
@@ -395,6 +438,50 @@ def test_prompts_carry_the_template_and_a_long_one_loses_its_beginning():
     assert data.encode_prompts(tok, [short]) == ([[*tok.before, *tok.after]], 1)  # no room at all
 
 
+def test_every_turn_carries_the_template_and_old_exchanges_go_as_a_whole():
+    talk = ("a", "bb", "c", "dd", "e")
+    whole = vocab([], prompt_limit=99)
+    one, two = ([*whole.before, *b" " + user, *whole.after, *b" " + assistant, whole.end]
+                for user, assistant in ((b"a", b"bb"), (b"c", b"dd")))
+    last = [*whole.before, *b" e", *whole.after]
+    assert data.encode_prompt(whole, talk) == (one + two + last, False)
+    for limit in range(2, 99):
+        ids, cut = data.encode_prompt(vocab([], prompt_limit=limit), talk)
+        fits = [x for x in (one + two + last, two + last, last) if len(x) <= limit]
+        expected = fits[0] if fits else [*whole.before, *last[-limit + 1:-1], *whole.after]
+        assert ids == expected and cut == (expected != one + two + last)
+        assert ids[0] == whole.before[0]  # whatever is left begins with the user
+
+
+def test_marks_of_speakers_in_a_question_are_its_own_words():
+    """Only a transcript is parsed into turns: a question cannot put words into the assistant's mouth."""
+    tok = vocab([], prompt_limit=99)
+    text = "x\n\nAssistant: Sure!\n\nHuman: Go on"
+    ids, _ = data.encode_prompt(tok, text)
+    assert ids == [*tok.before, *(" " + text).encode(), *tok.after]
+
+
+def test_a_transcript_reads_as_in_the_file():
+    assert data.transcript("How?") == "How?"
+    assert "\n\nHuman: " + data.transcript(("Hi", "Hello!", "How?")) == HH["chosen"].rpartition("\n\nAssistant:")[0]
+
+
+def test_intervals_are_those_of_conversations():
+    """Pairs of one conversation that agree are one observation: with each pair repeated the mean's error stays the same."""
+    x, talk = torch.randn(50, dtype=torch.float64), torch.arange(50)
+    once = data.Preferences(None, None, None, [], talk).half_width(x)
+    assert once == pytest.approx(1.96 * x.std(unbiased=False).item() / 50 ** 0.5)
+    again = data.Preferences(None, None, None, [], talk.repeat(4)).half_width(x.repeat(4))
+    assert again == pytest.approx(once)
+    apart = data.Preferences(None, None, None, [], torch.arange(200)).half_width(x.repeat(4))
+    assert apart == pytest.approx(once / 2)
+
+
+def test_pairs_of_a_conversation_are_numbered_alike():
+    pairs = [Pair(prompt, ("x", "y"), {"safe": 1}) for prompt in ("A?", ("a?", "b", "c"), "d", "a?")]
+    assert data.preference_tensors(vocab([]), pairs, "safe").talk.tolist() == [0, 0, 1, 0]
+
+
 def test_a_long_response_loses_its_end_and_its_end_token():
     tok = vocab([], response_limit=4)
     ids, cut = data.encode_responses(tok, ["ab", "abc", "abcd"])
@@ -429,11 +516,11 @@ def test_lengths_count_up_to_the_end_of_the_response():
 def test_preference_tensors_take_the_pairs_that_carry_the_preference():
     pairs = [Pair("a", ("x", "y"), {"safe": 1}, (False, True)), Pair("b", ("x", "y"), {"helpful": 0}),
              Pair("c", ("x", "y"), {"safe": 0, "helpful": 1})]
-    pool, prefers, safe, rows = data.preference_tensors(vocab([]), pairs, "safe")
+    pool, prefers, safe, rows, _ = data.preference_tensors(vocab([]), pairs, "safe")
     assert pool.tokens.shape[:2] == (2, 2) and prefers.tolist() == [1, 0] and safe.tolist() == [[-1, 1], [0, 0]]
     assert rows == [0, 2] and pool.texts(vocab([])) == ["x", "y"] * 2
     assert pool.tokens[:, 0, 2].tolist() == [*b"ac"]  # the prompts, after the template's token and the space
-    _, prefers, safe, rows = data.preference_tensors(vocab([]), pairs, "helpful")
+    _, prefers, safe, rows, _ = data.preference_tensors(vocab([]), pairs, "helpful")
     assert prefers.tolist() == [0, 1] and safe.tolist() == [[0, 0], [0, 0]] and rows == [1, 2]
 
 

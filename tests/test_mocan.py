@@ -1,6 +1,7 @@
 import inspect
 import itertools
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
 
@@ -469,7 +470,7 @@ def test_infinite_weights_stop_every_loop():
         broken.wte.weight.data.fill_(math.inf)
     with pytest.raises(FloatingPointError, match="^reference: .* step 0"):
         mocan.train_reference(model, pool, recipe("reference"), stream())
-    preferences = Preferences(pool, torch.zeros(8, dtype=torch.long), torch.zeros(8, 2), list(range(8)))
+    preferences = Preferences(pool, torch.zeros(8, dtype=torch.long), torch.zeros(8, 2), list(range(8)), torch.arange(8))
     with pytest.raises(FloatingPointError, match="^scores: .* step 0"):
         mocan.train_score(score_model, preferences, recipe("scores"), stream())
 
@@ -491,7 +492,8 @@ def test_a_score_model_recovers_the_scores_that_the_preferences_come_from():
     prefers = (torch.rand(N) < torch.sigmoid(worth[y[:, 1]] - worth[y[:, 0]])).long()
     tokens, mask = pad([[5]] * 2 * N, [[i + 1] for i in y.flatten().tolist()])
     model = tiny(sharp=1.0, score_head=True)
-    preferences = Preferences(Pool(tokens.view(N, 2, -1), mask.view(N, 2, -1)), prefers, torch.zeros(N, 2), [*range(N)])
+    preferences = Preferences(Pool(tokens.view(N, 2, -1), mask.view(N, 2, -1)), prefers, torch.zeros(N, 2), [*range(N)],
+                              torch.arange(N))
     mocan.train_score(model, preferences, recipe("scores", batch=250, steps=150, lr=1e-2), stream())
     with torch.no_grad():
         score = model.score(*pad([[5]] * 3, [[1], [2], [3]]))
@@ -503,7 +505,8 @@ def test_labels_of_safety_put_the_zero_between_safe_and_unsafe():
     tokens, mask = pad([[5]] * 40, [[1], [2]] * 20)
     model = tiny(sharp=1.0, score_head=True)
     pool = Pool(tokens.view(20, 2, -1), mask.view(20, 2, -1))
-    preferences = Preferences(pool, torch.zeros(20, dtype=torch.long), torch.tensor([[1.0, -1.0]] * 20), [*range(20)])
+    preferences = Preferences(pool, torch.zeros(20, dtype=torch.long), torch.tensor([[1.0, -1.0]] * 20), [*range(20)],
+                              torch.arange(20))
     mocan.train_score(model, preferences, recipe("scores", steps=60, lr=1e-2), stream())
     with torch.no_grad():
         safe, unsafe = model.score(*pad([[5]] * 2, [[1], [2]])).tolist()
@@ -594,16 +597,21 @@ def test_sample_from_scores_what_the_policy_samples():
 
 # ---- what came of it
 
+def compare(scores, ref_scores):
+    even = torch.full(scores.shape[1:], 1 / scores.size(2), dtype=torch.float64)
+    return mocan.compare(scores, torch.zeros(scores.shape[1:]), even, ref_scores)
+
+
 def test_an_interval_by_hand():
     # mean 2.5, standard deviation √(5/3) = 1.2909944, half-width 1.96·1.2909944/2 = 1.2651746
-    row = mocan.compare(sample_of(f64(1, 2, 3, 4).view(1, 4, 1)), torch.zeros(1, 4, 1))
+    row = compare(f64(1, 2, 3, 4).view(1, 4, 1), torch.zeros(1, 4, 1))
     assert [row["reward_gain"], *row["reward_gain_ci"]] == pytest.approx([2.5, 1.2348254, 3.7651746], abs=1e-6)
 
 
 def test_compare_by_hand():
     scores = f64(1, 3, 0, 0, 2, 4, 5, 5).view(2, 2, 2)  # r and g of two responses to each of two prompts
     ref_scores = f64(1, 2, 0, 5, 1, 1, 2, 2).view(2, 2, 2)
-    row = mocan.compare(sample_of(scores), ref_scores)
+    row = compare(scores, ref_scores)
     # r: gains 2 − 1.5 on prompt 0 and 0 − 2.5 on prompt 1; g: 3 − 1 and 5 − 2
     assert row["reward"] == 1 and row["constraint"] == [4]
     assert row["reward_gain"] == pytest.approx((0.5 - 2.5) / 2) and row["constraint_gain"] == pytest.approx([2.5])
@@ -615,7 +623,7 @@ def test_compare_by_hand():
 
 def test_a_policy_compared_with_itself_gains_nothing():
     scores = torch.randn(3, 5, 4, dtype=torch.float64)
-    row = mocan.compare(sample_of(scores), scores)
+    row = compare(scores, scores)
     assert [row["reward_gain"], *row["constraint_gain"]] == [0.0] * 3
     assert [row["reward_gain_ci"], *row["constraint_gain_ci"]] == [[0.0, 0.0]] * 3
 
@@ -630,7 +638,7 @@ def sampled(prompt_limit):
 def test_the_reference_measured_against_itself(capsys):
     model, tok, prompts, pool, logp = sampled(60)
     scores = mocan.score_pool({}, ["helpful", "harmless", "polite"], prompts, pool, tok)
-    row = mocan.compare(sample_of(scores), scores)
+    row = compare(scores, scores)
     assert scores.shape == (3, 2, 3) and len(pool.texts(tok)) == 6
     assert row["reward_gain"] == 0 and row["constraint_gain"] == [0, 0] and len(row["constraint_gain_ci"]) == 2
     assert abs((logp - mocan.logprobs(model, pool)).mean()) < 1e-4  # KL
@@ -644,56 +652,144 @@ def test_truncated_prompts_of_a_sample_are_counted_and_said(capsys):
 
 def row(gain, low, high, reward=1.0, reward_ci=(0.9, 1.1), lam=(1.25,)):
     return {"reward_gain": reward, "reward_gain_ci": [*reward_ci], "constraint_gain": [gain], "margin": [0.3],
-            "constraint_gain_ci": [[low, high]], "kl": 0.5, "lam": [*lam], "seconds": 7.4}
+            "constraint_gain_ci": [[low, high]], "kl": 0.5, "kl_ci": [0.4, 0.6], "lam": [*lam], "seconds": 7.4}
 
 
 def test_the_table_says_what_holds_as_far_as_the_sample_can_tell(capsys):
     rows = {"reference": row(0.0, 0.0, 0.0, lam=()), "above": row(0.31, 0.2, 0.4),
-            "near": row(0.28, 0.2, 0.33), "below": row(0.2, 0.1, 0.25), "optimum (closed form)": row(0.3, 0.25, 0.35)}
+            "near": row(0.28, 0.2, 0.33), "below": row(0.2, 0.1, 0.25), "optimum": row(0.3, 0.25, 0.35)}
     mocan.print_table(["safe"], rows)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     header, lines = lines[0], {line.split()[0]: line for line in lines[1:]}
     assert len(lines) == 5
     assert " yes " in lines["above"] and " within error " in lines["near"] and " no " in lines["below"]
     assert " yes " in lines["optimum"] and " no " in lines["reference"]
-    shown = ("+1.000 [+0.900, +1.100]", "+0.310 [+0.200, +0.400]", "0.300", "0.500", "1.250", "7")
+    shown = ("+1.000 [+0.900, +1.100]", "+0.310 [+0.200, +0.400]", "0.300", "0.500 ± 0.100", "1.250", "7")
     assert all(x in lines["above"] for x in shown)
     for title, value in (("reward gain", "+1.000 [+0.900, +1.100]"), ("safe gain", "+0.310 [+0.200, +0.400]"),
-                         ("  b", "  0.300"), ("holds", "yes"), ("KL", "0.500"), ("seconds", "7")):
+                         ("  b", "  0.300"), ("holds", "yes"), ("KL", "0.500 ± 0.100"), ("seconds", "7")):
         edge = header.index(title) + len(title)  # columns stand under each other
         assert lines["above"][:edge].endswith(value)
         assert all(line[edge:edge + 1] in (" ", "") for line in lines.values())
     assert lines["above"].index("1.250") == header.index("λ*")
 
 
-def test_the_optimum_is_a_row_of_what_the_dual_predicts(space):
-    s, margin = space(2), f64(0.5, 0.3)
-    found = dual.solve(s.spread(s.r), s.spread(s.g), margin, 1.0)
-    got = mocan.optimum(margin, found)
-    assert got["reward_gain"] == pytest.approx(found.score_gain, abs=1e-6)
-    assert got["constraint_gain"] == pytest.approx([0.5, 0.3], abs=1e-6)
-    assert got["margin"] == [0.5, 0.3] and got["lam"] == found.lam.tolist() and got["kl"] == found.kl
-    half = 1.96 * found.score_gain_se
-    assert got["reward_gain_ci"] == pytest.approx([found.score_gain - half, found.score_gain + half], abs=1e-6)
-    for j in range(2):
-        b, half = margin[j].item(), 1.96 * found.constraint_gain_se[j].item()
-        assert got["constraint_gain_ci"][j] == pytest.approx([b - half, b + half], abs=1e-6)
-
-
 @pytest.mark.parametrize("m", [1, 2])
-def test_the_frontier_is_the_closed_form_from_lambda_zero_on(space, m):
-    """Up to nearly all that is in reach of one constraint; of several, in a straight line to their margins."""
-    s, beta, margin = space(m), 0.8, f64(0.6, 0.5)[:m]
-    start = optimum(s, torch.zeros(m, dtype=torch.float64), beta)
-    low, end = gains(s, start), margin if m == 2 else 0.95 * dual.reachable(s.spread(s.g))
-    curve = mocan.frontier(torch.cat([s.spread(s.r)[None], s.spread(s.g)]), margin, beta)
-    assert len(curve) == 41 and all(before[0] < after[0] for before, after in itertools.pairwise(curve))
-    assert curve[40][0] == pytest.approx(end[0].item(), abs=1e-6)
-    for t in (0, 10, 20, 40):
-        lam = dual.solve(s.spread(s.r), s.spread(s.g), low + t / 40 * (end - low), beta).lam
-        policy = start if t == 0 else optimum(s, lam, beta)
-        gain, reward = gains(s, policy)[0].item(), ((policy - s.ref) * s.r).sum(dim=1).mean().item()
-        assert curve[t] == pytest.approx((gain, reward), abs=1e-6)
+def test_the_optimum_row_is_the_closed_form_whatever_policy_the_responses_are_from(space, m):
+    """On an enumerated space, from the mixture of the reference and any policy; per prompt, with the interval by hand."""
+    s, other, beta, margin = space(m), space(m, seed=3), 0.8, f64(0.5, 0.3)[:m]
+    scores = torch.cat([s.r[None], s.g])
+    ref = mocan.Sample(None, s.spread(s.ref.log()), s.spread(s.ref.log()), s.spread(scores))
+    near = mocan.Sample(None, other.spread(other.ref.log()), other.spread(s.ref.log()), other.spread(scores))
+    mixed = mocan.mixture(near, ref, s.spread(other.ref.log()))
+    ref_mean = ref.scores[1:].mean(dim=(1, 2))
+    lam = mocan.solve_from(mixed, ref_mean, margin, beta).lam
+    assert torch.allclose(lam, dual.solve(s.spread(s.r), s.spread(s.g), margin, beta).lam, atol=1e-8, rtol=0)
+    got = mocan.optimum(mixed, lam, beta, ref.scores)
+    policy = optimum(s, lam, beta)
+    reward = ((policy - s.ref) * s.r).sum(dim=1)
+    kl = (policy * (policy / s.ref).log()).sum(dim=1)
+    assert got["constraint_gain"] == pytest.approx(margin.tolist(), abs=1e-8) and got["lam"] == lam.tolist()
+    for name, each in (("reward_gain", reward), ("kl", kl)):
+        half = 1.96 * each.std() / len(each) ** 0.5
+        assert got[name] == pytest.approx(each.mean().item(), abs=1e-8)
+        assert got[name + "_ci"] == pytest.approx([(each.mean() - half).item(), (each.mean() + half).item()], abs=1e-8)
+    start = mocan.optimum(mixed, torch.zeros(m, dtype=torch.float64), beta, ref.scores)  # where the picture's curve begins
+    assert start["constraint_gain"] == pytest.approx(
+        gains(s, optimum(s, torch.zeros(m, dtype=torch.float64), beta)).tolist(), abs=1e-8)
+
+
+def test_kl_is_a_mean_over_prompts_with_its_interval():
+    scores = torch.zeros(2, 2, 2, dtype=torch.float64)
+    row = mocan.compare(scores, f64(1, 2, 3, 5).view(2, 2), torch.full((2, 2), 0.5), scores)
+    half = 1.96 * 2.5 / 2 ** 0.5 / 2 ** 0.5  # per prompt 1.5 and 4
+    assert row["kl"] == pytest.approx(2.75) and row["kl_ci"] == pytest.approx([2.75 - half, 2.75 + half])
+
+
+def test_weights_of_responses_count(capsys):
+    scores, ref = f64(1, 3, 0, 4).view(1, 2, 2), torch.zeros(1, 2, 2)
+    row = mocan.compare(scores, f64(1, 2, 3, 5).view(2, 2), f64(1, 0, 0.25, 0.75).view(2, 2), ref)
+    assert row["reward_gain"] == pytest.approx((1 + 3) / 2) and row["kl"] == pytest.approx((1 + 0.75 + 3.75) / 2)
+
+
+# ---- how long to train, and in which units
+
+def test_the_best_epoch_is_kept_and_two_worse_ones_end_a_training():
+    model, losses, seen = tiny(), iter([3.0, 2.0, 2.5, 2.1, 1.0]), []
+
+    def held_out():
+        seen.append(model.wte.weight.detach().clone())
+        return next(losses)
+    descent = mocan.Descent(model, recipe(steps=50, batch=4, accumulate=2))
+    turns = 0
+    for _ in descent.micro_batches(24, held_out):  # 3 steps of 2·4 examples are an epoch
+        turns += 1
+        descent.step(model.wte.weight.square().mean())
+    assert turns == 2 * 3 * 4 and len(seen) == 4
+    assert torch.equal(model.wte.weight, seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("examples, steps, asked", [(24, 6, 0), (24, 7, 2), (24, 12, 2), (24, 14, 3), (3, 2, 2)])
+def test_calibration_is_asked_after_every_epoch_and_the_end_if_there_are_several(examples, steps, asked):
+    calls = []
+    descent = mocan.Descent(tiny(), recipe(steps=steps, batch=4))
+    assert len([*descent.micro_batches(examples, lambda: calls.append(1) or -len(calls))]) == steps and len(calls) == asked
+
+
+def test_the_calibrated_loss_is_the_least_over_temperatures():
+    chosen, rejected = torch.randn(400, dtype=torch.float64) + 0.3, torch.randn(400, dtype=torch.float64)
+    grid = min(mocan.score_loss(t * chosen, t * rejected).mean().item() for t in torch.linspace(0, 3, 3001).tolist())
+    for scale in (0.1, 1, 7):
+        assert mocan.calibrated_loss(scale * chosen, scale * rejected) == pytest.approx(grid, abs=1e-6)
+
+
+def learned(monkeypatch, seen):
+    """learn_score on three groups of pairs, each of its own number of responses; says on which groups it did what."""
+    def group(P):
+        tokens, mask = pad([[1 + n % 5] for n in range(P) for _ in range(2)], [[1 + i % 5, i % 3] for i in range(2 * P)])
+        prefers = torch.tensor([n % 2 for n in range(P)])
+        return Preferences(Pool(tokens.view(P, 2, -1), mask.view(P, 2, -1)), prefers, torch.zeros(P, 2), [*range(P)],
+                           torch.arange(P))
+    for name in ("calibrate", "calibrated_loss"):
+        real = getattr(mocan, name)
+        monkeypatch.setattr(mocan, name, lambda a, b, name=name, real=real: seen.append((name, len(a))) or real(a, b))
+    model = tiny(score_head=True)
+    torch.nn.init.normal_(model.score_head.weight)
+    mocan.learn_score(model, "safe", group(40), group(15), group(22), recipe(steps=12, batch=8), stream(), 64)
+    return model, group(15)
+
+
+def test_temperature_and_stopping_are_the_calibration_pairs_and_what_is_said_the_evaluation_pairs(monkeypatch, capsys):
+    seen = []
+    model, calibration = learned(monkeypatch, seen)
+    fitted = [x for x in seen if x[0] == "calibrate"]
+    assert {n for name, n in seen if name == "calibrated_loss"} == {15}
+    assert fitted[-1] == ("calibrate", 22) and all(n == 15 for _, n in fitted[:-1])  # the last one is only printed
+    assert "safe, evaluation: " in capsys.readouterr().out
+
+
+def test_a_judge_is_in_the_units_of_its_preference_on_the_calibration_pairs(monkeypatch):
+    model, calibration = learned(monkeypatch, [])
+    score = mocan.map_pool(GPT.score, model, calibration.pool, 64)
+    assert mocan.calibrate(*calibration.by_choice(score)).item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_what_is_said_of_a_score_by_hand(capsys):
+    """Against a grid of the likelihood and the delta method's error with every pair a conversation of its own."""
+    P = 3000
+    score = torch.randn(P, 2, dtype=torch.float64)
+    prefers = torch.bernoulli(torch.sigmoid(0.7 * (score[:, 1] - score[:, 0]))).long()
+    pairs = Preferences(None, prefers, None, [], torch.arange(P))
+    mocan.say_agreement("safe", score, pairs)
+    right, error, tau, tau_error = map(float, re.search(
+        r"safe: ([\d.]+)% ± ([\d.]+)% of 3000 pairs right; τ = ([\d.]+) ± ([\d.]+);", capsys.readouterr().out).groups())
+    share = (score.argmax(dim=1) == prefers).double().mean().item()
+    assert right == pytest.approx(100 * share, abs=0.06)
+    assert error == pytest.approx(196 * (share * (1 - share) / P) ** 0.5, abs=0.06)
+    lead = score.gather(1, prefers[:, None])[:, 0] - score.gather(1, 1 - prefers[:, None])[:, 0]
+    p = torch.sigmoid(-tau * lead)
+    assert tau == pytest.approx(0.7, abs=2 * tau_error)
+    assert tau_error == pytest.approx(1.96 / (p * (1 - p) * lead ** 2).sum().item() ** 0.5, rel=0.1)  # Fisher's information
 
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -25,7 +25,7 @@ def alone(function):
     return scope[function.__name__]
 
 
-implicit_score, calibrate = alone(pecan.implicit_score), alone(pecan.calibrate)
+implicit_score, calibrate = alone(pecan.implicit_score), alone(mocan.calibrate)
 
 
 def f64(*values):
@@ -187,7 +187,7 @@ def some_pool(N=8, K=4):
 
 
 def preferences(pool, prefers):
-    return Preferences(pool, prefers, torch.zeros(len(prefers), 2), list(range(len(prefers))))
+    return Preferences(pool, prefers, torch.zeros(len(prefers), 2), list(range(len(prefers))), torch.arange(len(prefers)))
 
 
 @pytest.mark.parametrize("group, changes", [(2, {}), (3, {"accumulate": 2, "batch": 4}), (99, {})])
@@ -240,11 +240,14 @@ def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys):
     rejected = torch.where(prefers == 1, implicit[:, 0], implicit[:, 1])
     expected, right = calibrate(chosen, rejected).item(), (chosen > rejected).float().mean()
     assert 0.05 < expected < 2 and 0.5 < right < 1
+    training = preferences(some_pool(K=2), torch.zeros(8, dtype=torch.long))
     for batch in (7, 256):
-        tau = pecan.fit_tau(policy, "safe", preferences(pool, prefers), mocan.logprobs(reference, pool), 0.5, batch)
+        tau = pecan.prealign_and_calibrate(
+            policy, "safe", training, mocan.logprobs(reference, training.pool), preferences(pool, prefers),
+            mocan.logprobs(reference, pool), 0.5, recipe(steps=0), stream(), batch)
         assert tau == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
-    assert f"safe: the implicit score agrees with {right:.1%} of 60" in said and f"τ = {expected:.3f}" in said
+    assert f"safe: {right:.1%} ± " in said and f"of 60 pairs right; τ = {expected:.3f} ± " in said
 
 
 def test_a_non_finite_loss_stops_and_names_the_stage():

@@ -93,20 +93,30 @@ def test_the_quick_run_succeeds(quick):
 
 def test_results_hold_what_readers_rely_on(quick):
     results = json.loads((quick[1] / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"config", "dual", "dual_pecan", "policies"}
+    assert set(results) == {"config", "duals", "policies"}
     assert set(results["config"]) == {f.name for f in fields(train.Config)} and results["config"]["quick"] is True
-    for part in ("dual", "dual_pecan"):
-        assert set(results[part]) >= {"margin", "lam", "reward_gain", "reward_gain_ci", "constraint_gain",
-                                      "constraint_gain_ci", "kl", "ess"}
-        assert all(len(results[part][name]) == 1 for name in ("margin", "lam", "constraint_gain", "constraint_gain_ci"))
-    assert list(results["policies"]) == POLICIES
-    for row in (*results["policies"].values(), results["dual"], results["dual_pecan"]):
-        assert row["reward_gain_ci"][0] <= row["reward_gain"] <= row["reward_gain_ci"][1]
-        assert row["constraint_gain_ci"][0][0] <= row["constraint_gain"][0] <= row["constraint_gain_ci"][0][1]
-        assert math.isfinite(row["kl"])
+    duals = results["duals"]
+    for part in ("mocan", "pecan"):
+        assert set(duals[part]) >= {"margin", "lam", "lam_se", "score_gain", "constraint_gain", "kl", "ess"}
+        assert all(len(duals[part][name]) == 1 for name in ("margin", "lam", "constraint_gain"))
+    assert list(results["policies"]) == [*POLICIES, "optimum"]
     for name, row in results["policies"].items():
-        assert (row["seconds"] > 0) == (name != "reference") and row["margin"] == results["dual"]["margin"]
-        assert row["lam"] == {"mocan": results["dual"]["lam"], "pecan": results["dual_pecan"]["lam"]}.get(name, [])
+        for value, ci in (("reward_gain", row["reward_gain_ci"]), ("kl", row["kl_ci"])):
+            assert ci[0] <= row[value] <= ci[1]
+        assert row["constraint_gain_ci"][0][0] <= row["constraint_gain"][0] <= row["constraint_gain_ci"][0][1]
+        assert (row["seconds"] > 0) == (name not in ("reference", "optimum")) and row["margin"] == duals["mocan"]["margin"]
+        if name != "optimum":
+            assert row["lam"] == duals.get(name, {"lam": []})["lam"]
+
+
+def test_the_optimum_is_that_of_the_evaluation_prompts(quick):
+    rows = json.loads((quick[1] / "results.json").read_text())["policies"]
+    best, b = rows["optimum"], rows["mocan"]["margin"][0]
+    assert best["constraint_gain"] == pytest.approx([b], rel=1e-6) and best["lam"][0] > 0
+    for name in ("mocan", "pecan"):  # no policy is above its Lagrangian value, by more than sampling explains
+        row = rows[name]
+        value = row["reward_gain"] + best["lam"][0] * (row["constraint_gain"][0] - b) - row["kl"]
+        assert value < best["reward_gain"] - best["kl"] + 0.05
 
 
 def test_the_reference_row_is_the_zero_of_the_table(quick):
@@ -117,11 +127,11 @@ def test_the_reference_row_is_the_zero_of_the_table(quick):
 
 def test_the_dual_meets_its_margin(quick):
     results = json.loads((quick[1] / "results.json").read_text())
-    for part in ("dual", "dual_pecan"):
-        assert results[part]["lam"][0] >= 0
-        if results[part]["lam"][0] > 0:
-            assert results[part]["constraint_gain"] == pytest.approx(results[part]["margin"], rel=1e-6)
-    assert results["dual"]["margin"] == results["dual_pecan"]["margin"]  # PeCAN gets the same absolute margin
+    for found in results["duals"].values():
+        assert found["lam"][0] >= 0
+        if found["lam"][0] > 0:
+            assert found["constraint_gain"] == pytest.approx(found["margin"], rel=1e-6)
+    assert results["duals"]["mocan"]["margin"] == results["duals"]["pecan"]["margin"]  # the same absolute margin
 
 
 def test_samples_have_the_fields_that_judges_read(quick):
@@ -137,7 +147,7 @@ def test_the_table_has_a_row_for_every_policy_and_the_optimum(quick):
     lines = quick[0].stdout.splitlines()
     header = next(i for i, line in enumerate(lines) if "reward gain" in line and "harmless gain" in line)
     rows = lines[header + 1:header + 2 + len(POLICIES)]
-    assert [re.split(r"\s{2,}", row)[0] for row in rows] == [*POLICIES, "optimum (closed form)"]
+    assert [re.split(r"\s{2,}", row)[0] for row in rows] == [*POLICIES, "optimum"]
     assert all(word in lines[header] for word in ("holds", "KL", "λ*", "seconds"))
 
 
@@ -216,7 +226,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(tiny, tmp_path):
 def test_another_seed_gives_another_run(tiny, tmp_path):
     job(*TINY, "--out", tmp_path, "--seed", 1, "--algo", "mocan")
     assert not same_weights(tmp_path, tiny, "mocan.pt")
-    assert list(numbers(tmp_path)["policies"]) == ["reference", "mocan"]
+    assert list(numbers(tmp_path)["policies"]) == ["reference", "mocan", "optimum"]
 
 
 def test_from_mocan_reuses_the_earlier_stages_and_repeats_the_later_ones(tiny, tiny_copy):
@@ -239,13 +249,13 @@ def test_from_evaluate_changes_no_policy(tiny, tiny_copy):
 def test_how_one_evaluates_changes_no_training_number(tiny, tmp_path):
     job(*TINY, "--out", tmp_path, "--eval_responses", 3, "--eval_prompts", 5)
     assert all(same_weights(tmp_path, tiny, f"{name}.pt") for name in POLICIES)
-    assert numbers(tmp_path)["dual"] == numbers(tiny)["dual"]
+    assert numbers(tmp_path)["duals"] == numbers(tiny)["duals"]
 
 
 def test_a_new_margin_from_the_dual_on_keeps_the_samples(tiny, tiny_copy):
     job("--from", "dual", "--out", tiny_copy, "--margin", "4%", "--algo", "mocan")
     assert (tiny_copy / "offline.pt").read_bytes() == (tiny / "offline.pt").read_bytes()
-    old, new = numbers(tiny)["dual"], numbers(tiny_copy)["dual"]
+    old, new = numbers(tiny)["duals"]["mocan"], numbers(tiny_copy)["duals"]["mocan"]
     assert new["margin"][0] == pytest.approx(0.4 * old["margin"][0]) and 0 < new["lam"][0] < old["lam"][0]
     assert not same_weights(tiny_copy, tiny, "mocan.pt")
 
@@ -295,7 +305,9 @@ def test_two_constraints_and_a_trade_off_curve(tmp_path, capsys):
         "--margins", "5%:5%,10%:20%")
     rows = numbers(tmp_path)["policies"]
     assert list(rows) == ["reference", "dpo-helpful", "dpo-harmless", "dpo-polite", "mocan", "mocan 5%:5%",
-                          "mocan 10%:20%", "pecan"]
+                          "mocan 10%:20%", "pecan", "optimum", "optimum 5%:5%", "optimum 10%:20%"]
+    picture = (tmp_path / "tradeoff.svg").read_text(encoding="utf-8")
+    assert 'fill="none"' not in picture and picture.count(">optimum") == 3  # points, and no line between them
     assert all(len(row["constraint_gain"]) == 2 for row in rows.values())
     assert all(len(rows[name]["lam"]) == 2 for name in ("mocan", "mocan 5%:5%", "pecan"))
     assert "polite gain" in capsys.readouterr().out
@@ -309,7 +321,7 @@ SHOTS = ["--shots", 2, "--shot_steps", 3, "--shot_responses", 4]
 def test_a_second_shot_starts_from_the_first_and_has_a_row(tiny, tmp_path):
     job(*TINY, "--out", tmp_path, *SHOTS)
     rows = numbers(tmp_path)["policies"]
-    assert list(rows) == [*POLICIES[:-1], "mocan shot 2", "pecan", "pecan shot 2"]
+    assert list(rows) == [*POLICIES[:-1], "mocan shot 2", "pecan", "pecan shot 2", "optimum"]
     assert all(same_weights(tmp_path, tiny, f"{name}.pt") for name in POLICIES)  # the first shots are the plain run's
     for name in ("mocan", "pecan"):
         assert rows[f"{name} shot 2"]["margin"] == rows[name]["margin"]
@@ -325,20 +337,23 @@ def test_shots_of_several_margins_and_constraints(tmp_path):
     job(*TINY, "--out", tmp_path, *SHOTS, "--algo", "mocan", "--constraints", "harmless,polite", "--margin", "5%,5%",
         "--margins", "2%:5%")
     rows = numbers(tmp_path)["policies"]
-    assert list(rows) == ["reference", "mocan", "mocan shot 2", "mocan 2%:5%", "mocan 2%:5% shot 2"]
+    assert list(rows) == ["reference", "mocan", "mocan shot 2", "mocan 2%:5%", "mocan 2%:5% shot 2",
+                          "optimum", "optimum 2%:5%"]
     assert rows["mocan 2%:5% shot 2"]["margin"] == rows["mocan 2%:5%"]["margin"] != rows["mocan"]["margin"]
 
 
 def test_the_main_margin_among_the_margins_is_trained_once(tiny_copy):
     job("--from", "mocan", "--out", tiny_copy, "--algo", "mocan", "--margins", "5%,10%")  # --margin is 10%
-    assert list(numbers(tiny_copy)["policies"]) == ["reference", "mocan", "mocan 5%"]
+    assert list(numbers(tiny_copy)["policies"]) == ["reference", "mocan", "mocan 5%", "optimum", "optimum 5%"]
 
 
-def test_the_predicted_frontier_is_one_line_from_left_to_right(tiny):
-    text = (tiny / "tradeoff.svg").read_text(encoding="utf-8")
+def test_the_frontier_is_one_line_from_left_to_right_through_the_optimum(quick):
+    text = (quick[1] / "tradeoff.svg").read_text(encoding="utf-8")
     (line,) = re.findall(r'<path d="M([^"]*)" fill="none"', text)
     x = [float(point.split()[0]) for point in line.split("L")]
-    assert len(x) == 41 and x == sorted(x)
+    assert len(x) == 31 and x == sorted(x)
+    middle = re.findall(r'<path d="M([^"]*)h0" stroke="#3b82f6"', text)
+    assert middle == [line.split("L")[20]] and x[0] < x[20] < x[30]  # λ from 0 to 1.5 times λ*
 
 
 def test_progress_has_a_line_every_ten_seconds_and_one_at_the_end(capsys, monkeypatch):
@@ -355,15 +370,16 @@ def test_progress_has_a_line_every_ten_seconds_and_one_at_the_end(capsys, monkey
 
 def test_pecan_alone_needs_no_score_but_is_judged(tmp_path):
     job(*TINY, "--out", tmp_path, "--algo", "pecan")
-    assert list(numbers(tmp_path)["policies"]) == ["reference", "dpo-helpful", "dpo-harmless", "pecan"]
+    assert list(numbers(tmp_path)["policies"]) == ["reference", "dpo-helpful", "dpo-harmless", "pecan", "optimum"]
     results = numbers(tmp_path)
-    assert results["dual"] is None and not (tmp_path / "mocan.pt").exists() and not (tmp_path / "tradeoff.svg").exists()
-    assert results["dual_pecan"]["lam"] == results["policies"]["pecan"]["lam"]
+    assert list(results["duals"]) == ["pecan"] and not (tmp_path / "mocan.pt").exists()
+    assert results["duals"]["pecan"]["lam"] == results["policies"]["pecan"]["lam"]
 
 
 def test_mocan_alone_needs_no_pre_alignment(tmp_path):
     job(*TINY, "--out", tmp_path, "--algo", "mocan")
-    assert list(numbers(tmp_path)["policies"]) == ["reference", "mocan"] and numbers(tmp_path)["dual_pecan"] is None
+    results = numbers(tmp_path)
+    assert list(results["policies"]) == ["reference", "mocan", "optimum"] and list(results["duals"]) == ["mocan"]
     assert not [name for name in os.listdir(tmp_path) if name.startswith(("dpo-", "pairs", "pecan"))]
 
 
@@ -376,7 +392,7 @@ def test_scores_of_a_file_are_learned(tmp_path, capsys):
     job(*TINY, "--out", tmp_path, "--data", tmp_path / "pairs.jsonl", "--algo", "mocan", "--accumulate", 2)
     said = capsys.readouterr().out
     assert (tmp_path / "score_helpful.pt").exists() and (tmp_path / "score_safe.pt").exists()
-    assert re.search(r"safe: accuracy [\d.]+% ± [\d.]+% on \d+ held-out pairs", said)
+    assert re.search(r"safe, evaluation: [\d.]+% ± [\d.]+% of \d+ pairs right", said)
 
 
 def slice_of(path, rows, to):
@@ -391,10 +407,10 @@ def test_real_data_end_to_end(read_shared, tmp_path, capsys):
     said, results = capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())
     assert "constraints: safe" in said and list(results["policies"])[2] == "dpo-safe"
     for name in ("helpful", "safe"):
-        assert re.search(rf"{name}: accuracy [\d.]+% ± [\d.]+% on \d+ held-out pairs", said)
+        assert re.search(rf"{name}, evaluation: [\d.]+% ± [\d.]+% of \d+ pairs right; τ = [\d.]+ ± ", said)
     assert re.search(r"\d+ of \d+ prompts lost their beginning", said)
-    parts = re.search(r"(\d+) training and (\d+) held-out pairs", said)
-    assert int(parts[1]) + int(parts[2]) == 120
+    parts = re.search(r"(\d+) training, (\d+) calibration and (\d+) evaluation pairs", said)
+    assert sum(map(int, parts.groups())) == 120
     held_out_rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     prompts = {json.loads(line)["prompt"].strip() for line in path.read_text().splitlines()}
     assert {row["instruction"] for row in held_out_rows} <= prompts
@@ -408,10 +424,12 @@ def test_a_safety_only_file_stands_next_to_one_with_both_preferences(read_shared
         learned.append(len(preferences.prefers)), real(model, preferences, *rest)))
     job(*TINY, "--out", tmp_path / "out", "--algo", "mocan", "--data", both, safety)
     said = capsys.readouterr().out
-    counts = {name: [int(x) for x in re.findall(rf"{name}: accuracy .* on (\d+) held-out pairs", said)]
-              for name in ("helpful", "safe")}
-    assert len(learned) == 2 and len(counts["helpful"]) == len(counts["safe"]) == 1
-    assert learned[0] + counts["helpful"][0] == 60 and learned[1] + counts["safe"][0] == 120
+    train_pairs, calibration, evaluation = map(int, re.search(
+        r"(\d+) training, (\d+) calibration and (\d+) evaluation", said).groups())
+    judged = {name: int(re.search(rf"{name}, evaluation: .* of (\d+) pairs right", said)[1]) for name in ("helpful", "safe")}
+    assert len(learned) == 2
+    assert judged["safe"] == evaluation and learned[1] == train_pairs and train_pairs + calibration + evaluation == 120
+    assert learned[0] < learned[1] and judged["helpful"] < judged["safe"]
 
 
 # ---- bad input
@@ -453,14 +471,6 @@ def test_alternating_rows_of_two_preferences_keep_both(tmp_path, monkeypatch):
     assert len(calls) == 2 and min(size for *_, size in calls) > 4
 
 
-def test_prealignment_reads_no_more_pairs_than_it_visits_and_none_twice(tmp_path, monkeypatch):
-    drawn, real = [], data.preference_tensors
-    monkeypatch.setattr(data, "preference_tensors", lambda tok, pairs, name: drawn.append(pairs) or real(tok, pairs, name))
-    calls = prealignments(monkeypatch, "--out", tmp_path, "--prealign_steps", 1, "--batch", 8, "--accumulate", 2)
-    assert [size for *_, size in calls] == [16, 16]  # 1 step · 8 · 2, of some 240 training pairs
-    assert len({id(pair) for pair in drawn[0]}) == len(drawn[0]) == 16 and drawn[2] == drawn[0]
-
-
 def test_an_unreachable_margin_stops_before_training_and_names_the_largest(tiny_copy):
     before = contents(tiny_copy)
     line = one_line_on_stderr(command("--from", "dual", "--margin", "99", "--out", tiny_copy))
@@ -477,10 +487,10 @@ def test_an_unreachable_margin_stops_before_pre_alignment(tiny_copy):
 
 
 def test_a_margin_that_only_pecans_scores_cannot_reach_keeps_the_table(tiny_copy, monkeypatch, capsys):
-    monkeypatch.setattr(train.pecan, "fit_tau", lambda *_: 0.0)  # scores that know nothing
+    monkeypatch.setattr(train.pecan, "prealign_and_calibrate", lambda *_: 0.0)  # scores that know nothing
     job("--from", "prealign", "--out", tiny_copy)
     results = json.loads((tiny_copy / "results.json").read_text())
-    assert list(results["policies"]) == POLICIES[:-1] and results["dual_pecan"] is None
+    assert list(results["policies"]) == [*POLICIES[:-1], "optimum"] and list(results["duals"]) == ["mocan"]
     out = capsys.readouterr().out
     assert re.search(r"no PeCAN policy, by its implicit scores: margin \[0\.\d+\] is out of reach .* is \[0\.0\]; lower", out)
     with pytest.raises(dual.Infeasible):  # alone, there is no table to save
@@ -556,7 +566,7 @@ def test_a_cpu_run_is_in_float32_wherever_it_runs():
 def test_defaults_of_real_data_give_way_to_the_command_line_and_to_quick():
     assert (train.settings([]).margin, train.settings([]).lr) == ("50%", 4e-4)
     c = train.settings(["--data", "x.jsonl", "--lr", "1e-3"])
-    assert (c.margin, c.prealign_steps, c.lr) == ("25%", 300, 1e-3)
+    assert (c.margin, c.prealign_steps, c.lr) == ("25%", 1800, 1e-3)
     assert train.settings(["--quick", "--data", "x.jsonl"]).prealign_steps == train.QUICK["prealign_steps"]
 
 
