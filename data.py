@@ -111,8 +111,8 @@ def _hh_pair(row, name, where):
                          f"last {turn!r}; drop this line or fix it")
     _, *turns = re.split("\n\n(Human|Assistant):", prompt)  # speaker, words, speaker, words, …
     speakers = turns[::2]
-    in_turns = ["Human", "Assistant"] * len(turns)
-    if prompt != other or len(speakers) % 2 == 0 or speakers != in_turns[:len(speakers)]:
+    in_turns = ["Human", "Assistant"] * (len(speakers) // 2) + ["Human"]
+    if prompt != other or speakers != in_turns:
         return None
     words = tuple(text.strip() for text in turns[1::2])
     prompt = words if len(words) > 1 else words[0]
@@ -180,17 +180,13 @@ def split_pairs(pairs, held_out, calibration):
     if count < 4:
         raise ValueError(f"{count} distinct conversations in the data; at least 4 are needed: 2 "
                          "for evaluation, 1 for calibration, 1 for training")
-    evaluation = set(spread(opened, min(count - 2, max(2, round(held_out * count)))))
-    rest = opened - evaluation
-    tuning = set(spread(rest, min(len(rest) - 1, max(1, round(calibration * count)))))
+    tuned = min(count - 3, max(1, round(calibration * count)))
+    held = spread(opened, min(count - 1, tuned + max(2, round(held_out * count))))
     split = Split([], [], [])
+    part = dict.fromkeys(held, split.evaluation)
+    part |= dict.fromkeys(spread(held, tuned), split.calibration)
     for pair in pairs:
-        part = split.train
-        if conversation(pair.prompt) in evaluation:
-            part = split.evaluation
-        elif conversation(pair.prompt) in tuning:
-            part = split.calibration
-        part.append(pair)
+        part.get(conversation(pair.prompt), split.train).append(pair)
     return split
 
 

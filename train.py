@@ -123,7 +123,7 @@ class Config:
     shot_responses: int = setting(32, "mocan", "K of each further shot", least=2)
     group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all "
                          "their pairs", least=2)
-    prealign_steps: int = setting(1800, "prealign", "gradient steps of each of PeCAN's pre-aligned "
+    prealign_steps: int = setting(1575, "prealign", "gradient steps of each of PeCAN's pre-aligned "
                                   "policies, at most")
     prealign_lr: float = setting(6e-5, "prealign", "their learning rate; see pecan.prealign")
     # evaluation

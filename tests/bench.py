@@ -239,19 +239,19 @@ def bench_shots(argv):
     with open(os.path.join(a.out, "results.json")) as file:
         ours = json.load(file)
     c = train.Config(**{**ours["config"], "data": tuple(ours["config"]["data"]), "start": "evaluate", "out": a.out})
-    if c.data or not ours["dual"] or len(ours["dual"]["lam"]) != 1:
+    if c.data or "mocan" not in ours["duals"] or len(ours["duals"]["mocan"]["lam"]) != 1:
         sys.exit("bench.py shots: needs a MoCAN run of the built-in world with one constraint")
     mocan.progress = lambda *_: lambda *_: None  # the rounds print lines of their own
-    train_pairs, held_out, names = data.load_pairs(c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out,
-                                             c.constraints)
-    tok = train.tokenizer_of_run(c, train_pairs)
+    split, names = data.load_pairs(c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.calibration,
+                                   c.constraints)
+    tok = train.tokenizer_of_run(c, split.train)
     saved = {name: load(os.path.join(a.out, f"{name}.pt"), "make it with python train.py")
              for name in ("reference", "offline", "offline_scores")}
     reference, policy = (from_checkpoint(saved["reference"], c.device) for _ in range(2))
-    prompts, held = data.spread(train_pairs, c.prompts), data.spread(held_out, c.eval_prompts)
+    prompts, held = data.some_prompts(split.train, c.prompts), data.some_prompts(split.evaluation, c.eval_prompts)
     offline_scores = saved["offline_scores"]["scores"]  # (2, N, K)
     ref_g = offline_scores[1].mean(dim=1)  # (N,)
-    b, mine = ours["dual"]["margin"][0], ours["policies"]["mocan"]
+    b, mine = ours["duals"]["mocan"]["margin"][0], ours["policies"]["mocan"]
     solving, _ = timed(dual.solve, offline_scores[0], offline_scores[1:], b, c.beta)
     generator = train.stream(c, "primal-dual")
     sampling = generator if c.device == "cpu" else train.stream(c, "primal-dual", c.device)
@@ -289,7 +289,8 @@ def bench_shots(argv):
             descent.step(loss.mean())
         spent += time.time() - began
         if (turn + 1) * a.evaluations // a.rounds > turn * a.evaluations // a.rounds:
-            m = mocan.compare(measure(policy), ref_eval)
+            x = measure(policy)
+            m = mocan.compare(x.scores, x.logp - x.ref_logp, torch.full_like(x.logp, 1 / c.eval_responses), ref_eval)
             history.append((m["reward_gain"], m["constraint_gain"][0], m["kl"], lam.item(), spent, turn + 1))
             print(f"  round {turn + 1:3d}: lam {lam.item():.3f}  reward gain {m['reward_gain']:+.3f}  {names[1]} gain "
                   f"{m['constraint_gain'][0]:+.3f} (b {b:.3f})  KL {m['kl']:.3f}  {spent:.0f} s", flush=True)
@@ -317,7 +318,7 @@ def bench_shots(argv):
               f"{kl:7.3f}{reward - c.beta * kl:+18.3f}")
     tail = torch.tensor(history[len(history) // 2:])
     print(f"oscillation of primal-dual over its second half: lam {tail[:, 3].min():.3f} to {tail[:, 3].max():.3f} (one shot: "
-          f"{ours['dual']['lam'][0]:.3f}), {names[1]} gain {tail[:, 1].min():+.3f} to {tail[:, 1].max():+.3f}, "
+          f"{ours['duals']['mocan']['lam'][0]:.3f}), {names[1]} gain {tail[:, 1].min():+.3f} to {tail[:, 1].max():+.3f}, "
           f"reward gain {tail[:, 0].min():+.3f} to {tail[:, 0].max():+.3f}")
 
 

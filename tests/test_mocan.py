@@ -552,11 +552,6 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
 
 # ---- the dual from any policy
 
-def sample_of(scores, logp=None, ref_logp=None):
-    zero = torch.zeros(scores.shape[1:])
-    return mocan.Sample(None, zero if logp is None else logp, zero if ref_logp is None else ref_logp, scores)
-
-
 @pytest.mark.parametrize("m, beta, share", [(1, 1.0, 0.5), (1, 0.25, 0.6), (2, 0.5, 0.3), (2, 2.0, 0.4)])
 @pytest.mark.parametrize("seed", [5, 6])
 def test_the_dual_from_any_policy_is_the_first_problems(space, m, beta, share, seed):
