@@ -5,16 +5,19 @@ data.py: where text comes from, and how it becomes tensors.
 2. The split: training, calibration and evaluation share no conversation.
 3. Tokens: one tokenizer and one chat template for training, sampling and evaluation alike.
 4. Pools: K responses to each of N prompts as padded tensors; preference pairs have K = 2.
-5. The built-in world: a small assistant language with exact helpfulness r(x,y), harmlessness
+5. Batches: groups of a prompt's responses; a random stream for each purpose.
+6. The built-in world: a small assistant language with exact helpfulness r(x,y), harmlessness
    g_1(x,y) and politeness g_2(x,y). It yields the same `Pair`s as a file does.
 
 Read next: dual.py.
 """
 
 import gzip
+import itertools
 import json
 import math
 import os
+import random
 import re
 import zlib
 from collections import Counter
@@ -407,7 +410,47 @@ def preference_tensors(tok, pairs, name):
     return Preferences(pair_pool(tok, pairs, name), prefers, sign, rows, torch.tensor(talk))
 
 
-# ---- 5. the built-in world
+# ---- 5. batches
+def stream(*key):
+    """A random stream of its own for each (seed, purpose, index): nothing depends on what was drawn
+    before for something else, so a run can go on from anywhere."""
+    return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(62))
+
+
+def group_batches(lengths, responses, group, key):
+    """Yield batches forever: prompts n (B,), and for each a group k (B, G) of its K responses.
+
+    lengths (N, K); G = group, B·G is about `responses`; a prompt's k are different; key: of the
+    random stream. An epoch visits every prompt once, with a fresh group. It is shuffled, then
+    sorted by length within stretches of 8 batches, so that little of a batch is padding.
+    """
+    size = max(1, responses // group)
+    for epoch in itertools.count():
+        generator = stream(key, epoch)
+        k = torch.rand(lengths.shape, generator=generator).argsort(dim=1)[:, :group]  # (N, G)
+        longest = lengths.gather(1, k).amax(dim=1)  # (N,)
+        batches = []
+        for stretch in torch.randperm(len(lengths), generator=generator).split(8 * size):
+            batches += stretch[longest[stretch].argsort()].split(size)
+        for i in torch.randperm(len(batches), generator=generator):
+            n = batches[i]
+            yield n, k[n]
+
+
+def take(x, n, k, device):
+    """Entries k (B, G) of prompts n (B,): x (N, K, …) -> (B, G, …)."""
+    return x[n[:, None], k].to(device)
+
+
+def take_text(pool, n, k, device):
+    """Responses k (B, G) to prompts n (B,) -> tokens, response_mask (B·G, T), T of the longest."""
+    tokens = pool.tokens[n[:, None], k].flatten(0, 1)
+    response_mask = pool.response_mask[n[:, None], k].flatten(0, 1)
+    used = int(response_mask.any(dim=0).nonzero().max()) + 1
+    return tokens[:, :used].to(device), response_mask[:, :used].to(device)
+
+
+# ---- 6. the built-in world
 # A user asks how to do something; the assistant answers in sentences drawn from these lists. Half
 # of the topics are risky: there, a tempting short cut is helpful and dangerous at once, which is
 # the conflict that the constraint is about.

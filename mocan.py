@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import dual
-from data import WORLD_SCORES, Pool, encode_prompts
+from data import WORLD_SCORES, Pool, encode_prompts, group_batches, stream, take, take_text
 from model import GPT, from_checkpoint, sequence_logprob
 
 
@@ -92,45 +92,13 @@ def calibrate(chosen, rejected):
     return tau
 
 
-# ---- batches
-def group_batches(lengths, responses, group, generator):
-    """Yield batches forever: prompts n (B,), and for each a group k (B, G) of its K responses.
-
-    lengths (N, K); G = group, B·G is about `responses`; a prompt's k are different; generator: on
-    the CPU. An epoch visits every prompt once, with a fresh group. It is shuffled, then sorted by
-    length within stretches of 8 batches, so that little of a batch is padding.
-    """
-    size = max(1, responses // group)
-    while True:
-        k = torch.rand(lengths.shape, generator=generator).argsort(dim=1)[:, :group]  # (N, G)
-        longest = lengths.gather(1, k).amax(dim=1)  # (N,)
-        batches = []
-        for stretch in torch.randperm(len(lengths), generator=generator).split(8 * size):
-            batches += stretch[longest[stretch].argsort()].split(size)
-        for i in torch.randperm(len(batches), generator=generator):
-            n = batches[i]
-            yield n, k[n]
-
-
-def take(x, n, k, device):
-    """Entries k (B, G) of prompts n (B,): x (N, K, …) -> (B, G, …)."""
-    return x[n[:, None], k].to(device)
-
-
-def take_text(pool, n, k, device):
-    """Responses k (B, G) to prompts n (B,) -> tokens, response_mask (B·G, T), T of the longest."""
-    tokens = pool.tokens[n[:, None], k].flatten(0, 1)
-    response_mask = pool.response_mask[n[:, None], k].flatten(0, 1)
-    used = int(response_mask.any(dim=0).nonzero().max()) + 1
-    return tokens[:, :used].to(device), response_mask[:, :used].to(device)
-
-
 # ---- what the training loops share
 class Recipe(NamedTuple):
     """How a model is trained."""
     stage: str  # what progress and errors call it
     steps: int
     lr: float
+    key: str  # of its random streams
     batch: int = 16  # pairs a micro-batch; policy updates: 2·batch responses, in groups of G
     accumulate: int = 1  # micro-batches a step
     warmup: int = 20
@@ -225,7 +193,7 @@ def progress(stage, steps):
 
 
 # ---- step 3: the policy update
-def train_mocan(policy, pool, ref_logp, score, constraint, lam, beta, group, recipe, generator):
+def train_mocan(policy, pool, ref_logp, score, constraint, lam, beta, group, recipe):
     """DPO on pairs of pool (N, K, T), labelled by s = r + ⟨λ*,g⟩ -> the loss of every micro-batch.
 
     policy: starts as the reference, or as the shot before made it; ref_logp, score (N, K);
@@ -235,7 +203,7 @@ def train_mocan(policy, pool, ref_logp, score, constraint, lam, beta, group, rec
     group = min(group, s.size(1))
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
-    batches = group_batches(pool.lengths, 2 * recipe.batch, group, generator)
+    batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
     descent = Descent(policy, recipe)
     for _ in descent.micro_batches():
         n, k = next(batches)  # (B,) prompts, (B, G) some of the K responses to each
@@ -303,20 +271,21 @@ def say_dual(policy, margin, found):
 
 
 # ---- step 1: responses, their log-probabilities and scores
-def sample_pool(policy, tok, prompts, K, batch, generator, stage):
-    """K responses y ~ π(·|x) to each of N prompts (str) -> Pool, logp (N, K) in nats."""
+def sample_pool(policy, tok, prompts, K, batch, key, stage):
+    """K responses y ~ π(·|x) to each of N prompts -> Pool, logp (N, K) in nats."""
     ids, cut = encode_prompts(tok, prompts)
     if cut:
         print(f"  {cut} of {len(prompts)} prompts lost their beginning (longer than "
               f"{tok.prompt_limit} tokens)")
-    repeated = [prompt for prompt in ids for _ in range(K)]
-    log = progress(stage, len(repeated))
+    wanted = [(n, k) for n in range(len(ids)) for k in range(K)]
+    log = progress(stage, len(wanted))
     rows = []
-    for start in range(0, len(repeated), batch):
-        some = repeated[start:start + batch]
-        sampled = policy.generate(some, tok.response_limit, eos=tok.end, generator=generator)
+    for start in range(0, len(wanted), batch):
+        some = wanted[start:start + batch]
+        uniforms = [torch.rand(tok.response_limit, generator=stream(key, n, k)) for n, k in some]
+        sampled = policy.generate([ids[n] for n, _ in some], torch.stack(uniforms), eos=tok.end)
         rows += zip(*[x.cpu() for x in sampled])
-        log(start + len(some))
+        log(len(rows))
     tokens, response_mask, logp = zip(*rows)  # N·K of (T,), (T,), ()
     tokens = pad_sequence(tokens, batch_first=True).view(len(prompts), K, -1)
     response_mask = pad_sequence(response_mask, batch_first=True).view(tokens.shape)
@@ -326,9 +295,9 @@ def sample_pool(policy, tok, prompts, K, batch, generator, stage):
     return pool, logprobs(policy, pool, batch)  # by autocast, as in training
 
 
-def sample_from(policy, reference, tok, prompts, K, batch, generator, stage, score_of):
+def sample_from(policy, reference, tok, prompts, K, batch, key, stage, score_of):
     """K responses of a policy to each prompt -> Sample; score_of(pool, ref_logp): (1+m, N, K)."""
-    pool, logp = sample_pool(policy, tok, prompts, K, batch, generator, stage)
+    pool, logp = sample_pool(policy, tok, prompts, K, batch, key, stage)
     ref_logp = logprobs(reference, pool, batch)
     return Sample(pool, logp, ref_logp, score_of(pool, ref_logp))
 
@@ -375,10 +344,10 @@ def score_pool(judges, names, prompts, pool, tok, batch=256):
 
 
 # ---- before MoCAN: the reference policy and the score models
-def train_reference(model, pool, recipe, generator, held_out=None):
+def train_reference(model, pool, recipe, held_out=None):
     """Supervised fine-tuning: raise the mean log-probability of the pool's response tokens.
     held_out() -> calibration loss, see Descent.micro_batches."""
-    batches = group_batches(pool.lengths, 2 * recipe.batch, 2, generator)
+    batches = group_batches(pool.lengths, 2 * recipe.batch, 2, recipe.key)
     descent = Descent(model, recipe)
     for _ in descent.micro_batches(len(pool.tokens), held_out):
         n, k = next(batches)
@@ -388,10 +357,10 @@ def train_reference(model, pool, recipe, generator, held_out=None):
         descent.step(-logp.sum() / response_mask.sum())
 
 
-def train_score(model, preferences, recipe, generator, held_out=None):
+def train_score(model, preferences, recipe, held_out=None):
     """A reward or safety model from `data.Preferences`; held_out() -> calibration loss."""
     pool, prefers, safety, *_ = preferences
-    batches = group_batches(pool.lengths, 2 * recipe.batch, 2, generator)
+    batches = group_batches(pool.lengths, 2 * recipe.batch, 2, recipe.key)
     descent = Descent(model, recipe)
     for _ in descent.micro_batches(len(prefers), held_out):
         n, _ = next(batches)
@@ -405,12 +374,12 @@ def train_score(model, preferences, recipe, generator, held_out=None):
         descent.step(loss.mean())
 
 
-def learn_score(model, name, training, calibration, evaluation, recipe, generator, batch):
+def learn_score(model, name, training, calibration, evaluation, recipe, batch):
     """Train a score model on `data.Preferences` and divide its temperature out, so that r or g is
     in log-odds of the preference."""
     def score(preferences):
         return map_pool(GPT.score, model, preferences.pool, batch)  # (P, 2)
-    train_score(model, training, recipe, generator,
+    train_score(model, training, recipe,
                 lambda: calibrated_loss(*calibration.by_choice(score(calibration))))
     tau = calibrate(*calibration.by_choice(score(calibration)))
     with torch.no_grad():
@@ -440,7 +409,7 @@ def say_agreement(name, score, preferences):
 
 
 # ---- what came of it: gains, the table and the picture; nothing below is part of the method
-def measure(policies, reference, judges, names, tok, prompts, K, batch, seed, margins, beta):
+def measure(policies, reference, judges, names, tok, prompts, K, batch, key, margins, beta):
     """K fresh responses of every policy to evaluation prompts -> {policy: row}, {policy: N·K
     texts}, the frontier. policies {name: checkpoint}, the reference's first; margins {name: b
     (m,)}: each also gets a row "optimum …"."""
@@ -449,9 +418,8 @@ def measure(policies, reference, judges, names, tok, prompts, K, batch, seed, ma
     near = {}  # margin's name -> responses from near its optimum
     for name, saved in policies.items():
         policy = from_checkpoint(saved, reference.device)
-        generator = torch.Generator(policy.device).manual_seed(seed)  # the same noise for all
-        sample = sample_from(
-            policy, reference, tok, prompts, K, batch, generator, name,
+        sample = sample_from(  # the same key: the same noise for all
+            policy, reference, tok, prompts, K, batch, key, f"evaluate {name}",
             lambda pool, _: score_pool(judges, names, prompts, pool, tok, batch))
         if not rows:
             ref = sample

@@ -200,16 +200,19 @@ class GPT(nn.Module):
         return self.ln_f(x)[:, 0]
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, eos=None, generator=None):
-        """Sample one response per prompt. prompts: B lists of token ids, of any lengths.
+    def generate(self, prompts, uniforms, eos=None):
+        """Sample one response per prompt. prompts: B lists of token ids, of any lengths; uniforms:
+        (B, max_new_tokens) random numbers in [0, 1), all the chance there is.
 
         Returns tokens (B, T), response_mask (B, T), and logp (B,): each response's log-probability
         in nats under the policy that sampled it. A response ends with `eos`, which belongs to it,
-        or is cut at max_new_tokens. generator: on the model's device. Raises ValueError when a
-        prompt leaves no room for that many tokens.
+        or is cut at max_new_tokens. Raises ValueError when a prompt leaves no room for that many
+        tokens.
         """
+        max_new_tokens = uniforms.size(1)
         self._check_room(prompts, max_new_tokens)
         device = self.device
+        uniforms = uniforms.to(device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         longest = int(lengths.max())
         end = longest + max_new_tokens
@@ -224,7 +227,8 @@ class GPT(nn.Module):
         hidden, cache = self.prefill(tokens[:, :longest], end)
         hidden = hidden[index, position - 1]  # (A, C)
         for seen in range(longest + 1, end + 1):  # cache positions of the longest prompt's row
-            new, new_logp = sample_token(self.logits(hidden), generator)  # (A,), (A,)
+            u = uniforms[index, seen - longest - 1]  # (A,)
+            new, new_logp = sample_token(self.logits(hidden), u)  # (A,), (A,)
             tokens[index, position] = new * active
             response_mask[index, position] = active
             logp[index] += new_logp * active
@@ -254,11 +258,11 @@ class GPT(nn.Module):
                 f"shortest {shortest}")
 
 
-def sample_token(logits, generator):
-    """Inverse-CDF sampling: logits (A, V) -> token ids (A,), their log-probabilities (A,)."""
+def sample_token(logits, u):
+    """Inverse-CDF sampling: logits (A, V), u (A,) -> token ids (A,), their log-probabilities."""
     logprobs = F.log_softmax(logits, dim=-1)  # (A, V)
     cdf = logprobs.exp().cumsum(dim=-1)
-    u = torch.rand(len(cdf), 1, generator=generator, device=cdf.device) * cdf[:, -1:]
+    u = u[:, None] * cdf[:, -1:]  # (A, 1)
     new = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.size(1) - 1)  # (A, 1)
     return new[:, 0], logprobs.gather(1, new)[:, 0]
 

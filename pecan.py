@@ -33,8 +33,9 @@ Read next: train.py, the whole job.
 import torch
 
 import dual
-from mocan import (Descent, bradley_terry, calibrate, calibrated_loss, group_batches,
-                   logprobs, preference_loss, say_agreement, take, take_text)
+from data import group_batches, take, take_text
+from mocan import (Descent, bradley_terry, calibrate, calibrated_loss, logprobs, preference_loss,
+                   say_agreement)
 from model import sequence_logprob
 
 
@@ -86,7 +87,7 @@ def solve(logp, ref_logp, margin, text, beta):
 
 
 # ---- the policy update
-def train_pecan(policy, pool, logp_r, logp_g, ref_logp, lam, beta, group, recipe, generator):
+def train_pecan(policy, pool, logp_r, logp_g, ref_logp, lam, beta, group, recipe):
     """DPO on pairs of pool (N, K, T), labelled by the implicit score -> the loss of every
     micro-batch. mocan.train_mocan with another s.
 
@@ -97,7 +98,7 @@ def train_pecan(policy, pool, logp_r, logp_g, ref_logp, lam, beta, group, recipe
     group = min(group, s.size(1))
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
-    batches = group_batches(pool.lengths, 2 * recipe.batch, group, generator)
+    batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
     descent = Descent(policy, recipe)
     for _ in descent.micro_batches():
         n, k = next(batches)  # (B,) prompts, (B, G) some of the K responses to each
@@ -116,7 +117,7 @@ def train_pecan(policy, pool, logp_r, logp_g, ref_logp, lam, beta, group, recipe
 
 
 # ---- before the dual
-def prealign(policy, preferences, ref_logp, beta, recipe, generator, held_out=None):
+def prealign(policy, preferences, ref_logp, beta, recipe, held_out=None):
     """Plain DPO on one preference: `data.Preferences` of P pairs, their ref_logp (P, 2);
     held_out() -> calibration loss, see mocan.Descent.micro_batches.
 
@@ -124,7 +125,7 @@ def prealign(policy, preferences, ref_logp, beta, recipe, generator, held_out=No
     timid one.
     """
     pool, prefers, *_ = preferences
-    batches = group_batches(pool.lengths, 2 * recipe.batch, 2, generator)
+    batches = group_batches(pool.lengths, 2 * recipe.batch, 2, recipe.key)
     descent = Descent(policy, recipe)
     for _ in descent.micro_batches(len(prefers), held_out):
         n, _ = next(batches)
@@ -142,12 +143,12 @@ def prealign(policy, preferences, ref_logp, beta, recipe, generator, held_out=No
 
 
 def prealign_and_calibrate(policy, name, training, ref_training, calibration, ref_calibration,
-                           beta, recipe, generator, batch=256):
+                           beta, recipe, batch=256):
     """Pre-align a policy on one preference, for as many epochs as help on the calibration pairs,
     and fit τ on these -> τ. `data.Preferences` and their ln π_ref (P, 2)."""
     def implicit():
         return beta * (logprobs(policy, calibration.pool, batch) - ref_calibration)  # (P, 2)
-    prealign(policy, training, ref_training, beta, recipe, generator,
+    prealign(policy, training, ref_training, beta, recipe,
              lambda: calibrated_loss(*calibration.by_choice(implicit())))
     score = implicit()
     tau = calibrate(*calibration.by_choice(score)).item()

@@ -201,7 +201,7 @@ def make_reference(c, tok, split):
     pool = data.pair_pool(tok, split.train, "training data")
     calibration = data.pair_pool(tok, split.calibration, "calibration data")
     mocan.train_reference(
-        model, pool, recipe(c, "reference", c.sft_steps, c.sft_lr), stream(c, "reference"),
+        model, pool, recipe(c, "reference", c.sft_steps, c.sft_lr),
         lambda: -mocan.logprobs(model, calibration, c.sample_batch).mean().item())
     return to_checkpoint(model)
 
@@ -214,7 +214,7 @@ def sample_reference(c, reference, tok, prompts):
 
 def make_offline(c, reference, tok, prompts):
     pool, ref_logp = mocan.sample_pool(reference, tok, prompts, c.responses, c.sample_batch,
-                                       stream(c, "offline", c.device), "offline")
+                                       f"{c.seed}/offline", "offline")
     return {"tokens": pool.tokens.int(), "response_mask": pool.response_mask,
             "ref_logp": ref_logp}
 
@@ -233,7 +233,7 @@ def make_judge(c, reference, tok, split, name):
     model.load_state_dict(reference.state_dict(), strict=False)  # all but the head
     plan = recipe(c, f"score {name}", c.score_steps, c.score_lr)
     mocan.learn_score(model, name, *[data.preference_tensors(tok, part, name) for part in split],
-                      plan, stream(c, f"scores/{name}"), c.sample_batch)
+                      plan, c.sample_batch)
     return to_checkpoint(model)
 
 
@@ -259,7 +259,7 @@ def make_prealigned(c, reference, tok, name, split, refs, pool, ref_logp):
     plan = recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr)
     tau = pecan.prealign_and_calibrate(
         policy, name, training, refs[0][training.rows], calibration, refs[1][calibration.rows],
-        c.beta, plan, stream(c, f"prealign/{name}"), c.sample_batch)
+        c.beta, plan, c.sample_batch)
     logp = mocan.logprobs(policy, pool, c.sample_batch)
     return {**to_checkpoint(policy), "tau": tau, "logp": pecan.calibrated(logp, ref_logp, tau)}
 
@@ -296,7 +296,7 @@ def update_pecan(policy, sample, lam, beta, *how):
 def shoot(c, reference, tok, prompts, stage, name, offline, margin, update, score_of):
     """--shots policy updates, each from the one before -> {name: artifact, "name shot 2": …}.
 
-    update(policy, sample, lam, beta, group, recipe, generator) trains the policy in place;
+    update(policy, sample, lam, beta, group, recipe) trains the policy in place;
     score_of(pool, ref_logp) -> (1+m, N, K) scores the responses of further shots.
     """
     policies = {}
@@ -317,8 +317,9 @@ def make_shot(c, policy, reference, tok, prompts, offline, update, score_of, lab
     if shot > 1:
         sample = mocan.sample_from(
             policy, reference, tok, prompts, c.shot_responses, c.sample_batch,
-            stream(c, f"{label}/responses", c.device), label, score_of)
+            f"{c.seed}/{label}", f"{label}, responses", score_of)
         plan = recipe(c, label, c.shot_steps, c.shot_lr)
+    plan = plan._replace(key=f"{c.seed}/{label.split()[0]}")  # every margin sees the same pairs
     ref_mean = offline.scores[1:].double().mean(dim=(1, 2))  # (m,) E_ref[g]
     try:
         found = mocan.solve_from(sample, ref_mean, b, c.beta)
@@ -329,29 +330,19 @@ def make_shot(c, policy, reference, tok, prompts, offline, update, score_of, lab
         return {**to_checkpoint(policy), "lam": []}
     mocan.say_dual(label, b, found)
     policy = copy.deepcopy(policy)
-    generator = stream(c, label.split()[0])  # every margin of MoCAN sees the same pairs
-    update(policy, sample, found.lam, c.beta, c.group, plan, generator)
+    update(policy, sample, found.lam, c.beta, c.group, plan)
     return {**to_checkpoint(policy), "lam": found.lam.tolist()}
 
 
 # ---- what the stages share
-def seed_of(c, purpose):
-    return random.Random(f"{c.seed}/{purpose}").getrandbits(62)
-
-
-def stream(c, purpose, device="cpu"):
-    """A random stream of its own for each purpose: evaluating more often, say, changes no other
-    stage's numbers."""
-    return torch.Generator(device).manual_seed(seed_of(c, purpose))
-
-
 def new_model(c, config, purpose):
-    torch.manual_seed(seed_of(c, purpose))
+    torch.manual_seed(data.stream(c.seed, purpose).initial_seed())
     return GPT(config).to(c.device)
 
 
 def recipe(c, stage, steps, lr):
-    return mocan.Recipe(stage, steps, lr, c.batch, c.accumulate, c.warmup, c.clip)
+    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", c.batch, c.accumulate, c.warmup,
+                        c.clip)
 
 
 # ---- what came of it
@@ -363,7 +354,7 @@ def evaluate(c, reference, policies, judges, names, margins, duals, split, tok):
           f"{len(prompts)} evaluation prompts")
     rows, texts, curve = mocan.measure(
         {"reference": to_checkpoint(reference), **policies}, reference, judges, names, tok,
-        prompts, c.eval_responses, c.sample_batch, seed_of(c, "evaluate"), margins, c.beta)
+        prompts, c.eval_responses, c.sample_batch, f"{c.seed}/evaluate", margins, c.beta)
     prompts = [data.transcript(prompt) for prompt in prompts]
     found = {name: {**found._asdict(), "margin": margins[name]} for name, found in duals.items()}
     results = {"config": asdict(c), "policies": rows, "duals": found}

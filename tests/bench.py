@@ -253,37 +253,36 @@ def bench_shots(argv):
     ref_g = offline_scores[1].mean(dim=1)  # (N,)
     b, mine = ours["duals"]["mocan"]["margin"][0], ours["policies"]["mocan"]
     solving, _ = timed(dual.solve, offline_scores[0], offline_scores[1:], b, c.beta)
-    generator = train.stream(c, "primal-dual")
-    sampling = generator if c.device == "cpu" else train.stream(c, "primal-dual", c.device)
+    generator = data.stream(c.seed, "primal-dual")
 
     def measure(model):
         """A mocan.Sample of the model's fresh responses to the held-out prompts."""
         return mocan.sample_from(model, reference, tok, held, c.eval_responses, c.sample_batch,
-                                 train.stream(c, "evaluate", c.device), "evaluate",
+                                 f"{c.seed}/evaluate", "evaluate",
                                  lambda pool, _: mocan.score_pool({}, names, held, pool, tok))
     ref_eval = measure(reference).scores
 
     G, size = c.group, max(1, 2 * c.batch // c.group)
     j, i = torch.triu_indices(G, G, 1, device=policy.device)
     lam, spent, history, order = torch.zeros(1), 0.0, [], torch.empty(0, dtype=torch.long)
-    descent = mocan.Descent(policy, mocan.Recipe("primal-dual", a.rounds * a.inner, c.lr, c.batch, 1, c.warmup, c.clip))
+    descent = mocan.Descent(policy, mocan.Recipe("primal-dual", a.rounds * a.inner, c.lr, "", c.batch, 1, c.warmup, c.clip))
     for turn in range(a.rounds):
         began = time.time()
         while len(order) < a.inner * size:  # the round's prompts; an epoch visits each once
             order = torch.cat([order, torch.randperm(len(prompts), generator=generator)])
         some, order = order[:a.inner * size], order[a.inner * size:]
         text = [prompts[n] for n in some.tolist()]
-        pool, _ = mocan.sample_pool(policy, tok, text, G, c.sample_batch, sampling, "primal-dual")
+        pool, _ = mocan.sample_pool(policy, tok, text, G, c.sample_batch, f"{c.seed}/primal-dual/{turn}", "primal-dual")
         scores = mocan.score_pool({}, names, text, pool, tok)
         if turn:  # at the first round the policy is the reference, and violates the margin by all of it
             lam = (lam + a.dual_lr * (b - (scores[1].mean() - ref_g[some].mean()).item())).clamp_min(0)
         s, ref_logp = scores[0] + lam * scores[1], mocan.logprobs(reference, pool, c.sample_batch)
-        batches = mocan.group_batches(pool.lengths, 2 * c.batch, G, generator)
+        batches = data.group_batches(pool.lengths, 2 * c.batch, G, f"{c.seed}/primal-dual/{turn}")
         for _ in range(a.inner):
             n, k = next(batches)
             with policy.autocast():
-                logp = sequence_logprob(policy, *mocan.take_text(pool, n, k, policy.device)).view(k.shape)
-            ref, label = mocan.take(ref_logp, n, k, policy.device), mocan.take(s, n, k, policy.device)
+                logp = sequence_logprob(policy, *data.take_text(pool, n, k, policy.device)).view(k.shape)
+            ref, label = data.take(ref_logp, n, k, policy.device), data.take(s, n, k, policy.device)
             p_i = mocan.bradley_terry(label[:, i], label[:, j])
             loss = mocan.preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], c.beta, p_i)
             descent.step(loss.mean())

@@ -291,6 +291,15 @@ def test_a_constraint_is_named_once_and_is_not_the_reward(names):
         loaded(constraints=names)
 
 
+# ---- randomness
+
+def test_every_seed_purpose_and_index_has_a_random_stream_of_its_own():
+    keys = [("0/mocan", 0), ("0/mocan", 1), ("0/offline", 0), ("1/mocan", 0), ("0/offline", 1, 0), ("0/offline", 0, 1)]
+    draws = [tuple(torch.rand(2, generator=data.stream(*key)).tolist()) for key in keys]
+    assert len(set(draws)) == len(keys)
+    assert draws == [tuple(torch.rand(2, generator=data.stream(*key)).tolist()) for key in keys]
+
+
 # ---- the built-in world
 
 HAND_SCORED = [  # prompt, response, r, g_1, g_2

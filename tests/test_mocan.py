@@ -247,7 +247,7 @@ def test_the_population_minimiser_of_the_loss_is_the_closed_form(space, beta):
 
 def test_every_epoch_visits_each_prompt_once():
     lengths = torch.randint(5, 30, (37, 4))
-    batches = mocan.group_batches(lengths, 10, 2, stream())
+    batches = mocan.group_batches(lengths, 10, 2, "0")
     orders = []
     for _ in range(3):
         n = torch.cat([next(batches)[0] for _ in range(8)])  # 37 prompts are 8 batches of at most 5
@@ -257,7 +257,7 @@ def test_every_epoch_visits_each_prompt_once():
 
 
 def test_a_pair_is_two_different_responses_and_every_ordered_pair_occurs_equally_often():
-    batches, count = mocan.group_batches(torch.full((6, 4), 9), 12, 2, stream()), torch.zeros(4, 4)
+    batches, count = mocan.group_batches(torch.full((6, 4), 9), 12, 2, "0"), torch.zeros(4, 4)
     for _ in range(1000):
         for k_0, k_1 in next(batches)[1]:
             count[k_0, k_1] += 1
@@ -266,33 +266,33 @@ def test_a_pair_is_two_different_responses_and_every_ordered_pair_occurs_equally
 
 
 def test_a_group_is_different_responses_and_a_fresh_one_each_epoch():
-    batches = mocan.group_batches(torch.full((6, 5), 9), 18, 3, stream())
+    batches = mocan.group_batches(torch.full((6, 5), 9), 18, 3, "0")
     groups = [{n: k for n, k in zip(batch[0].tolist(), batch[1].tolist())} for batch in itertools.islice(batches, 20)]
     assert all(len(set(k)) == 3 for batch in groups for k in batch.values())
     assert len({tuple(batch[0]) for batch in groups}) > 10  # prompt 0's
 
 
 def test_a_group_larger_than_the_pool_is_the_pool():
-    _, k = next(mocan.group_batches(torch.full((6, 2), 9), 12, 2, stream()))
+    _, k = next(mocan.group_batches(torch.full((6, 2), 9), 12, 2, "0"))
     assert k.sort(dim=1).values.tolist() == [[0, 1]] * 6
     assert run_mocan(steps=1, group=99).losses[0] == pytest.approx(LN2, abs=1e-5)
 
 
 @pytest.mark.parametrize("responses, group, prompts", [(12, 2, 6), (12, 3, 4), (12, 5, 2), (4, 5, 1)])
 def test_a_batch_is_about_as_many_responses_as_asked_and_never_none(responses, group, prompts):
-    n, k = next(mocan.group_batches(torch.full((24, 6), 9), responses, group, stream()))
+    n, k = next(mocan.group_batches(torch.full((24, 6), 9), responses, group, "0"))
     assert n.shape == (prompts,) and k.shape == (prompts, group)
 
 
 def test_a_batch_holds_pairs_of_similar_length():
     lengths = torch.arange(1, 321)[torch.randperm(320)][:, None].expand(320, 2)
-    batches = mocan.group_batches(lengths, 20, 2, stream())
+    batches = mocan.group_batches(lengths, 20, 2, "0")
     padding = sum((lengths[n, 0].max() * len(n) - lengths[n, 0].sum()).item() for n, _ in itertools.islice(batches, 32))
     assert padding < 0.15 * lengths[:, 0].sum()  # random batches of 10 would need about 80 %
 
 
 def test_learning_rate_by_hand():
-    recipe = mocan.Recipe("a stage", 10, 1e-3, warmup=4)
+    recipe = mocan.Recipe("a stage", 10, 1e-3, "0", warmup=4)
     factors = [mocan.lr_at(step, recipe) for step in (0, 3, 4, 7, 10)]
     assert factors == pytest.approx([0.2, 0.8, 1.0, 0.5, 0.0], abs=1e-12)
     assert mocan.lr_at(0, recipe._replace(warmup=0)) == 1.0
@@ -310,16 +310,12 @@ def tiny(seed=1, sharp=10.0, **changes):
 
 
 def recipe(stage="mocan", **changes):
-    return mocan.Recipe(**{**dict(stage=stage, steps=3, lr=1e-3, batch=8, warmup=0), **changes})
+    return mocan.Recipe(**{**dict(stage=stage, steps=3, lr=1e-3, key="0", batch=8, warmup=0), **changes})
 
 
 DIGITS = SimpleNamespace(encoding=SimpleNamespace(encode_ordinary=lambda text: [int(x) for x in text.strip()]),
                          before=[], after=[], end=0,  # a tokenizer: "34" is the prompt [3, 4]
                          prompt_limit=10, response_limit=2)
-
-
-def stream(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def some_pool(N=8, K=4, vocab=6):
@@ -340,7 +336,7 @@ def test_map_pool_equals_direct_calls_in_any_batch_size():
 
 def test_sample_pool_keeps_responses_with_their_prompts():
     model = tiny()
-    pool, logp = mocan.sample_pool(model, DIGITS, ["123", "4", "51"], 5, 4, stream(), "offline")
+    pool, logp = mocan.sample_pool(model, DIGITS, ["123", "4", "51"], 5, 4, "0", "offline")
     assert pool.tokens.shape[:2] == logp.shape == (3, 5)
     for n, prompt in enumerate([[1, 2, 3], [4], [5, 1]]):
         assert (pool.tokens[n, :, :len(prompt)] == torch.tensor(prompt)).all()
@@ -390,15 +386,14 @@ def run_mocan(monkeypatch=None, seen=None, policy=None, lam=(0.7, 0.2), beta=1.0
     if seen is not None:
         real = mocan.preference_loss
         monkeypatch.setattr(mocan, "preference_loss", lambda *args: seen.append([a for a in args]) or real(*args))
-    losses = mocan.train_mocan(policy, pool, ref_logp, score, constraint, f64(*lam), beta, group, recipe(**changes),
-                               stream())
+    losses = mocan.train_mocan(policy, pool, ref_logp, score, constraint, f64(*lam), beta, group, recipe(**changes))
     return SimpleNamespace(policy=policy, pool=pool, score=score, constraint=constraint, ref_logp=ref_logp,
                            losses=losses)
 
 
 def pairs_seen(run, group):
     """(n, y_j, y_i) of every pair of the first step, which run_mocan's own generator led to."""
-    n, k = next(mocan.group_batches(run.pool.lengths, 16, group, stream()))
+    n, k = next(mocan.group_batches(run.pool.lengths, 16, group, "0"))
     return [(prompt, *pair) for prompt, some in zip(n.tolist(), k.tolist()) for pair in itertools.combinations(some, 2)]
 
 
@@ -469,17 +464,17 @@ def test_infinite_weights_stop_every_loop():
     for broken in (model, score_model):
         broken.wte.weight.data.fill_(math.inf)
     with pytest.raises(FloatingPointError, match="^reference: .* step 0"):
-        mocan.train_reference(model, pool, recipe("reference"), stream())
+        mocan.train_reference(model, pool, recipe("reference"))
     preferences = Preferences(pool, torch.zeros(8, dtype=torch.long), torch.zeros(8, 2), list(range(8)), torch.arange(8))
     with pytest.raises(FloatingPointError, match="^scores: .* step 0"):
-        mocan.train_score(score_model, preferences, recipe("scores"), stream())
+        mocan.train_score(score_model, preferences, recipe("scores"))
 
 
 def test_train_reference_learns_the_distribution_of_its_data():
     """Responses 1, 2 and 3 to the prompt 4, in the proportion 5 : 2 : 1, all ended by 0."""
     tokens, mask = pad([[4]] * 8, [[1, 0]] * 5 + [[2, 0]] * 2 + [[3, 0]])
     pool, model = Pool(tokens.view(4, 2, -1), mask.view(4, 2, -1)), tiny(sharp=1.0)
-    mocan.train_reference(model, pool, recipe("reference", steps=200, lr=1e-2), stream())
+    mocan.train_reference(model, pool, recipe("reference", steps=200, lr=1e-2))
     with torch.no_grad():
         p = sequence_logprob(model, *pad([[4]] * 3, [[1, 0], [2, 0], [3, 0]])).exp()
     assert p.tolist() == pytest.approx([5 / 8, 2 / 8, 1 / 8], abs=0.02)
@@ -494,7 +489,7 @@ def test_a_score_model_recovers_the_scores_that_the_preferences_come_from():
     model = tiny(sharp=1.0, score_head=True)
     preferences = Preferences(Pool(tokens.view(N, 2, -1), mask.view(N, 2, -1)), prefers, torch.zeros(N, 2), [*range(N)],
                               torch.arange(N))
-    mocan.train_score(model, preferences, recipe("scores", batch=250, steps=150, lr=1e-2), stream())
+    mocan.train_score(model, preferences, recipe("scores", batch=250, steps=150, lr=1e-2))
     with torch.no_grad():
         score = model.score(*pad([[5]] * 3, [[1], [2], [3]]))
     assert (score - score[0]).tolist() == pytest.approx([0.0, 1.0, 2.0], abs=0.25)
@@ -507,7 +502,7 @@ def test_labels_of_safety_put_the_zero_between_safe_and_unsafe():
     pool = Pool(tokens.view(20, 2, -1), mask.view(20, 2, -1))
     preferences = Preferences(pool, torch.zeros(20, dtype=torch.long), torch.tensor([[1.0, -1.0]] * 20), [*range(20)],
                               torch.arange(20))
-    mocan.train_score(model, preferences, recipe("scores", steps=60, lr=1e-2), stream())
+    mocan.train_score(model, preferences, recipe("scores", steps=60, lr=1e-2))
     with torch.no_grad():
         safe, unsafe = model.score(*pad([[5]] * 2, [[1], [2]])).tolist()
     assert safe > 1 and unsafe < -1
@@ -526,7 +521,7 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
     assert ref.exp().sum(dim=1).tolist() == pytest.approx([1] * 4, abs=1e-5)
     r, g = 0.7 * torch.randn(4, 31), 0.7 * torch.randn(m, 4, 31)
 
-    pool, ref_logp = mocan.sample_pool(reference, DIGITS, ["1", "2", "34", "51"], K, 2048, stream(7), "offline")
+    pool, ref_logp = mocan.sample_pool(reference, DIGITS, ["1", "2", "34", "51"], K, 2048, "7", "offline")
     which = torch.tensor([[responses.index(y[on].tolist()) for y, on in zip(*row)] for row in zip(*pool)])  # (4, K)
     score, constraint = r.gather(1, which), g.gather(2, which.expand(m, -1, -1))
     found = dual.solve(score, constraint, 0.35 * dual.reachable(constraint).min(), beta)
@@ -535,7 +530,7 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
     many = Pool(*(x.repeat(repeat, 1, 1) for x in pool))
     mocan.train_mocan(policy, many, ref_logp.repeat(repeat, 1), score.repeat(repeat, 1),
                       constraint.repeat(1, repeat, 1), found.lam, beta, group,
-                      recipe(steps=300, batch=64, lr=3e-3, warmup=10), stream())
+                      recipe(steps=1200 // group + 150, batch=64, lr=3e-3, warmup=10))  # a group of 2 has one pair in 28
 
     def exact(lam):
         return (ref + (r + torch.einsum("m,mnk->nk", lam.float(), g)) / beta).log_softmax(dim=1)
@@ -583,7 +578,7 @@ def test_in_the_first_shot_it_is_the_dual_itself(space):
 
 def test_sample_from_scores_what_the_policy_samples():
     policy, reference = tiny(2), tiny(1)
-    sample = mocan.sample_from(policy, reference, DIGITS, ["123", "4"], 3, 4, stream(), "shot",
+    sample = mocan.sample_from(policy, reference, DIGITS, ["123", "4"], 3, 4, "0", "shot",
                                lambda pool, ref_logp: torch.stack([pool.lengths.float(), ref_logp]))
     assert torch.allclose(sample.logp, mocan.logprobs(policy, sample.pool), atol=1e-4, rtol=0)
     assert torch.equal(sample.ref_logp, mocan.logprobs(reference, sample.pool, 4))
@@ -627,7 +622,7 @@ def sampled(prompt_limit):
     """Three responses of a policy to each of two prompts of 5 and 11 bytes, template and space included."""
     tok, prompts = vocab_tokenizer([], prompt_limit, 4), ["ab", "abcdefgh"]
     model = tiny(vocab_size=tok.encoding.n_vocab, sharp=2.0, block_size=prompt_limit + 4)
-    return model, tok, prompts, *mocan.sample_pool(model, tok, prompts, 3, 64, stream(), "evaluate")
+    return model, tok, prompts, *mocan.sample_pool(model, tok, prompts, 3, 64, "0", "evaluate")
 
 
 def test_the_reference_measured_against_itself(capsys):
@@ -750,7 +745,7 @@ def learned(monkeypatch, seen):
         monkeypatch.setattr(mocan, name, lambda a, b, name=name, real=real: seen.append((name, len(a))) or real(a, b))
     model = tiny(score_head=True)
     torch.nn.init.normal_(model.score_head.weight)
-    mocan.learn_score(model, "safe", group(40), group(15), group(22), recipe(steps=12, batch=8), stream(), 64)
+    mocan.learn_score(model, "safe", group(40), group(15), group(22), recipe(steps=12, batch=8), 64)
     return model, group(15)
 
 
@@ -831,6 +826,5 @@ def test_float16_training_scales_its_loss_and_moves_the_policy():
     assert mocan.Descent(model, recipe()).scaler.is_enabled()
     assert not mocan.Descent(tiny().cuda(), recipe()).scaler.is_enabled()
     score, constraint = torch.randn(8, 4), torch.randn(1, 8, 4)
-    losses = mocan.train_mocan(model, pool, ref_logp, score, constraint, torch.ones(1), 1.0, 2, recipe(steps=5),
-                               stream())
+    losses = mocan.train_mocan(model, pool, ref_logp, score, constraint, torch.ones(1), 1.0, 2, recipe(steps=5))
     assert len(losses) == 5 and model.wte.weight.isfinite().all() and not torch.equal(before, model.wte.weight)

@@ -20,22 +20,16 @@ def small(seed=0, sharp=12.0, **changes):
     return model.eval()
 
 
-def same_uniforms(monkeypatch):
-    """torch.rand gives every row of a step the same number, whatever rows there are: 0.37, 0.74, 0.11, …"""
-    calls = []
-
-    def rand(rows, columns, generator=None, device=None):
-        calls.append(0.37 * (len(calls) + 1) % 1)
-        return torch.full((rows, columns), calls[-1])
-    monkeypatch.setattr(torch, "rand", rand)
+def uniforms(B, T, seed=1):
+    return torch.rand(B, T, generator=torch.Generator().manual_seed(seed))
 
 
-def naive_generate(model, prompt, max_new_tokens, eos):
+def naive_generate(model, prompt, chance, eos):
     """One prompt, no cache, no batch, no padding: the whole sequence is run again for every token."""
     tokens, logp = list(prompt), 0.0
-    for step in range(max_new_tokens):
+    for u in chance.tolist():
         logits = F.linear(model(torch.tensor([tokens]))[0, -1], model.wte.weight)
-        p, u, cumulative, choice = logits.softmax(dim=0), 0.37 * (step + 1) % 1, 0.0, 0
+        p, cumulative, choice = logits.softmax(dim=0), 0.0, 0
         for choice in range(len(p)):
             cumulative += p[choice].item()
             if u < cumulative:
@@ -47,14 +41,13 @@ def naive_generate(model, prompt, max_new_tokens, eos):
     return tokens, logp
 
 
-def test_cached_batched_sampling_equals_uncached_one_by_one(monkeypatch):
-    model = small(sharp=12.0)
-    same_uniforms(monkeypatch)
-    tokens, mask, logp = model.generate(PROMPTS, 10, eos=5)
+def test_cached_batched_sampling_equals_uncached_one_by_one():
+    model, chance = small(sharp=12.0), uniforms(len(PROMPTS), 10, seed=3)
+    tokens, mask, logp = model.generate(PROMPTS, chance, eos=5)
     lengths = []
     with torch.no_grad():
         for row, prompt in enumerate(PROMPTS):
-            expected, expected_logp = naive_generate(model, prompt, 10, 5)
+            expected, expected_logp = naive_generate(model, prompt, chance[row], 5)
             lengths.append(len(expected) - len(prompt))
             assert tokens[row, :len(expected)].tolist() == expected
             assert mask[row].nonzero().flatten().tolist() == list(range(len(prompt), len(expected)))
@@ -68,7 +61,7 @@ def test_responses_that_end_free_their_rows_of_the_cache(monkeypatch):
     for name in ("prefill", "decode"):
         real = getattr(GPT, name)
         monkeypatch.setattr(GPT, name, lambda self, t, *a, real=real: sizes.append(len(t)) or real(self, t, *a))
-    model.generate(PROMPTS, 12, eos=0, generator=torch.Generator().manual_seed(1))
+    model.generate(PROMPTS, uniforms(len(PROMPTS), 12), eos=0)
     assert sizes[0] == len(PROMPTS) and sizes[-1] < 0.75 * len(PROMPTS)
     assert sizes == sorted(sizes, reverse=True) and len(sizes) <= 12
 
@@ -76,31 +69,41 @@ def test_responses_that_end_free_their_rows_of_the_cache(monkeypatch):
 @pytest.mark.parametrize("eos", [None, 0])
 def test_sampled_logp_is_the_sequence_logprob(eos):
     model = small()
-    tokens, mask, logp = model.generate(PROMPTS, 12, eos=eos, generator=torch.Generator().manual_seed(1))
+    tokens, mask, logp = model.generate(PROMPTS, uniforms(len(PROMPTS), 12), eos=eos)
     with torch.no_grad():
         assert torch.allclose(logp, sequence_logprob(model, tokens, mask), atol=1e-4, rtol=0)
 
 
 def test_response_ends_with_eos_or_at_the_limit():
-    tokens, mask, _ = small().generate(PROMPTS, 6, eos=0, generator=torch.Generator().manual_seed(1))
+    tokens, mask, _ = small().generate(PROMPTS, uniforms(len(PROMPTS), 6), eos=0)
     for row, prompt in enumerate(PROMPTS):
         response = tokens[row][mask[row]].tolist()
         assert tokens[row, :len(prompt)].tolist() == prompt
         assert 0 not in response[:-1] and (response[-1] == 0 or len(response) == 6)
 
 
-def test_a_generator_fixes_the_sample_and_the_global_one_is_untouched():
+def test_the_uniforms_fix_the_sample_and_no_generator_is_touched():
     model = small()
     state = torch.get_rng_state()
-    first, second, other = (model.generate(PROMPTS, 8, generator=torch.Generator().manual_seed(seed))[0]
-                            for seed in (5, 5, 6))
+    first, second, other = (model.generate(PROMPTS, uniforms(len(PROMPTS), 8, seed))[0] for seed in (5, 5, 6))
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_response_depends_on_its_own_uniforms_alone():
+    """Whatever else is in the batch, and in which order."""
+    model, chance = small(), uniforms(len(PROMPTS), 8)
+    tokens, mask, logp = model.generate(PROMPTS, chance, eos=0)
+    for order in ([2, 0], [*reversed(range(len(PROMPTS)))]):
+        some, some_mask, some_logp = model.generate([PROMPTS[i] for i in order], chance[order], eos=0)
+        for row, i in enumerate(order):
+            assert some[row][some_mask[row]].tolist() == tokens[i][mask[i]].tolist()
+            assert some_logp[row].item() == pytest.approx(logp[i].item(), abs=1e-4)
+
+
 def test_sampling_frequencies_are_the_softmax_of_the_logits():
     model, count = small(vocab_size=5, sharp=6.0), 20000
-    tokens, mask, _ = model.generate([[1, 2]] * count, 1, generator=torch.Generator().manual_seed(0))
+    tokens, mask, _ = model.generate([[1, 2]] * count, uniforms(count, 1))
     p = F.linear(model(torch.tensor([[1, 2]]))[0, -1], model.wte.weight).softmax(dim=0)
     seen = tokens[mask].bincount(minlength=5)
     chi_square = ((seen - count * p) ** 2 / (count * p)).sum().item()
@@ -108,11 +111,10 @@ def test_sampling_frequencies_are_the_softmax_of_the_logits():
     assert chi_square < 18.5  # the 99.9 % point of 4 degrees of freedom
 
 
-def test_draw_inverts_the_cumulative_distribution(monkeypatch):
+def test_draw_inverts_the_cumulative_distribution():
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])
     for u, choice in ((0.0, 0), (0.09, 0), (0.11, 1), (0.29, 1), (0.31, 2), (0.59, 2), (0.61, 3), (1.0, 3)):
-        monkeypatch.setattr(torch, "rand", lambda rows, columns, **_: torch.full((rows, columns), u))
-        new, logp = sample_token(p.log()[None] + 5.0, None)
+        new, logp = sample_token(p.log()[None] + 5.0, torch.tensor([u]))
         assert new.tolist() == [choice] and logp.item() == pytest.approx(p[choice].log().item(), abs=1e-6)
 
 
@@ -154,7 +156,7 @@ def test_sequence_logprobs_of_all_responses_sum_to_one():
 
 def test_padding_never_changes_a_log_probability():
     model = small()
-    tokens, mask, _ = model.generate(PROMPTS, 8, eos=0, generator=torch.Generator().manual_seed(2))
+    tokens, mask, _ = model.generate(PROMPTS, uniforms(len(PROMPTS), 8, 2), eos=0)
     junk = torch.randint(11, (len(PROMPTS), 7))
     padded = torch.cat([tokens, junk], dim=1), torch.cat([mask, torch.zeros_like(junk, dtype=torch.bool)], dim=1)
     with torch.no_grad():
@@ -284,12 +286,12 @@ def test_a_missing_or_damaged_checkpoint_is_named_with_its_remedy(tmp_path):
 @pytest.mark.parametrize("prompts, named", [([[1] * 20], "20"), ([[1], []], "shortest 0")])
 def test_generate_refuses_in_one_line_that_names_the_value(prompts, named):
     with pytest.raises(ValueError) as error:
-        small().generate(prompts, 5)
+        small().generate(prompts, uniforms(len(prompts), 5))
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_longest_prompt_that_fits_is_accepted():
-    tokens, mask, _ = small().generate([[1] * 19, [2]], 5)
+    tokens, mask, _ = small().generate([[1] * 19, [2]], uniforms(2, 5))
     assert tokens.shape == (2, 24) and mask.sum(dim=1).tolist() == [5, 5]
 
 

@@ -173,11 +173,7 @@ def tiny(seed=1):
 
 
 def recipe(stage="pecan", **changes):
-    return mocan.Recipe(**{**dict(stage=stage, steps=5, lr=1e-3, batch=8, warmup=1), **changes})
-
-
-def stream(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return mocan.Recipe(**{**dict(stage=stage, steps=5, lr=1e-3, key="0", batch=8, warmup=1), **changes})
 
 
 def some_pool(N=8, K=4):
@@ -197,8 +193,8 @@ def test_the_policy_update_is_mocans_bit_for_bit_on_the_same_scores(group, chang
     ref_logp, logp_r, logp_g = (mocan.logprobs(tiny(seed), pool) for seed in (1, 2, 3))
     r, g = beta * (logp_r - ref_logp), beta * (logp_g - ref_logp)
     plan = recipe(**changes)
-    losses = pecan.train_pecan(ours, pool, logp_r, logp_g[None], ref_logp, lam, beta, group, plan, stream())
-    assert losses == mocan.train_mocan(theirs, pool, ref_logp, r, g[None], lam, beta, group, plan, stream())
+    losses = pecan.train_pecan(ours, pool, logp_r, logp_g[None], ref_logp, lam, beta, group, plan)
+    assert losses == mocan.train_mocan(theirs, pool, ref_logp, r, g[None], lam, beta, group, plan)
     assert len(losses) == 5 * plan.accumulate
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
     assert not torch.equal(ours.wte.weight, tiny().wte.weight)
@@ -210,8 +206,8 @@ def test_prealignment_is_dpo_with_the_preferred_response_first(monkeypatch, accu
     ref_logp, real = mocan.logprobs(tiny(), pool), pecan.preference_loss
     monkeypatch.setattr(pecan, "preference_loss", lambda *args: calls.append(args) or real(*args))
     plan = recipe(steps=4, batch=4, accumulate=accumulate)
-    pecan.prealign(tiny(), preferences(pool, prefers), ref_logp, 0.5, plan, stream())
-    batches = mocan.group_batches(pool.lengths, 8, 2, stream())
+    pecan.prealign(tiny(), preferences(pool, prefers), ref_logp, 0.5, plan)
+    batches = mocan.group_batches(pool.lengths, 8, 2, "0")
     assert len(calls) == 4 * accumulate
     for call in calls:
         n, _ = next(batches)
@@ -227,7 +223,7 @@ def test_prealignment_is_dpo_with_the_preferred_response_first(monkeypatch, accu
 def test_prealignment_makes_the_preferred_response_more_likely():
     pool, prefers, policy, reference = some_pool(K=2), torch.tensor([0, 1] * 4), tiny(), tiny()
     pecan.prealign(policy, preferences(pool, prefers), mocan.logprobs(reference, pool), 0.5,
-                   recipe(steps=30, lr=3e-3), stream())
+                   recipe(steps=30, lr=3e-3))
     lead = (mocan.logprobs(policy, pool) - mocan.logprobs(reference, pool)).diff(dim=1)[:, 0]
     assert (lead.sign() == 2 * prefers - 1).float().mean() >= 0.75
 
@@ -244,7 +240,7 @@ def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys):
     for batch in (7, 256):
         tau = pecan.prealign_and_calibrate(
             policy, "safe", training, mocan.logprobs(reference, training.pool), preferences(pool, prefers),
-            mocan.logprobs(reference, pool), 0.5, recipe(steps=0), stream(), batch)
+            mocan.logprobs(reference, pool), 0.5, recipe(steps=0), batch)
         assert tau == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
     assert f"safe: {right:.1%} ± " in said and f"of 60 pairs right; τ = {expected:.3f} ± " in said
@@ -255,10 +251,10 @@ def test_a_non_finite_loss_stops_and_names_the_stage():
     policy.wte.weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="^dpo-safe: .* step 0"):
         pecan.prealign(policy, preferences(pool, torch.zeros(8, dtype=torch.long)), torch.zeros(8, 2), 0.5,
-                       recipe("dpo-safe"), stream())
+                       recipe("dpo-safe"))
     with pytest.raises(FloatingPointError, match="^pecan: .* step 0"):
         pecan.train_pecan(policy, pool, torch.randn(8, 2), torch.randn(1, 8, 2), torch.zeros(8, 2), torch.ones(1), 0.5,
-                          2, recipe(), stream())
+                          2, recipe())
 
 
 # ---- no score model on PeCAN's path

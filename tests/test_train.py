@@ -656,15 +656,6 @@ def test_a_margin_that_makes_no_sense_is_named(text):
     assert repr(text) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_every_purpose_has_a_random_stream_of_its_own():
-    c = train.Config(seed=3)
-    draws = {purpose: torch.rand(2, generator=train.stream(c, purpose)).tolist()
-             for purpose in ("mocan", "mocan/labels", "offline", "evaluate")}
-    assert len({tuple(x) for x in draws.values()}) == 4
-    assert draws["mocan"] == torch.rand(2, generator=train.stream(c, "mocan")).tolist()
-    assert draws["mocan"] != torch.rand(2, generator=train.stream(train.Config(seed=4), "mocan")).tolist()
-
-
 def test_the_readmes_snippet_samples_from_a_policy(tiny, tmp_path):
     os.symlink(tiny, tmp_path / "out")
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
