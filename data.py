@@ -36,6 +36,10 @@ class Pair(NamedTuple):
 
 
 # ---- 1. preference files
+MAX_LINE = 2**24  # bytes
+MAX_LINES = 2**22
+
+
 def load_preferences(paths):
     """Read preference files: each of `paths` is FILE or NAME=FILE, JSONL or JSONL.gz.
 
@@ -67,11 +71,17 @@ def load_preferences(paths):
 
 
 def _lines(path):
-    """The file's lines that are not blank, each with FILE:NUMBER."""
+    """The file's lines that are not blank, each with FILE:NUMBER; no more than a gzip bomb needs to
+    be known as one."""
     opened = gzip.open if path.endswith(".gz") else open
     try:
         with opened(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            number = 0
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE or number > MAX_LINES:
+                    raise ValueError(f"{path}:{number}: more than {MAX_LINE} bytes in a line or "
+                                     f"{MAX_LINES} lines; split the file")
                 if line.strip():
                     yield line, f"{path}:{number}"
     except (OSError, EOFError, zlib.error) as error:
@@ -81,8 +91,8 @@ def _lines(path):
 
 def _read_row(line, name, where):
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = json.loads(line.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not a JSON object ({error}); one object a line in UTF-8 is "
                          "expected") from None
     if not isinstance(row, dict):
@@ -93,12 +103,21 @@ def _read_row(line, name, where):
     return _pku_pair(row, name, where)
 
 
+def _unique(fields):
+    row = dict(fields)
+    if len(row) < len(fields):
+        raise ValueError("a field is there twice")
+    return row
+
+
 def _check_strings(row, fields, where):
+    """Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
     for field in fields:
         if not isinstance(row.get(field), str):
             problem = "not a string" if field in row else "missing"
             raise ValueError(f"{where}: field {field!r} is {problem}; expected the strings "
                              f"{', '.join(fields)}")
+        row[field] = row[field].encode(errors="replace").decode()
 
 
 def _hh_pair(row, name, where):
@@ -197,7 +216,8 @@ def spread(texts, count):
     """At most `count` distinct ones, evenly spaced in sorted order."""
     texts = sorted(set(texts), key=transcript)
     count = min(count, len(texts))
-    return [texts[(2 * i + 1) * len(texts) // (2 * count)] for i in range(count)]
+    odd = range(1, 2 * count, 2)
+    return [texts[i * len(texts) // (2 * count)] for i in odd]
 
 
 def some_prompts(pairs, count):
@@ -330,7 +350,8 @@ def encode_responses(tok, responses):
     At most response_limit ids each: a longer response loses its tail and its `end`, as in sampling.
     """
     ids = [tok.encoding.encode_ordinary(" " + response) + [tok.end] for response in responses]
-    return [x[:tok.response_limit] for x in ids], sum(len(x) > tok.response_limit for x in ids)
+    too_long = sum(len(x) > tok.response_limit for x in ids)
+    return [x[:tok.response_limit] for x in ids], too_long
 
 
 def decode(tok, tokens, response_mask):
@@ -361,8 +382,9 @@ class Pool(NamedTuple):
 
 def pad(prompts, responses):
     """B prompts and B responses (lists of ids) -> tokens (B, T), response_mask (B, T)."""
-    tokens = [torch.tensor(x + y) for x, y in zip(prompts, responses)]
-    masks = [torch.arange(len(x + y)) >= len(x) for x, y in zip(prompts, responses)]
+    pairs = list(zip(prompts, responses))
+    tokens = [torch.tensor(x + y) for x, y in pairs]
+    masks = [torch.arange(len(x + y)) >= len(x) for x, y in pairs]
     return pad_sequence(tokens, batch_first=True), pad_sequence(masks, batch_first=True)
 
 

@@ -249,7 +249,7 @@ def predict(problem, point, evaluations):
     return Dual(
         lam=tensor(point.lam),
         lam_se=price_error(point, weight),
-        value=point.value + float(problem.mean[0] @ weight),
+        value=float(point.value + problem.mean[0] @ weight),
         grad=tensor(point.grad),
         hessian=tensor(point.hessian),
         iterations=evaluations,
@@ -260,7 +260,7 @@ def predict(problem, point, evaluations):
         ref=ref[1:],
         ref_se=ref_se[1:],
         reachable=tensor(problem.reach),
-        kl=max(0.0, kl),
+        kl=float(max(0.0, kl)),
         ess=mean_ess,
         ess_p5=float(ess[weight > 0].quantile(0.05, interpolation="lower")),
         top_weight=float(policy.top @ weight))
@@ -596,6 +596,23 @@ def parse_margin(text, reach, separator=","):
             f"reachable one, 50%; a single one, or {len(reach)} separated by {separator!r}"
         ) from None
     return torch.tensor(margin, dtype=torch.float64)
+
+
+def parse_margins(scores, margin, margins, beta):
+    """Scores (1+m, N, K) of π_ref's responses -> {policy: b (m,)}; raises Infeasible.
+
+    margin: of the policy "mocan"; "0.5,0.3" is one number for each constraint. margins: of further
+    policies "mocan TEXT", where ',' separates policies and ':' constraints: "25%:25%,0.5:0" is two.
+    """
+    reach = reachable(scores[1:])
+    print(f"\nlargest reachable margins: {', '.join(f'{x:.3f}' for x in reach)}")
+    b = {"mocan": parse_margin(margin, reach)}
+    for text in margins.split(","):
+        if text not in ("", margin.replace(",", ":")):  # none, or `margin` again
+            b[f"mocan {text}"] = parse_margin(text, reach, ":")
+    for margin in b.values():
+        solve(scores[0], scores[1:], margin, beta)
+    return b
 
 
 def report(args):

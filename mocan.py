@@ -39,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import dual
 from data import WORLD_SCORES, Pool, encode_prompts, group_batches, stream, take, take_text
-from model import GPT, from_checkpoint, sequence_logprob
+from model import GPT, Checkpoint, from_checkpoint, sequence_logprob
 
 
 # ---- the losses: tensors in, tensors out
@@ -93,6 +93,10 @@ def calibrate(chosen, rejected):
 
 
 # ---- what the training loops share
+STATEFUL = ("model", "optimizer", "scaler")  # what a training loop carries from step to step
+PLAIN = ("losses", "best", "least", "worse")
+
+
 class Recipe(NamedTuple):
     """How a model is trained."""
     stage: str  # what progress and errors call it
@@ -103,11 +107,12 @@ class Recipe(NamedTuple):
     accumulate: int = 1  # micro-batches a step
     warmup: int = 20
     clip: float = 1.0  # largest gradient norm
+    checkpoint: Checkpoint | None = None
 
 
 class Descent:
-    """AdamW with warm-up, accumulation, loss scaling for float16, clipping, and a line of progress
-    every ten seconds."""
+    """AdamW with warm-up, accumulation, loss scaling for float16, clipping, checkpoints, and a line
+    of progress every ten seconds."""
 
     def __init__(self, model, recipe):
         self.model = model
@@ -118,52 +123,78 @@ class Descent:
             model.device.type, enabled=model.config.dtype == "float16")
         self.losses = []  # of every micro-batch
         self.best = {}  # weights after the best epoch
+        self.least = math.inf  # its calibration loss
+        self.worse = 0  # epochs since then
+        self.skipped = 0  # steps in a row, in float16
         self.log = progress(recipe.stage, recipe.steps)
+        state = recipe.checkpoint and recipe.checkpoint.restore(recipe.stage)
+        if state:
+            for part in STATEFUL:
+                getattr(self, part).load_state_dict(state.pop(part))
+            vars(self).update(state)
+            print(f"  {recipe.stage}: goes on after {len(self.losses)} micro-batches")
 
-    def micro_batches(self, examples=0, held_out=None):
-        """A turn for each. After every epoch of so many examples, if there are several, held_out()
-        -> calibration loss is asked; the weights of the best epoch are kept, and training ends
-        when two epochs have brought nothing."""
+    def state(self):
+        """What a checkpoint keeps and __init__ restores."""
+        state = {part: getattr(self, part).state_dict() for part in STATEFUL}
+        return state | {part: getattr(self, part) for part in PLAIN}
+
+    def over(self, batches, examples=0, held_out=None):
+        """Yield a batch for each micro-batch. After every epoch of so many examples, if there are
+        several, held_out() -> calibration loss is asked; the weights of the best epoch are kept,
+        and training ends when two epochs have brought nothing."""
         recipe = self.recipe
+        for _ in self.losses:  # those of the run that this one resumes
+            next(batches)
         epoch = max(1, examples // (recipe.batch * recipe.accumulate))
-        least = math.inf
-        worse = 0
-        for step in range(1, recipe.steps + 1):
-            yield from range(recipe.accumulate)
-            if held_out is None or epoch >= recipe.steps or step % epoch and step < recipe.steps:
-                continue
-            loss = held_out()
-            worse += 1
-            if loss < least:
-                print(f"  {recipe.stage}: calibration loss {loss:.4f} after {step} steps")
-                least = loss
-                worse = 0
-                self.best = copy.deepcopy(self.model.state_dict())
-            if worse == 2:
+        several = held_out and epoch < recipe.steps
+        for step in range(len(self.losses) // recipe.accumulate + 1, recipe.steps + 1):
+            if self.worse == 2:
                 break
+            for _ in range(recipe.accumulate):
+                yield next(batches)
+            if several and (step % epoch == 0 or step == recipe.steps):
+                self.compare(step, held_out())
+            if recipe.checkpoint:
+                recipe.checkpoint.keep(recipe.stage, self.state)
         if self.best:
             self.model.load_state_dict(self.best)
 
+    def compare(self, step, loss):
+        self.worse += 1
+        if loss < self.least:
+            print(f"  {self.recipe.stage}: calibration loss {loss:.4f} after {step} steps")
+            self.least = loss
+            self.worse = 0
+            self.best = copy.deepcopy(self.model.state_dict())
+
     def step(self, loss):
         """Backward; after the last micro-batch of a step, clip and update. Raises
-        FloatingPointError on a non-finite loss."""
+        FloatingPointError on a non-finite loss or gradient, before the weights are touched."""
         recipe = self.recipe
         step = len(self.losses) // recipe.accumulate
         self.losses.append(loss.item())
-        if not math.isfinite(self.losses[-1]):
-            raise FloatingPointError(
-                f"{recipe.stage}: the loss is {self.losses[-1]} at step {step}; earlier artifacts "
-                "are kept; lower the learning rate, raise --warmup, or use --dtype float32")
+        self.check("loss", self.losses[-1], step)
         self.scaler.scale(loss / recipe.accumulate).backward()
         if len(self.losses) % recipe.accumulate:
             return
         self.optimizer.param_groups[0]["lr"] = recipe.lr * lr_at(step, recipe)
         self.scaler.unscale_(self.optimizer)  # so that clipping sees true gradients
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-        self.scaler.step(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip).item()
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if not self.scaler.is_enabled() or self.skipped > 20:
+            self.check("gradient norm", norm, step)
+        self.scaler.step(self.optimizer)  # float16 may overflow: the scaler skips the step
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.log(step + 1, sum(self.losses[-recipe.accumulate:]) / recipe.accumulate)
+
+
+    def check(self, what, value, step):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{self.recipe.stage}: the {what} is {value} at step {step}; earlier artifacts are "
+                "kept; lower the learning rate, raise --warmup, or use --dtype float32")
 
 
 def lr_at(step, recipe):
@@ -193,20 +224,28 @@ def progress(stage, steps):
 
 
 # ---- step 3: the policy update
-def train_mocan(policy, pool, ref_logp, score, constraint, lam, beta, group, recipe):
-    """DPO on pairs of pool (N, K, T), labelled by s = r + ⟨λ*,g⟩ -> the loss of every micro-batch.
+class Sample(NamedTuple):
+    """K responses of a policy π₁ to each of N prompts; in the first shot π₁ is π_ref."""
+    pool: Pool              # (N, K, T)
+    logp: torch.Tensor      # (N, K) ln π₁(y|x)
+    ref_logp: torch.Tensor  # (N, K) ln π_ref(y|x)
+    scores: torch.Tensor    # (1+m, N, K) r, g_1 … g_m
 
-    policy: starts as the reference, or as the shot before made it; ref_logp, score (N, K);
-    constraint (m, N, K); lam (m,); group: G responses to a prompt, compared in all their pairs.
+
+def train_mocan(policy, sample, lam, beta, group, recipe):
+    """DPO on pairs of the sample, labelled by s = r + ⟨λ*,g⟩ -> the loss of every micro-batch.
+
+    policy: starts as the one that was sampled, the reference or what the shot before made of it;
+    lam (m,); group: G responses to a prompt, compared in all their pairs.
     """
-    s = score + torch.einsum("m,mnk->nk", lam.to(score), constraint)  # (N, K)
+    pool, _, ref_logp, scores = sample
+    s = scores[0] + torch.einsum("m,mnk->nk", lam.to(scores), scores[1:])  # (N, K)
     group = min(group, s.size(1))
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
     descent = Descent(policy, recipe)
-    for _ in descent.micro_batches():
-        n, k = next(batches)  # (B,) prompts, (B, G) some of the K responses to each
+    for n, k in descent.over(batches):  # (B,) prompts, (B, G) some of the K responses to each
         tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
         with policy.autocast():
             logp = sequence_logprob(policy, tokens, response_mask).view(k.shape)  # (B, G)
@@ -222,14 +261,6 @@ def train_mocan(policy, pool, ref_logp, score, constraint, lam, beta, group, rec
 
 
 # ---- step 2: the dual, asked from any policy
-class Sample(NamedTuple):
-    """K responses of a policy π₁ to each of N prompts; in the first shot π₁ is π_ref."""
-    pool: Pool              # (N, K, T)
-    logp: torch.Tensor      # (N, K) ln π₁(y|x)
-    ref_logp: torch.Tensor  # (N, K) ln π_ref(y|x)
-    scores: torch.Tensor    # (1+m, N, K) r, g_1 … g_m
-
-
 def solve_from(sample, ref_mean, margin, beta):
     """dual.Dual of the problem, asked from π₁; margin (m,); ref_mean (m,) is E_ref[g].
 
@@ -245,22 +276,6 @@ def solve_from(sample, ref_mean, margin, beta):
     return dual.solve(score, constraint, margin - gained, beta)
 
 
-def solve_margins(scores, margin, margins, beta):
-    """Scores (1+m, N, K) of π_ref's responses -> {policy: b (m,)}, {policy: Dual}.
-
-    margin: of the policy "mocan"; "0.5,0.3" is one number for each constraint. margins: of further
-    policies "mocan TEXT", where ',' separates policies and ':' constraints: "25%:25%,0.5:0" is two.
-    """
-    reach = dual.reachable(scores[1:])
-    print(f"\nlargest reachable margins: {numbers(reach)}")
-    b = {"mocan": dual.parse_margin(margin, reach)}
-    for text in margins.split(","):
-        if text not in ("", margin.replace(",", ":")):  # none, or `margin` again
-            b[f"mocan {text}"] = dual.parse_margin(text, reach, ":")
-    duals = {name: dual.solve(scores[0], scores[1:], b[name], beta) for name in b}
-    return b, duals
-
-
 def say_dual(policy, margin, found):
     """Gains and KL are those over the policy whose responses the dual was solved on."""
     print(f"\ndual of {policy}: λ* = {numbers(found.lam)} ± {numbers(1.96 * found.lam_se)} at a "
@@ -271,34 +286,47 @@ def say_dual(policy, margin, found):
 
 
 # ---- step 1: responses, their log-probabilities and scores
-def sample_pool(policy, tok, prompts, K, batch, key, stage):
+class Draw(NamedTuple):
+    """How responses are sampled."""
+    stage: str  # what progress calls it
+    K: int  # responses to each prompt
+    key: str  # of the random streams
+    batch: int = 256  # responses sampled or scored at once
+    checkpoint: Checkpoint | None = None
+
+
+def sample_pool(policy, tok, prompts, draw):
     """K responses y ~ π(·|x) to each of N prompts -> Pool, logp (N, K) in nats."""
     ids, cut = encode_prompts(tok, prompts)
     if cut:
         print(f"  {cut} of {len(prompts)} prompts lost their beginning (longer than "
               f"{tok.prompt_limit} tokens)")
-    wanted = [(n, k) for n in range(len(ids)) for k in range(K)]
-    log = progress(stage, len(wanted))
-    rows = []
-    for start in range(0, len(wanted), batch):
-        some = wanted[start:start + batch]
-        uniforms = [torch.rand(tok.response_limit, generator=stream(key, n, k)) for n, k in some]
+    wanted = [(n, k) for n in range(len(ids)) for k in range(draw.K)]
+    log = progress(draw.stage, len(wanted))
+    batches = draw.checkpoint and draw.checkpoint.restore(draw.stage) or []
+    for start in range(len(batches) * draw.batch, len(wanted), draw.batch):
+        some = wanted[start:start + draw.batch]
+        uniforms = [torch.rand(tok.response_limit, generator=stream(draw.key, n, k))
+                    for n, k in some]
         sampled = policy.generate([ids[n] for n, _ in some], torch.stack(uniforms), eos=tok.end)
-        rows += zip(*[x.cpu() for x in sampled])
-        log(len(rows))
+        batches.append([x.cpu() for x in sampled])
+        log(start + len(some))
+        if draw.checkpoint:
+            draw.checkpoint.keep(draw.stage, lambda: batches)
+    rows = [row for sampled in batches for row in zip(*sampled)]
     tokens, response_mask, logp = zip(*rows)  # N·K of (T,), (T,), ()
-    tokens = pad_sequence(tokens, batch_first=True).view(len(prompts), K, -1)
+    tokens = pad_sequence(tokens, batch_first=True).view(len(prompts), draw.K, -1)
     response_mask = pad_sequence(response_mask, batch_first=True).view(tokens.shape)
     pool = Pool(tokens, response_mask)
     if policy.config.dtype == "float32":
-        return pool, torch.stack(logp).view(len(prompts), K)
-    return pool, logprobs(policy, pool, batch)  # by autocast, as in training
+        return pool, torch.stack(logp).view(len(prompts), draw.K)
+    return pool, logprobs(policy, pool, draw.batch)  # by autocast, as in training
 
 
-def sample_from(policy, reference, tok, prompts, K, batch, key, stage, score_of):
+def sample_from(policy, reference, tok, prompts, draw, score_of):
     """K responses of a policy to each prompt -> Sample; score_of(pool, ref_logp): (1+m, N, K)."""
-    pool, logp = sample_pool(policy, tok, prompts, K, batch, key, stage)
-    ref_logp = logprobs(reference, pool, batch)
+    pool, logp = sample_pool(policy, tok, prompts, draw)
+    ref_logp = logprobs(reference, pool, draw.batch)
     return Sample(pool, logp, ref_logp, score_of(pool, ref_logp))
 
 
@@ -346,11 +374,10 @@ def score_pool(judges, names, prompts, pool, tok, batch=256):
 # ---- before MoCAN: the reference policy and the score models
 def train_reference(model, pool, recipe, held_out=None):
     """Supervised fine-tuning: raise the mean log-probability of the pool's response tokens.
-    held_out() -> calibration loss, see Descent.micro_batches."""
+    held_out() -> calibration loss, see Descent.over."""
     batches = group_batches(pool.lengths, 2 * recipe.batch, 2, recipe.key)
     descent = Descent(model, recipe)
-    for _ in descent.micro_batches(len(pool.tokens), held_out):
-        n, k = next(batches)
+    for n, k in descent.over(batches, len(pool.tokens), held_out):
         tokens, response_mask = take_text(pool, n, k, model.device)
         with model.autocast():
             logp = sequence_logprob(model, tokens, response_mask)  # (B·2,)
@@ -362,8 +389,7 @@ def train_score(model, preferences, recipe, held_out=None):
     pool, prefers, safety, *_ = preferences
     batches = group_batches(pool.lengths, 2 * recipe.batch, 2, recipe.key)
     descent = Descent(model, recipe)
-    for _ in descent.micro_batches(len(prefers), held_out):
-        n, _ = next(batches)
+    for n, _ in descent.over(batches, len(prefers), held_out):
         chosen = prefers[n]  # (B,)
         k = torch.stack([chosen, 1 - chosen], dim=1)  # (B, 2) chosen, rejected
         tokens, response_mask = take_text(pool, n, k, model.device)
@@ -409,7 +435,7 @@ def say_agreement(name, score, preferences):
 
 
 # ---- what came of it: gains, the table and the picture; nothing below is part of the method
-def measure(policies, reference, judges, names, tok, prompts, K, batch, key, margins, beta):
+def measure(policies, reference, judges, names, tok, prompts, draw, margins, beta):
     """K fresh responses of every policy to evaluation prompts -> {policy: row}, {policy: N·K
     texts}, the frontier. policies {name: checkpoint}, the reference's first; margins {name: b
     (m,)}: each also gets a row "optimum …"."""
@@ -419,18 +445,19 @@ def measure(policies, reference, judges, names, tok, prompts, K, batch, key, mar
     for name, saved in policies.items():
         policy = from_checkpoint(saved, reference.device)
         sample = sample_from(  # the same key: the same noise for all
-            policy, reference, tok, prompts, K, batch, key, f"evaluate {name}",
-            lambda pool, _: score_pool(judges, names, prompts, pool, tok, batch))
+            policy, reference, tok, prompts, draw._replace(stage=f"evaluate {name}"),
+            lambda pool, _: score_pool(judges, names, prompts, pool, tok, draw.batch))
         if not rows:
             ref = sample
         texts[name] = sample.pool.texts(tok)
-        even = torch.full_like(sample.logp, 1 / K)
+        even = torch.full_like(sample.logp, 1 / draw.K)
         rows[name] = {**compare(sample.scores, sample.logp - sample.ref_logp, even, ref.scores),
-                      "lam": saved.get("lam", []), "seconds": saved.get("seconds", 0.0)}
+                      "lam": saved.get("lam", []), "predicted": saved.get("predicted"),
+                      "seconds": saved.get("seconds", 0.0)}
         asked = name.split(" shot ")[0]
         rows[name]["margin"] = margins.get(asked, next(iter(margins.values()))).tolist()
         if asked in margins and (asked != "pecan" or "mocan" not in margins):
-            near[asked] = mixture(sample, ref, logprobs(policy, ref.pool, batch))
+            near[asked] = mixture(sample, ref, logprobs(policy, ref.pool, draw.batch))
     curve = []
     ref_mean = ref.scores[1:].double().mean(dim=(1, 2))  # (m,)
     for asked, mixed in near.items():
@@ -439,7 +466,7 @@ def measure(policies, reference, judges, names, tok, prompts, K, batch, key, mar
         except (dual.Infeasible, FloatingPointError) as error:
             print(f"  no optimum for {asked}, by the evaluation prompts: {error}")
             continue
-        label = "optimum" + asked[len("mocan"):]
+        label = f"optimum{asked[5:]}"  # "mocan 25%" -> "optimum 25%"
         rows[label] = {**optimum(mixed, lam, beta, ref.scores), "margin": margins[asked].tolist(),
                        "seconds": 0.0}
         if not curve and len(lam) == 1:

@@ -18,10 +18,14 @@ says which tokens the policy is answerable for.
 Read next: data.py (what the text is), then dual.py (the constraint's price), then mocan.py.
 """
 
+import fcntl
+import hashlib
 import math
 import os
+import time
 from dataclasses import asdict, dataclass
 
+import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -280,7 +284,7 @@ def sequence_logprob(model, tokens, response_mask):
     return torch.zeros(mask.shape, device=logp.device).masked_scatter(mask, logp).sum(dim=1)
 
 
-# ---- checkpoints
+# ---- what is kept on disk
 def to_checkpoint(model):
     """Configuration and weights, as `save` takes and `load` returns them; on a CPU the weights are
     the model's own, not a copy."""
@@ -289,25 +293,111 @@ def to_checkpoint(model):
 
 
 def from_checkpoint(saved, device="cpu"):
-    model = GPT(GPTConfig(**saved["config"])).to(device)
-    model.load_state_dict(saved["weights"])
-    return model
+    try:
+        with torch.device("meta"):  # sizes are checked before memory is asked for
+            model = GPT(GPTConfig(**saved["config"]))
+        model.load_state_dict(saved["weights"], assign=True)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"not a model that this program saved: {reason}") from None
+    return model.to(device)
 
 
 def save(saved, path):
-    """A run that is killed meanwhile leaves the old file."""
-    torch.save(saved, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    replace_file(path, lambda file: torch.save(saved, file))
 
 
-def load(path, remedy, identity={}):
-    """A dict of tensors and plain values, on the CPU; ValueError with the remedy where there is
-    none, or where its "made_from" {setting: value} contradicts this identity."""
+def replace_file(path, put):
+    """put(file) writes a file that is there as a whole or not at all: until then the old one stays,
+    also where the run is killed meanwhile or the disk is full."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            put(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as the latter
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        reason = str(error).split("\n")[0]
+        raise OSError(f"{path}: cannot be written ({reason}); earlier files are kept; make room, "
+                      "then go on with --resume") from None
+
+
+def load(path, remedy, made_from={}):
+    """A dict of tensors and plain values, on the CPU. ValueError with the remedy where it is none,
+    or where its own "made_from" {setting or input: value} contradicts this one."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: holds a {type(saved).__name__}, not a dict; {remedy}")
     for what, value in saved.get("made_from", {}).items():
-        if identity.get(what, value) != value:
-            raise ValueError(f"{path}: made with {what} {value}, not {identity[what]}; {remedy}")
+        if made_from.get(what, value) != value:
+            raise ValueError(f"{path}: made with {what} {value}, not {made_from[what]}; {remedy}")
     return saved
+
+
+def lock(folder):
+    """A file that one process at a time can hold, until it ends; ValueError for a second one."""
+    file = open(f"{folder}/lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{folder}: another run is under way there; wait for it, or choose "
+                         "another --out") from None
+    return file
+
+
+class Checkpoint:
+    """The state of the loop that is under way, in a file that is written anew every so many
+    seconds, but for no more than 2 % of the time; with `resume` the loop of the killed run of that
+    name finds its state there."""
+
+    def __init__(self, path, seconds, run, resume):
+        self.path = path
+        self.seconds = seconds
+        self.run = run
+        self.saved = {}
+        if resume and os.path.exists(path):
+            self.saved = load(path, "remove it, which begins the last stage anew")
+        self.due = time.monotonic() + seconds
+
+    def restore(self, stage):
+        """What `keep` was given in that stage, or None."""
+        if self.saved.get("loop") == [self.run, stage]:
+            return self.saved["state"]
+
+    def keep(self, stage, state):
+        began = time.monotonic()
+        if began >= self.due:
+            save({"loop": [self.run, stage], "state": state()}, self.path)
+            now = time.monotonic()
+            self.due = now + max(self.seconds, 50 * (now - began))
+
+    def remove(self):
+        if os.path.exists(self.path):
+            os.remove(self.path)
+
+
+def fingerprint(x):
+    """A text that tells values apart: models, tensors, tuples and dicts of them, tokenizers, plain
+    values; functions count for nothing."""
+    digest = hashlib.sha256()
+    todo = [x]
+    while todo:
+        x = todo.pop()
+        if isinstance(x, nn.Module):
+            x = x.state_dict()
+        if isinstance(x, tiktoken.Encoding):
+            x = x.token_byte_values()
+        if isinstance(x, torch.Tensor):
+            digest.update(x.cpu().contiguous().numpy().tobytes())
+        elif isinstance(x, dict):
+            todo += [*x.keys(), *x.values()]
+        elif isinstance(x, tuple):
+            todo += x
+        elif not callable(x):
+            digest.update(repr(x).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]

@@ -11,8 +11,7 @@ helpful, which is safer.
        β·ln(π_r/π_ref) = r − β·ln Z_r(x),   β·ln(π_g/π_ref) = g − β·ln Z_g(x):
    the scores, up to a constant of the prompt, which no label and no π_λ can see. A pre-alignment
    stops before that optimum; a factor τ on its log-ratios mends it.       (calibrate, calibrated)
-3. The same dual, with r → β·ln(π_r/π_ref), g → β·ln(π_g/π_ref): implicit_dual, which is what
-   mocan.solve_from solves on such scores in the first shot.
+3. The same dual, with r → β·ln(π_r/π_ref), g → β·ln(π_g/π_ref): mocan.solve_from on these scores.
 4. One policy update: DPO with pairs labelled by s = β·(ln(π_r/π_ref) + ⟨λ*, ln(π_g/π_ref)⟩).
                                                                                    (train_pecan)
 
@@ -32,7 +31,6 @@ Read next: train.py, the whole job.
 
 import torch
 
-import dual
 from data import group_batches, take, take_text
 from mocan import (Descent, bradley_terry, calibrate, calibrated_loss, logprobs, preference_loss,
                    say_agreement)
@@ -56,52 +54,28 @@ def calibrated(logp, ref_logp, tau):
 
 def implicit_scores(policies, taus, pool, ref_logp, beta, batch=256):
     """β·τ·ln(π/π_ref) of every pre-aligned policy on a pool (N, K, T) -> (1+m, N, K)."""
-    logp = torch.stack([calibrated(logprobs(policy, pool, batch), ref_logp, tau)
-                        for policy, tau in zip(policies, taus)])
-    return beta * (logp - ref_logp)
-
-
-# ---- the dual
-def implicit_dual(logp_r, logp_g, ref_logp, margin, beta):
-    """λ* from log-probabilities: logp_r, ref_logp (N, K), logp_g (m, N, K), margin (m,), in the
-    units of g. Raises dual.Infeasible as dual.solve does."""
-    reward = beta * (logp_r - ref_logp)
-    safety = beta * (logp_g - ref_logp)
-    return dual.solve(reward, safety, margin, beta)
-
-
-def solve(logp, ref_logp, margin, text, beta):
-    """-> b (m,), and the Dual or None. margin: MoCAN's b, used if given; else b is what `text` says
-    of PeCAN's own scores. If MoCAN's b cannot be reached or solved on these: a message, and None.
-    logp (1+m, N, K), calibrated; ref_logp (N, K)."""
-    b = margin
-    if margin is None:
-        b = dual.parse_margin(text, dual.reachable(beta * (logp[1:] - ref_logp)))
-    try:
-        return b, implicit_dual(logp[0], logp[1:], ref_logp, b, beta)
-    except (dual.Infeasible, FloatingPointError) as error:
-        if margin is None:
-            raise
-        print(f"  no PeCAN policy, by its implicit scores: {error}")
-        return b, None
+    scores = []
+    for policy, tau in zip(policies, taus):
+        logp = calibrated(logprobs(policy, pool, batch), ref_logp, tau)
+        scores.append(beta * (logp - ref_logp))
+    return torch.stack(scores)
 
 
 # ---- the policy update
-def train_pecan(policy, pool, logp_r, logp_g, ref_logp, lam, beta, group, recipe):
-    """DPO on pairs of pool (N, K, T), labelled by the implicit score -> the loss of every
-    micro-batch. mocan.train_mocan with another s.
+def train_pecan(policy, sample, lam, beta, group, recipe):
+    """DPO on pairs of the sample, labelled by the implicit score -> the loss of every micro-batch.
 
-    policy: starts as π_ref, or as the shot before made it; logp_r, ref_logp (N, K); logp_g (m, N,
-    K); lam (m,); group: G responses to a prompt, compared in all their pairs.
+    mocan.train_mocan with another s; the mocan.Sample's scores are `implicit_scores`.
     """
-    s = implicit_score(logp_r, logp_g, ref_logp, lam, beta)  # (N, K)
+    pool, _, ref_logp, scores = sample
+    logp = ref_logp + scores / beta  # (1+m, N, K) calibrated ln π_r, ln π_g_1 …
+    s = implicit_score(logp[0], logp[1:], ref_logp, lam, beta)  # (N, K)
     group = min(group, s.size(1))
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
     descent = Descent(policy, recipe)
-    for _ in descent.micro_batches():
-        n, k = next(batches)  # (B,) prompts, (B, G) some of the K responses to each
+    for n, k in descent.over(batches):  # (B,) prompts, (B, G) some of the K responses to each
         tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
         with policy.autocast():
             logp = sequence_logprob(policy, tokens, response_mask).view(k.shape)  # (B, G)
@@ -119,7 +93,7 @@ def train_pecan(policy, pool, logp_r, logp_g, ref_logp, lam, beta, group, recipe
 # ---- before the dual
 def prealign(policy, preferences, ref_logp, beta, recipe, held_out=None):
     """Plain DPO on one preference: `data.Preferences` of P pairs, their ref_logp (P, 2);
-    held_out() -> calibration loss, see mocan.Descent.micro_batches.
+    held_out() -> calibration loss, see mocan.Descent.over.
 
     Give it a low learning rate: hard labels are noise that a policy learns by heart, and τ mends a
     timid one.
@@ -127,10 +101,10 @@ def prealign(policy, preferences, ref_logp, beta, recipe, held_out=None):
     pool, prefers, *_ = preferences
     batches = group_batches(pool.lengths, 2 * recipe.batch, 2, recipe.key)
     descent = Descent(policy, recipe)
-    for _ in descent.micro_batches(len(prefers), held_out):
-        n, _ = next(batches)
+    for n, _ in descent.over(batches, len(prefers), held_out):
         chosen = prefers[n]  # (B,)
-        k = torch.stack([chosen, 1 - chosen], dim=1)  # (B, 2) chosen, rejected
+        rejected = 1 - chosen
+        k = torch.stack([chosen, rejected], dim=1)  # (B, 2)
         tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·2, T)
         with policy.autocast():
             logp = sequence_logprob(policy, tokens, response_mask).view(k.shape)  # (B, 2)

@@ -23,11 +23,13 @@ The stages, and the artifact that each leaves in --out:
 
 import argparse
 import copy
+import functools
+import inspect
 import json
 import math
 import os
 import random
-import shlex
+import secrets
 import sys
 import time
 import warnings
@@ -39,7 +41,8 @@ import data
 import dual
 import mocan
 import pecan
-from model import GPT, GPTConfig, from_checkpoint, load, save, to_checkpoint
+from model import (GPT, Checkpoint, GPTConfig, fingerprint, from_checkpoint, load, lock,
+                   replace_file, save, to_checkpoint)
 
 STAGES = ("reference", "scores", "offline", "prealign", "dual", "mocan", "pecan", "evaluate")
 
@@ -65,6 +68,8 @@ class Config:
     start: str = setting("reference", None, "(--from) reuse the artifacts of earlier stages and "
                          "run from this one", STAGES)
     out: str = setting("out", None, "folder of all artifacts")
+    resume: bool = setting(False, None, "go on with the run in --out that was interrupted")
+    checkpoint_every: float = setting(60.0, None, "seconds between checkpoints of a loop")
     quick: bool = setting(False, "reference", "shrink the stages: a run of seconds, to see that "
                           "everything works")
     algo: str = setting("all", None, "which policies to train", ("mocan", "pecan", "all"))
@@ -129,7 +134,10 @@ class Config:
     # evaluation
     eval_prompts: int = setting(240, None, "evaluation prompts, at most", least=2)
     eval_responses: int = setting(24, None, "fresh responses to each")
+    run: str = ""  # which run made an artifact; a resumed run is the same
 
+
+SETTINGS = [f for f in fields(Config) if f.metadata]
 
 QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, prompts=128,
              responses=16, steps=120, prealign_steps=100, prealign_lr=3e-4, lr=1e-3,
@@ -140,13 +148,12 @@ DATA = dict(lr=2e-4, margin="25%")
 # ---- the job
 def main():
     c = settings(sys.argv[1:])
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape of batch
-    warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
-    os.makedirs(c.out, exist_ok=True)
-    print(as_command(c))
+    held = enter(c)  # the lock of --out
     split, names = data.load_pairs(  # names: "helpful", then the constraints
         c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.calibration,
         c.constraints)
+    for text in (c.margin.replace(",", ":"), *c.margins.split(",")):
+        dual.parse_margin(text or "0", torch.ones(len(names) - 1), ":")  # bad ones cost no training
     tok = tokenizer_of_run(c, split.train)
     reference = reference_policy(c, tok, split)
     prompts = data.some_prompts(split.train, c.prompts)
@@ -154,30 +161,43 @@ def main():
     judges = {}  # preference -> score model, where no exact function exists
     policies = {}  # name -> its artifact
     margins = {}  # name -> b (m,)
-    duals = {}  # name -> dual.Dual, for the reports; each shot solves its own, the first the same
 
     if c.algo != "pecan":  # before pre-alignment, so that an unreachable margin costs nothing
         judges = learn_judges(c, reference, tok, split, names)
         scores = artifact(c, "offline", "offline_scores.pt", make_scores, judges, names, prompts,
                           pool, tok)["scores"]  # (1+m, N, K)
-        margins, duals = mocan.solve_margins(scores, c.margin, c.margins, c.beta)
+        margins = dual.parse_margins(scores, c.margin, c.margins, c.beta)
     if c.algo != "mocan":
         dpo = prealigned(c, reference, tok, split, names, pool, ref_logp)
         logp = torch.stack([saved["logp"] for saved in dpo.values()])  # (1+m, N, K)
+        implicit = c.beta * (logp - ref_logp)  # (1+m, N, K)
         policies |= dpo
     if c.algo != "pecan":
         offline = mocan.Sample(pool, ref_logp, ref_logp, scores)
         policies |= mocan_policies(c, reference, judges, names, tok, prompts, offline, margins)
     if c.algo != "mocan":
-        margin, found = pecan.solve(logp, ref_logp, margins.get("mocan"), c.margin, c.beta)
-        margins["pecan"] = margin
-        if found is not None:
-            duals["pecan"] = found
-            offline = mocan.Sample(pool, ref_logp, ref_logp, c.beta * (logp - ref_logp))
-            policies |= pecan_policies(c, reference, tok, prompts, offline, margin, dpo)
+        offline = mocan.Sample(pool, ref_logp, ref_logp, implicit)
+        asked = dual.parse_margin(c.margin, dual.reachable(implicit[1:]))
+        margins["pecan"] = margins.get("mocan", asked)
+        try:
+            policies |= pecan_policies(c, reference, tok, prompts, offline, margins["pecan"], dpo)
+        except (dual.Infeasible, FloatingPointError) as error:
+            if c.algo == "pecan":
+                raise
+            print(f"  no PeCAN policy, by its implicit scores: {error}")
     if c.algo == "pecan":  # PeCAN needs no score model; the table does
         judges = learn_judges(c, reference, tok, split, names)
-    evaluate(c, reference, policies, judges, names, margins, duals, split, tok)
+    evaluate(c, reference, policies, judges, names, margins, split, tok)
+    checkpoint(c).remove()
+    held.close()
+
+
+def enter(c):
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape of batch
+    warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
+    os.makedirs(c.out, exist_ok=True)
+    print("settings:", json.dumps(asdict(c)))
+    return lock(c.out)
 
 
 # ---- the stages; make_… returns what an artifact keeps
@@ -213,8 +233,7 @@ def sample_reference(c, reference, tok, prompts):
 
 
 def make_offline(c, reference, tok, prompts):
-    pool, ref_logp = mocan.sample_pool(reference, tok, prompts, c.responses, c.sample_batch,
-                                       f"{c.seed}/offline", "offline")
+    pool, ref_logp = mocan.sample_pool(reference, tok, prompts, draw(c, "offline", c.responses))
     return {"tokens": pool.tokens.int(), "response_mask": pool.response_mask,
             "ref_logp": ref_logp}
 
@@ -243,23 +262,23 @@ def make_scores(c, judges, names, prompts, pool, tok):
 
 def prealigned(c, reference, tok, split, names, pool, ref_logp):
     """PeCAN, steps 1 and 2 -> {dpo-NAME: artifact}."""
-    refs = []  # ln π_ref of the training and the calibration pairs (P, 2), for all preferences
-    for part in split[:2]:
-        if not reused("prealign", c.start):
-            refs.append(mocan.logprobs(reference, data.pair_pool(tok, part, "pairs"),
-                                       c.sample_batch))
+    @functools.cache
+    def ref_of(part):  # ln π_ref of its pairs (P, 2), once for all preferences
+        of_part = data.pair_pool(tok, getattr(split, part), f"{part} pairs")
+        return mocan.logprobs(reference, of_part, c.sample_batch)
     return {f"dpo-{name}": artifact(c, "prealign", f"dpo-{name}.pt", make_prealigned, reference,
-                                    tok, name, split, refs, pool, ref_logp) for name in names}
+                                    tok, name, split, pool, ref_logp, ref_of) for name in names}
 
 
-def make_prealigned(c, reference, tok, name, split, refs, pool, ref_logp):
+def make_prealigned(c, reference, tok, name, split, pool, ref_logp, ref_of):
     """A pre-aligned policy, and its calibrated log-probabilities of the offline pool, (N, K)."""
     policy = copy.deepcopy(reference)
-    training, calibration = [data.preference_tensors(tok, part, name) for part in split[:2]]
+    training = data.preference_tensors(tok, split.train, name)
+    calibration = data.preference_tensors(tok, split.calibration, name)
     plan = recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr)
     tau = pecan.prealign_and_calibrate(
-        policy, name, training, refs[0][training.rows], calibration, refs[1][calibration.rows],
-        c.beta, plan, c.sample_batch)
+        policy, name, training, ref_of("train")[training.rows], calibration,
+        ref_of("calibration")[calibration.rows], c.beta, plan, c.sample_batch)
     logp = mocan.logprobs(policy, pool, c.sample_batch)
     return {**to_checkpoint(policy), "tau": tau, "logp": pecan.calibrated(logp, ref_logp, tau)}
 
@@ -268,29 +287,20 @@ def mocan_policies(c, reference, judges, names, tok, prompts, offline, margins):
     """MoCAN, steps 2 and 3 for every margin -> {policy: artifact}."""
     policies = {}
     for name, margin in margins.items():
-        policies |= shoot(c, reference, tok, prompts, "mocan", name, offline, margin, update_mocan,
+        policies |= shoot(c, reference, tok, prompts, "mocan", name, offline, margin,
+                          mocan.train_mocan,
                           lambda pool, _: mocan.score_pool(judges, names, prompts, pool, tok,
                                                            c.sample_batch))
     return policies
-
-
-def update_mocan(policy, sample, *how):
-    mocan.train_mocan(policy, sample.pool, sample.ref_logp, sample.scores[0], sample.scores[1:],
-                      *how)
 
 
 def pecan_policies(c, reference, tok, prompts, offline, margin, dpo):
     """PeCAN, steps 3 and 4 -> {policy: artifact}; its scores are those of the dpo-NAME policies."""
     policies = [from_checkpoint(saved, c.device) for saved in dpo.values()]
     taus = [saved["tau"] for saved in dpo.values()]
-    return shoot(c, reference, tok, prompts, "pecan", "pecan", offline, margin, update_pecan,
+    return shoot(c, reference, tok, prompts, "pecan", "pecan", offline, margin, pecan.train_pecan,
                  lambda pool, ref_logp: pecan.implicit_scores(policies, taus, pool, ref_logp,
                                                               c.beta, c.sample_batch))
-
-
-def update_pecan(policy, sample, lam, beta, *how):
-    logp = sample.ref_logp + sample.scores / beta  # (1+m, N, K), since scores = β·log-ratios
-    pecan.train_pecan(policy, sample.pool, logp[0], logp[1:], sample.ref_logp, lam, beta, *how)
 
 
 def shoot(c, reference, tok, prompts, stage, name, offline, margin, update, score_of):
@@ -305,7 +315,7 @@ def shoot(c, reference, tok, prompts, stage, name, offline, margin, update, scor
         label = name if shot == 1 else f"{name} shot {shot}"
         policies[label] = artifact(
             c, stage, f"{label.replace(' ', '_')}.pt", make_shot, policy, reference, tok, prompts,
-            offline, update, score_of, label, b=margin.tolist(), shot=shot)
+            offline, update, score_of, label, margin.tolist(), shot)
         policy = from_checkpoint(policies[label], c.device)
     return policies
 
@@ -315,11 +325,15 @@ def make_shot(c, policy, reference, tok, prompts, offline, update, score_of, lab
     sample = offline
     plan = recipe(c, label, c.steps, c.lr)
     if shot > 1:
-        sample = mocan.sample_from(
-            policy, reference, tok, prompts, c.shot_responses, c.sample_batch,
-            f"{c.seed}/{label}", f"{label}, responses", score_of)
+        sample = mocan.sample_from(policy, reference, tok, prompts,
+                                   draw(c, f"{label}, responses", c.shot_responses), score_of)
         plan = recipe(c, label, c.shot_steps, c.shot_lr)
     plan = plan._replace(key=f"{c.seed}/{label.split()[0]}")  # every margin sees the same pairs
+    few = data.Pool(sample.pool.tokens[:8], sample.pool.response_mask[:8])
+    gap = (mocan.logprobs(policy, few) - sample.logp[:8]).abs().max()
+    if gap > 0.1:
+        raise ValueError(f"{label}: its responses are another policy's (a log-probability differs "
+                         f"by {gap:.2f}: the loss would not start at ln 2); use --from offline")
     ref_mean = offline.scores[1:].double().mean(dim=(1, 2))  # (m,) E_ref[g]
     try:
         found = mocan.solve_from(sample, ref_mean, b, c.beta)
@@ -327,11 +341,11 @@ def make_shot(c, policy, reference, tok, prompts, offline, update, score_of, lab
         if shot == 1:
             raise
         print(f"  {label} changes nothing, by its responses: {error}")
-        return {**to_checkpoint(policy), "lam": []}
+        return to_checkpoint(policy)
     mocan.say_dual(label, b, found)
     policy = copy.deepcopy(policy)
     update(policy, sample, found.lam, c.beta, c.group, plan)
-    return {**to_checkpoint(policy), "lam": found.lam.tolist()}
+    return {**to_checkpoint(policy), "lam": found.lam.tolist(), "predicted": found._asdict()}
 
 
 # ---- what the stages share
@@ -342,11 +356,20 @@ def new_model(c, config, purpose):
 
 def recipe(c, stage, steps, lr):
     return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", c.batch, c.accumulate, c.warmup,
-                        c.clip)
+                        c.clip, checkpoint(c))
+
+
+def draw(c, stage, K):
+    return mocan.Draw(stage, K, f"{c.seed}/{stage}", c.sample_batch, checkpoint(c))
+
+
+def checkpoint(c):
+    """Where the loop that is under way keeps its state."""
+    return Checkpoint(f"{c.out}/checkpoint.pt", c.checkpoint_every, c.run, c.resume)
 
 
 # ---- what came of it
-def evaluate(c, reference, policies, judges, names, margins, duals, split, tok):
+def evaluate(c, reference, policies, judges, names, margins, split, tok):
     """Fresh responses of every policy to evaluation prompts -> results.json, samples.jsonl, the
     picture and the table."""
     prompts = data.some_prompts(split.evaluation, c.eval_prompts)
@@ -354,10 +377,9 @@ def evaluate(c, reference, policies, judges, names, margins, duals, split, tok):
           f"{len(prompts)} evaluation prompts")
     rows, texts, curve = mocan.measure(
         {"reference": to_checkpoint(reference), **policies}, reference, judges, names, tok,
-        prompts, c.eval_responses, c.sample_batch, f"{c.seed}/evaluate", margins, c.beta)
+        prompts, draw(c, "evaluate", c.eval_responses), margins, c.beta)
     prompts = [data.transcript(prompt) for prompt in prompts]
-    found = {name: {**found._asdict(), "margin": margins[name]} for name, found in duals.items()}
-    results = {"config": asdict(c), "policies": rows, "duals": found}
+    results = {"config": asdict(c), "policies": rows}
     write(c, "results.json", json.dumps(results, default=torch.Tensor.tolist, indent=1))
     samples = [{"instruction": prompts[i // c.eval_responses], "output": text, "generator": name}
                for name in texts for i, text in enumerate(texts[name])]
@@ -372,27 +394,29 @@ def evaluate(c, reference, policies, judges, names, margins, duals, split, tok):
 
 # ---- the run's folder
 def write(c, name, text):
-    """A run that is killed meanwhile leaves the old file."""
-    path = f"{c.out}/{name}"
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
+    replace_file(f"{c.out}/{name}", lambda file: file.write(text.encode()))
 
 
-def artifact(c, stage, name, make, *args, **made_from):
+def artifact(c, stage, name, make, *args):
     """A stage's result, {name: tensor or plain value}, kept in the file `name`: read where --from
-    starts later, else make(c, *args, **made_from). With it are kept made_from and the settings of
-    its stage and earlier ones; a file that others shaped is refused."""
+    starts later or the run that --resume continues has made it, else make(c, *args).
+
+    With it is kept what it was made from: the settings of its stage and earlier ones, and a
+    fingerprint of every argument. A file that others made is refused.
+    """
     path = f"{c.out}/{name}"
     stages = STAGES[:STAGES.index(stage) + 1]
-    identity = {f.name: getattr(c, f.name) for f in fields(Config) if f.metadata["stage"] in stages}
-    identity |= made_from
-    if reused(stage, c.start):
-        return load(path, f"make it with --from {stage}", identity)
+    made_from = {f.name: getattr(c, f.name) for f in SETTINGS if f.metadata["stage"] in stages}
+    inputs = list(inspect.signature(make).parameters)[1:]  # their names: all but c
+    made_from |= {what: fingerprint(arg) for what, arg in zip(inputs, args)}
+    remedy = f"make it with --from {stage}"
+    finished = c.resume and os.path.exists(path) and load(path, remedy).get("run") == c.run
+    if finished or reused(stage, c.start):
+        return load(path, remedy, made_from)
     print(f"\n{stage}: {path}", flush=True)
-    write(c, "run.json", json.dumps({"config": asdict(c)}, indent=1))
+    write(c, "run.json", json.dumps({"config": asdict(replace(c, resume=False))}, indent=1))
     began = time.time()
-    saved = {**make(c, *args, **made_from), "made_from": identity}
+    saved = {**make(c, *args), "made_from": made_from, "run": c.run}
     saved["seconds"] = time.time() - began
     save(saved, path)
     return saved
@@ -416,9 +440,14 @@ def settings(argv):
     elif "data" in given:
         base |= DATA
     # --from inherits that run's settings; only --from reference --quick starts afresh
-    if "start" in given and not (given["start"] == STAGES[0] and given.get("quick")):
-        base = continued(parser, given["start"], given.get("out", Config.out))
-    values = {**base, **given}
+    if given.get("resume"):
+        base = continued(parser, "--resume", given)
+        others = given.keys() - {"resume", "out", "device", "checkpoint_every"}
+        if others:
+            parser.error(f"--resume keeps the run's settings; drop --{min(others)}, or use --from")
+    elif "start" in given and not (given["start"] == STAGES[0] and given.get("quick")):
+        base = continued(parser, f"--from {given['start']}", given)
+    values = {"run": secrets.token_hex(8), **base, **given}
     values["data"] = tuple(values.get("data", ()))
     c = Config(**values)
     check(parser, c)
@@ -430,7 +459,7 @@ def build_parser():
         prog="train.py", usage="python train.py [--SETTING VALUE ...]   (--help lists them)",
         description="One-shot safety alignment: a dual, then one policy update.",
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for f in fields(Config):
+    for f in SETTINGS:
         with_data = f"; with --data {DATA[f.name]}" if f.name in DATA else ""
         text = f"{f.metadata['help']} (default: {f.default}{with_data})".replace("%", "%%")
         options = {"dest": f.name, "help": text}
@@ -448,21 +477,23 @@ def flag(f):
     return "--from" if f.name == "start" else f"--{f.name}"
 
 
-def continued(parser, start, out):
-    """The settings of the run that --from continues."""
+def continued(parser, what, given):
+    """The settings of the run that --from or --resume continues."""
+    out = given.get("out", Config.out)
     path = f"{out}/run.json"
     try:
         with open(path) as file:
             old = json.load(file)["config"]
-        base = {f.name: old.get(f.name, f.default) for f in fields(Config)}
+        kept = {f.name: old.get(f.name, f.default) for f in fields(Config)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        parser.error(f"--from {start} continues a run, but {path} is missing or damaged; drop "
-                     "--from")
-    return {**base, "out": out}
+        parser.error(f"{what} continues a run, but {path} is missing or damaged; drop it")
+    if not given.get("resume"):
+        del kept["run"]
+    return {**kept, "out": out}
 
 
 def check(parser, c):
-    for f in fields(Config):
+    for f in SETTINGS:
         value = getattr(c, f.name)
         least = f.metadata["least"]
         if type(f.default) in (int, float) and not least <= value < math.inf:
@@ -479,22 +510,12 @@ def check(parser, c):
                      "where CUDA is available")
 
 
-def as_command(c):
-    """The command that repeats this run, every setting spelled out."""
-    words = ["python", "train.py"]
-    for f in fields(Config):
-        value = getattr(c, f.name)
-        if isinstance(value, bool):
-            words += [flag(f)] * value
-        elif isinstance(value, tuple):
-            words += [flag(f), *value] if value else []
-        elif value != "" and (f.name, value) != ("start", STAGES[0]):  # that is no --from
-            words.append(f"{flag(f)}={value}")
-    return shlex.join(words)
-
-
 if __name__ == "__main__":
+    for console in (sys.stdout, sys.stderr):
+        console.reconfigure(errors="backslashreplace")  # whatever its encoding
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:  # what a user can mend
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume alone, and its --out, goes on")

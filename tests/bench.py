@@ -239,7 +239,7 @@ def bench_shots(argv):
     with open(os.path.join(a.out, "results.json")) as file:
         ours = json.load(file)
     c = train.Config(**{**ours["config"], "data": tuple(ours["config"]["data"]), "start": "evaluate", "out": a.out})
-    if c.data or "mocan" not in ours["duals"] or len(ours["duals"]["mocan"]["lam"]) != 1:
+    if c.data or "mocan" not in ours["policies"] or len(ours["policies"]["mocan"]["lam"]) != 1:
         sys.exit("bench.py shots: needs a MoCAN run of the built-in world with one constraint")
     mocan.progress = lambda *_: lambda *_: None  # the rounds print lines of their own
     split, names = data.load_pairs(c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.calibration,
@@ -251,14 +251,14 @@ def bench_shots(argv):
     prompts, held = data.some_prompts(split.train, c.prompts), data.some_prompts(split.evaluation, c.eval_prompts)
     offline_scores = saved["offline_scores"]["scores"]  # (2, N, K)
     ref_g = offline_scores[1].mean(dim=1)  # (N,)
-    b, mine = ours["duals"]["mocan"]["margin"][0], ours["policies"]["mocan"]
+    mine, best = ours["policies"]["mocan"], ours["policies"]["optimum"]
+    b = mine["margin"][0]
     solving, _ = timed(dual.solve, offline_scores[0], offline_scores[1:], b, c.beta)
     generator = data.stream(c.seed, "primal-dual")
 
     def measure(model):
         """A mocan.Sample of the model's fresh responses to the held-out prompts."""
-        return mocan.sample_from(model, reference, tok, held, c.eval_responses, c.sample_batch,
-                                 f"{c.seed}/evaluate", "evaluate",
+        return mocan.sample_from(model, reference, tok, held, train.draw(c, "evaluate", c.eval_responses),
                                  lambda pool, _: mocan.score_pool({}, names, held, pool, tok))
     ref_eval = measure(reference).scores
 
@@ -272,7 +272,7 @@ def bench_shots(argv):
             order = torch.cat([order, torch.randperm(len(prompts), generator=generator)])
         some, order = order[:a.inner * size], order[a.inner * size:]
         text = [prompts[n] for n in some.tolist()]
-        pool, _ = mocan.sample_pool(policy, tok, text, G, c.sample_batch, f"{c.seed}/primal-dual/{turn}", "primal-dual")
+        pool, _ = mocan.sample_pool(policy, tok, text, train.draw(c, f"primal-dual/{turn}", G))
         scores = mocan.score_pool({}, names, text, pool, tok)
         if turn:  # at the first round the policy is the reference, and violates the margin by all of it
             lam = (lam + a.dual_lr * (b - (scores[1].mean() - ref_g[some].mean()).item())).clamp_min(0)
@@ -310,6 +310,7 @@ def bench_shots(argv):
     rows += [row("primal-dual, first with gain >= b", met[0])] if met else []
     rows += [row("primal-dual, best with gain >= 0.95 b", max(feasible))] if feasible else []
     rows += [row("primal-dual, last", history[-1])]
+    rows += [("optimum of the evaluation prompts", 0, 0, 0, 0, best["reward_gain"], best["constraint_gain"][0], best["kl"])]
     print(f"\nmargin {b:.3f}\n{'':38s}{'steps':>7s}{'samples':>9s}{'updates':>9s}{'seconds':>9s}{'reward':>9s}{'gain':>8s}"
           f"{'violation':>11s}{'KL':>7s}{'reward - beta KL':>18s}")
     for name, steps, samples, updates, seconds, reward, gain, kl in rows:
@@ -317,7 +318,7 @@ def bench_shots(argv):
               f"{kl:7.3f}{reward - c.beta * kl:+18.3f}")
     tail = torch.tensor(history[len(history) // 2:])
     print(f"oscillation of primal-dual over its second half: lam {tail[:, 3].min():.3f} to {tail[:, 3].max():.3f} (one shot: "
-          f"{ours['duals']['mocan']['lam'][0]:.3f}), {names[1]} gain {tail[:, 1].min():+.3f} to {tail[:, 1].max():+.3f}, "
+          f"{ours['policies']['mocan']['lam'][0]:.3f}; optimum: {best['lam'][0]:.3f}), {names[1]} gain {tail[:, 1].min():+.3f} to {tail[:, 1].max():+.3f}, "
           f"reward gain {tail[:, 0].min():+.3f} to {tail[:, 0].max():+.3f}")
 
 

@@ -336,7 +336,7 @@ def test_map_pool_equals_direct_calls_in_any_batch_size():
 
 def test_sample_pool_keeps_responses_with_their_prompts():
     model = tiny()
-    pool, logp = mocan.sample_pool(model, DIGITS, ["123", "4", "51"], 5, 4, "0", "offline")
+    pool, logp = mocan.sample_pool(model, DIGITS, ["123", "4", "51"], mocan.Draw("offline", 5, "0", 4))
     assert pool.tokens.shape[:2] == logp.shape == (3, 5)
     for n, prompt in enumerate([[1, 2, 3], [4], [5, 1]]):
         assert (pool.tokens[n, :, :len(prompt)] == torch.tensor(prompt)).all()
@@ -386,7 +386,8 @@ def run_mocan(monkeypatch=None, seen=None, policy=None, lam=(0.7, 0.2), beta=1.0
     if seen is not None:
         real = mocan.preference_loss
         monkeypatch.setattr(mocan, "preference_loss", lambda *args: seen.append([a for a in args]) or real(*args))
-    losses = mocan.train_mocan(policy, pool, ref_logp, score, constraint, f64(*lam), beta, group, recipe(**changes))
+    sample = mocan.Sample(pool, None, ref_logp, torch.cat([score[None], constraint]))
+    losses = mocan.train_mocan(policy, sample, f64(*lam), beta, group, recipe(**changes))
     return SimpleNamespace(policy=policy, pool=pool, score=score, constraint=constraint, ref_logp=ref_logp,
                            losses=losses)
 
@@ -437,7 +438,7 @@ def test_every_step_is_clipped_and_has_its_learning_rate(monkeypatch):
     by_plain_descent(monkeypatch)
     model, plan = tiny(), recipe(steps=4, lr=0.1, warmup=2, clip=0.5, accumulate=2)
     descent, moved = mocan.Descent(model, plan), []
-    for _ in descent.micro_batches():
+    for _ in descent.over(itertools.repeat(None)):
         before = model.ln_f.bias[0].item()
         descent.step(3.0 * model.ln_f.bias[0])
         moved.append(before - model.ln_f.bias[0].item())
@@ -521,15 +522,15 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
     assert ref.exp().sum(dim=1).tolist() == pytest.approx([1] * 4, abs=1e-5)
     r, g = 0.7 * torch.randn(4, 31), 0.7 * torch.randn(m, 4, 31)
 
-    pool, ref_logp = mocan.sample_pool(reference, DIGITS, ["1", "2", "34", "51"], K, 2048, "7", "offline")
+    pool, ref_logp = mocan.sample_pool(reference, DIGITS, ["1", "2", "34", "51"], mocan.Draw("offline", K, "7", 2048))
     which = torch.tensor([[responses.index(y[on].tolist()) for y, on in zip(*row)] for row in zip(*pool)])  # (4, K)
     score, constraint = r.gather(1, which), g.gather(2, which.expand(m, -1, -1))
     found = dual.solve(score, constraint, 0.35 * dual.reachable(constraint).min(), beta)
     assert (found.lam > 0.05).all()
     repeat = 32 // group  # a prompt is visited so often in an epoch that a batch is full
     many = Pool(*(x.repeat(repeat, 1, 1) for x in pool))
-    mocan.train_mocan(policy, many, ref_logp.repeat(repeat, 1), score.repeat(repeat, 1),
-                      constraint.repeat(1, repeat, 1), found.lam, beta, group,
+    scores = torch.cat([score[None], constraint]).repeat(1, repeat, 1)
+    mocan.train_mocan(policy, mocan.Sample(many, None, ref_logp.repeat(repeat, 1), scores), found.lam, beta, group,
                       recipe(steps=1200 // group + 150, batch=64, lr=3e-3, warmup=10))  # a group of 2 has one pair in 28
 
     def exact(lam):
@@ -578,7 +579,7 @@ def test_in_the_first_shot_it_is_the_dual_itself(space):
 
 def test_sample_from_scores_what_the_policy_samples():
     policy, reference = tiny(2), tiny(1)
-    sample = mocan.sample_from(policy, reference, DIGITS, ["123", "4"], 3, 4, "0", "shot",
+    sample = mocan.sample_from(policy, reference, DIGITS, ["123", "4"], mocan.Draw("shot", 3, "0", 4),
                                lambda pool, ref_logp: torch.stack([pool.lengths.float(), ref_logp]))
     assert torch.allclose(sample.logp, mocan.logprobs(policy, sample.pool), atol=1e-4, rtol=0)
     assert torch.equal(sample.ref_logp, mocan.logprobs(reference, sample.pool, 4))
@@ -622,7 +623,7 @@ def sampled(prompt_limit):
     """Three responses of a policy to each of two prompts of 5 and 11 bytes, template and space included."""
     tok, prompts = vocab_tokenizer([], prompt_limit, 4), ["ab", "abcdefgh"]
     model = tiny(vocab_size=tok.encoding.n_vocab, sharp=2.0, block_size=prompt_limit + 4)
-    return model, tok, prompts, *mocan.sample_pool(model, tok, prompts, 3, 64, "0", "evaluate")
+    return model, tok, prompts, *mocan.sample_pool(model, tok, prompts, mocan.Draw("evaluate", 3, "0", 64))
 
 
 def test_the_reference_measured_against_itself(capsys):
@@ -712,7 +713,7 @@ def test_the_best_epoch_is_kept_and_two_worse_ones_end_a_training():
         return next(losses)
     descent = mocan.Descent(model, recipe(steps=50, batch=4, accumulate=2))
     turns = 0
-    for _ in descent.micro_batches(24, held_out):  # 3 steps of 2·4 examples are an epoch
+    for _ in descent.over(itertools.repeat(None), 24, held_out):  # 3 steps of 2·4 examples are an epoch
         turns += 1
         descent.step(model.wte.weight.square().mean())
     assert turns == 2 * 3 * 4 and len(seen) == 4
@@ -723,7 +724,7 @@ def test_the_best_epoch_is_kept_and_two_worse_ones_end_a_training():
 def test_calibration_is_asked_after_every_epoch_and_the_end_if_there_are_several(examples, steps, asked):
     calls = []
     descent = mocan.Descent(tiny(), recipe(steps=steps, batch=4))
-    assert len([*descent.micro_batches(examples, lambda: calls.append(1) or -len(calls))]) == steps and len(calls) == asked
+    assert len([*descent.over(itertools.repeat(None), examples, lambda: calls.append(1) or -len(calls))]) == steps and len(calls) == asked
 
 
 def test_the_calibrated_loss_is_the_least_over_temperatures():
@@ -825,6 +826,6 @@ def test_float16_training_scales_its_loss_and_moves_the_policy():
     before = model.wte.weight.detach().clone()
     assert mocan.Descent(model, recipe()).scaler.is_enabled()
     assert not mocan.Descent(tiny().cuda(), recipe()).scaler.is_enabled()
-    score, constraint = torch.randn(8, 4), torch.randn(1, 8, 4)
-    losses = mocan.train_mocan(model, pool, ref_logp, score, constraint, torch.ones(1), 1.0, 2, recipe(steps=5))
+    sample = mocan.Sample(pool, None, ref_logp, torch.randn(2, 8, 4))
+    losses = mocan.train_mocan(model, sample, torch.ones(1), 1.0, 2, recipe(steps=5))
     assert len(losses) == 5 and model.wte.weight.isfinite().all() and not torch.equal(before, model.wte.weight)

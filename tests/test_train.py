@@ -93,20 +93,21 @@ def test_the_quick_run_succeeds(quick):
 
 def test_results_hold_what_readers_rely_on(quick):
     results = json.loads((quick[1] / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"config", "duals", "policies"}
+    assert set(results) == {"config", "policies"}
     assert set(results["config"]) == {f.name for f in fields(train.Config)} and results["config"]["quick"] is True
-    duals = results["duals"]
-    for part in ("mocan", "pecan"):
-        assert set(duals[part]) >= {"margin", "lam", "lam_se", "score_gain", "constraint_gain", "kl", "ess"}
-        assert all(len(duals[part][name]) == 1 for name in ("margin", "lam", "constraint_gain"))
+    b = results["policies"]["mocan"]["margin"]
+    assert len(b) == 1
     assert list(results["policies"]) == [*POLICIES, "optimum"]
     for name, row in results["policies"].items():
         for value, ci in (("reward_gain", row["reward_gain_ci"]), ("kl", row["kl_ci"])):
             assert ci[0] <= row[value] <= ci[1]
         assert row["constraint_gain_ci"][0][0] <= row["constraint_gain"][0] <= row["constraint_gain_ci"][0][1]
-        assert (row["seconds"] > 0) == (name not in ("reference", "optimum")) and row["margin"] == duals["mocan"]["margin"]
-        if name != "optimum":
-            assert row["lam"] == duals.get(name, {"lam": []})["lam"]
+        assert (row["seconds"] > 0) == (name not in ("reference", "optimum")) and row["margin"] == b
+        assert len(row["lam"]) == (name in ("mocan", "pecan", "optimum"))
+    for name in ("mocan", "pecan"):
+        predicted = results["policies"][name]["predicted"]
+        assert set(predicted) >= {"lam", "lam_se", "score_gain", "constraint_gain", "kl", "ess"}
+        assert predicted["lam"] == results["policies"][name]["lam"]
 
 
 def test_the_optimum_is_that_of_the_evaluation_prompts(quick):
@@ -126,12 +127,10 @@ def test_the_reference_row_is_the_zero_of_the_table(quick):
 
 
 def test_the_dual_meets_its_margin(quick):
-    results = json.loads((quick[1] / "results.json").read_text())
-    for found in results["duals"].values():
-        assert found["lam"][0] >= 0
-        if found["lam"][0] > 0:
-            assert found["constraint_gain"] == pytest.approx(found["margin"], rel=1e-6)
-    assert results["duals"]["mocan"]["margin"] == results["duals"]["pecan"]["margin"]  # the same absolute margin
+    rows = json.loads((quick[1] / "results.json").read_text())["policies"]
+    for name in ("mocan", "pecan"):  # of the same absolute margin
+        assert rows[name]["lam"][0] > 0
+        assert rows[name]["predicted"]["constraint_gain"] == pytest.approx(rows["mocan"]["margin"], rel=1e-6)
 
 
 def test_samples_have_the_fields_that_judges_read(quick):
@@ -153,7 +152,8 @@ def test_the_table_has_a_row_for_every_policy_and_the_optimum(quick):
 
 def test_settings_and_three_samples_of_every_policy_are_printed(quick):
     text, (_, out) = quick[0].stdout, quick
-    assert re.search("--margin[ =]50%", text) and "--beta" in text
+    said = json.loads(text.splitlines()[0].removeprefix("settings: "))
+    assert said["margin"] == "50%" and set(said) == {f.name for f in fields(train.Config)}
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     headings = [f"\n  {prompt}\n" for prompt in {row["instruction"] for row in rows}]
     shown = [text.index(heading) for heading in headings if heading in text]
@@ -178,7 +178,7 @@ def test_the_picture_is_well_formed_and_titled(quick):
 def test_every_stage_leaves_its_artifact(quick):
     tensors = {"reference.pt", "offline.pt", "offline_scores.pt", "dpo-helpful.pt", "dpo-harmless.pt",
                "mocan.pt", "pecan.pt"}
-    others = {"run.json", "tokenizer.json", "results.json", "samples.jsonl", "tradeoff.svg"}
+    others = {"run.json", "tokenizer.json", "results.json", "samples.jsonl", "tradeoff.svg", "lock"}
     assert set(os.listdir(quick[1])) == tensors | others
     saved = {name: load(quick[1] / name, "") for name in tensors}
     assert all(x["made_from"]["quick"] is True and x["seconds"] > 0 for x in saved.values())
@@ -187,34 +187,6 @@ def test_every_stage_leaves_its_artifact(quick):
     pieces = json.loads((quick[1] / "tokenizer.json").read_text(encoding="utf-8"))
     assert pieces and all(isinstance(piece, str) for piece in pieces)
 
-
-def pasted(line):
-    """The settings of a printed command."""
-    words = shlex.split(line)
-    assert words[:2] == ["python", "train.py"]
-    return train.settings(words[2:])
-
-
-def test_the_first_printed_line_repeats_the_run(quick):
-    again = pasted(quick[0].stdout.splitlines()[0])
-    assert again == train.settings(["--quick", "--device", "cpu", "--dtype", "float32", "--out", str(quick[1])])
-
-
-@pytest.mark.parametrize("flags", [
-    [], ["--data", "pairs.jsonl", "safe=my pairs.jsonl", "--lr", "1e-5"], ["--seed", "3", "--out", "a folder"],
-    ["--margins", "25%,50%", "--constraints", "harmless,polite", "--margin", "0.1,5%", "--sft_lr", "0.1234567890123456"],
-    ["--margin=-0.5,0"], ["--out", "reference"]])
-def test_a_printed_command_gives_the_same_settings(flags):
-    c = train.settings(flags)
-    assert pasted(train.as_command(c)) == c
-
-
-def test_the_printed_command_of_a_continued_run_gives_the_same_settings(tiny):
-    c = train.settings(["--from", "mocan", "--out", str(tiny), "--lr", "5e-4"])
-    assert pasted(train.as_command(c)) == c and c.start == "mocan"
-
-
-# ---- the same numbers, when they should be
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(tiny, tmp_path):
     job(*TINY, "--out", tmp_path)
@@ -226,7 +198,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(tiny, tmp_path):
 def test_another_seed_gives_another_run(tiny, tmp_path):
     job(*TINY, "--out", tmp_path, "--seed", 1, "--algo", "mocan")
     assert not same_weights(tmp_path, tiny, "mocan.pt")
-    assert list(numbers(tmp_path)["policies"]) == ["reference", "mocan", "optimum"]
+    assert list(numbers(tmp_path)["policies"])[:2] == ["reference", "mocan"]
 
 
 def test_from_mocan_reuses_the_earlier_stages_and_repeats_the_later_ones(tiny, tiny_copy):
@@ -249,13 +221,13 @@ def test_from_evaluate_changes_no_policy(tiny, tiny_copy):
 def test_how_one_evaluates_changes_no_training_number(tiny, tmp_path):
     job(*TINY, "--out", tmp_path, "--eval_responses", 3, "--eval_prompts", 5)
     assert all(same_weights(tmp_path, tiny, f"{name}.pt") for name in POLICIES)
-    assert numbers(tmp_path)["duals"] == numbers(tiny)["duals"]
+    assert numbers(tmp_path)["policies"]["mocan"]["predicted"] == numbers(tiny)["policies"]["mocan"]["predicted"]
 
 
 def test_a_new_margin_from_the_dual_on_keeps_the_samples(tiny, tiny_copy):
     job("--from", "dual", "--out", tiny_copy, "--margin", "4%", "--algo", "mocan")
     assert (tiny_copy / "offline.pt").read_bytes() == (tiny / "offline.pt").read_bytes()
-    old, new = numbers(tiny)["duals"]["mocan"], numbers(tiny_copy)["duals"]["mocan"]
+    old, new = numbers(tiny)["policies"]["mocan"], numbers(tiny_copy)["policies"]["mocan"]
     assert new["margin"][0] == pytest.approx(0.4 * old["margin"][0]) and 0 < new["lam"][0] < old["lam"][0]
     assert not same_weights(tiny_copy, tiny, "mocan.pt")
 
@@ -285,9 +257,9 @@ def test_a_run_that_was_cut_short_leaves_no_stale_policy_to_evaluate(tiny_copy):
 
 def test_a_policy_of_another_margin_is_not_evaluated(tiny_copy):
     saved = torch.load(tiny_copy / "mocan.pt", weights_only=True)
-    saved["made_from"]["b"] = [9.0]
+    saved["made_from"]["b"] = "another"
     torch.save(saved, tiny_copy / "mocan.pt")
-    with pytest.raises(ValueError, match=r"mocan\.pt: made with b \[9\.0\], not \[0\.\d+\]; .* --from mocan$"):
+    with pytest.raises(ValueError, match=r"mocan\.pt: made with b another, not \w+; .* --from mocan$"):
         job("--from", "evaluate", "--out", tiny_copy)
 
 
@@ -372,14 +344,14 @@ def test_pecan_alone_needs_no_score_but_is_judged(tmp_path):
     job(*TINY, "--out", tmp_path, "--algo", "pecan")
     assert list(numbers(tmp_path)["policies"]) == ["reference", "dpo-helpful", "dpo-harmless", "pecan", "optimum"]
     results = numbers(tmp_path)
-    assert list(results["duals"]) == ["pecan"] and not (tmp_path / "mocan.pt").exists()
-    assert results["duals"]["pecan"]["lam"] == results["policies"]["pecan"]["lam"]
+    assert not (tmp_path / "mocan.pt").exists()
+    assert results["policies"]["pecan"]["predicted"]["lam"] == results["policies"]["pecan"]["lam"]
 
 
 def test_mocan_alone_needs_no_pre_alignment(tmp_path):
     job(*TINY, "--out", tmp_path, "--algo", "mocan")
     results = numbers(tmp_path)
-    assert list(results["policies"]) == ["reference", "mocan", "optimum"] and list(results["duals"]) == ["mocan"]
+    assert list(results["policies"]) == ["reference", "mocan", "optimum"]
     assert not [name for name in os.listdir(tmp_path) if name.startswith(("dpo-", "pairs", "pecan"))]
 
 
@@ -490,7 +462,7 @@ def test_a_margin_that_only_pecans_scores_cannot_reach_keeps_the_table(tiny_copy
     monkeypatch.setattr(train.pecan, "prealign_and_calibrate", lambda *_: 0.0)  # scores that know nothing
     job("--from", "prealign", "--out", tiny_copy)
     results = json.loads((tiny_copy / "results.json").read_text())
-    assert list(results["policies"]) == [*POLICIES[:-1], "optimum"] and list(results["duals"]) == ["mocan"]
+    assert list(results["policies"]) == [*POLICIES[:-1], "optimum"]
     out = capsys.readouterr().out
     assert re.search(r"no PeCAN policy, by its implicit scores: margin \[0\.\d+\] is out of reach .* is \[0\.0\]; lower", out)
     with pytest.raises(dual.Infeasible):  # alone, there is no table to save
@@ -566,7 +538,7 @@ def test_a_cpu_run_is_in_float32_wherever_it_runs():
 def test_defaults_of_real_data_give_way_to_the_command_line_and_to_quick():
     assert (train.settings([]).margin, train.settings([]).lr) == ("50%", 4e-4)
     c = train.settings(["--data", "x.jsonl", "--lr", "1e-3"])
-    assert (c.margin, c.prealign_steps, c.lr) == ("25%", 1800, 1e-3)
+    assert (c.margin, c.prealign_steps, c.lr) == ("25%", 1575, 1e-3)
     assert train.settings(["--quick", "--data", "x.jsonl"]).prealign_steps == train.QUICK["prealign_steps"]
 
 
@@ -675,8 +647,9 @@ def test_help_names_every_setting(capsys):
         train.settings(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for f in fields(train.Config):
+    for f in train.SETTINGS:
         assert train.flag(f) in text and f.metadata["help"]
+    assert [f.name for f in fields(train.Config) if f not in train.SETTINGS] == ["run"]
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(train.Config)])

@@ -1,0 +1,537 @@
+"""What a run leaves when it is killed, when the disk is full, when its inputs change, when they are hostile."""
+
+import contextlib
+import gc
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import dual
+import mocan
+import model
+import train
+from test_train import ROOT, TINY, command, contents, job, numbers, one_line_on_stderr, same_weights
+
+OFTEN = ["--checkpoint_every", 1e-6]  # after every step, as far as 2 % of the time allow
+SMALL = [*TINY, "--algo", "mocan", "--sft_steps", 20, "--prompts", 8]
+
+
+def rows(count, **changes):
+    pairs = data.world_preferences(count, random.Random(0))
+    return [{"prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
+             "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"], **changes}
+            for pair in pairs]
+
+
+def written(path, some):
+    path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    return path
+
+
+def same_run(a, b):
+    """Every weight and sample, and the table but for its times."""
+    assert sorted(p.name for p in a.glob("*.pt")) == sorted(p.name for p in b.glob("*.pt"))
+    for path in a.glob("*.pt"):
+        x, y = (torch.load(p, weights_only=True) for p in (path, b / path.name))
+        for saved in (x, y):
+            for what in ("seconds", "run"):
+                saved.pop(what)
+        assert model.fingerprint(x) == model.fingerprint(y), path.name
+    assert numbers(a) == numbers(b) and (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+
+
+# ---- kill -9
+
+def child(argv, log):
+    """One run of train.py in a process of its own, which a fork server makes without importing torch again."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    torch.set_num_threads(1)
+    model.Checkpoint.keep = without_rest(model.Checkpoint.keep)
+    sys.argv = ["train.py", *map(str, argv)]
+    train.main()
+
+
+def without_rest(keep):
+    """Checkpoints after every step: a test cannot wait for 2 % of its time."""
+    def every_step(self, stage, state):
+        self.due = 0.0
+        keep(self, stage, state)
+    return every_step
+
+
+def killed(context, argv, log, seconds):
+    """Start it, kill it after that long -> whether it was killed before its end."""
+    process = context.Process(target=child, args=(argv, log))
+    process.start()
+    process.join(seconds)
+    alive = process.is_alive()
+    process.kill()
+    process.join()
+    assert alive or process.exitcode == 0, Path(log).read_text()[-3000:]
+    return alive
+
+
+@pytest.mark.parametrize("source", ["world", "file"])
+def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, source):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_resume"])
+    flags = [*TINY, "--shots", 2, "--shot_steps", 4, "--shot_responses", 4, "--sample_batch", 16, "--sft_steps", 30]
+    if source == "file":
+        flags += ["--data", written(tmp_path / "pairs.jsonl", rows(150)), "--score_steps", 12]
+    log = tmp_path / "log"
+    began = time.time()
+    assert not killed(context, [*flags, "--out", tmp_path / "whole"], log, 300)
+    whole = time.time() - began
+    draw, kills, stages, runs = random.Random(source), 0, set(), 0
+    while kills < 10:
+        out, argv = tmp_path / f"run{runs}", [*flags, "--out", tmp_path / f"run{runs}"]
+        while killed(context, argv, log, draw.uniform(0.05, 0.5) * whole):
+            kills += 1
+            if (out / "run.json").exists():
+                argv = ["--resume", "--out", out]
+                stages.add(len(list(out.glob("*.pt"))))
+                for path in out.glob("*.pt"):
+                    torch.load(path, weights_only=True)  # whole, at any moment
+        same_run(tmp_path / "whole", out)
+        shutil.rmtree(out)
+        runs += 1
+    assert len(stages) > 3 and "goes on after" in log.read_text()
+
+
+def test_resume_continues_a_training_loop_bit_for_bit_wherever_it_stopped(tmp_path, monkeypatch, capsys):
+    """Also one with accumulation, calibration and float16's scaler state, at every step."""
+    job(*SMALL, "--accumulate", 2, "--out", tmp_path / "whole")
+    real = mocan.Descent.step
+    for stop in (1, 7, 13, 36, 43):
+        calls = []
+
+        def step(self, loss):
+            calls.append(loss)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            real(self, loss)
+        monkeypatch.setattr(mocan.Descent, "step", step)
+        monkeypatch.setattr(train.Checkpoint, "keep", without_rest(KEEP))
+        out = tmp_path / f"stopped{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            job(*SMALL, "--accumulate", 2, "--out", out)
+        monkeypatch.setattr(mocan.Descent, "step", real)
+        job("--resume", "--out", out)
+        same_run(tmp_path / "whole", out)
+
+
+KEEP = model.Checkpoint.keep
+
+
+def test_resume_continues_sampling_where_it_stopped(tmp_path, monkeypatch):
+    job(*SMALL, "--sample_batch", 7, "--out", tmp_path / "whole")
+    real, calls = model.GPT.generate, []
+
+    def generate(self, *args, **more):
+        calls.append(len(args[0]))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, *args, **more)
+    monkeypatch.setattr(model.GPT, "generate", generate)
+    monkeypatch.setattr(train.Checkpoint, "keep", without_rest(KEEP))
+    with pytest.raises(KeyboardInterrupt):
+        job(*SMALL, "--sample_batch", 7, "--out", tmp_path / "out")
+    job("--resume", "--out", tmp_path / "out")
+    assert calls[4:11] == [7] * 6 + [1]  # 64 responses: three batches of 7 were kept, six and one more were left
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+    same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_checkpoints_take_two_per_cent_of_the_time_at_most(tmp_path, monkeypatch):
+    now, saves = [0.0], []
+    monkeypatch.setattr(model.time, "monotonic", lambda: now[0])
+
+    def save(saved, path):
+        saves.append(now[0])
+        now[0] += 3.0  # a large model on a slow disk
+    monkeypatch.setattr(model, "save", save)
+    checkpoint = model.Checkpoint(tmp_path / "checkpoint.pt", 60.0, "run", False)
+    for _ in range(10000):
+        now[0] += 1.0
+        checkpoint.keep("stage", dict)
+    assert len(saves) > 50 and 3.0 * len(saves) <= 0.021 * now[0]
+
+
+def test_a_checkpoint_of_another_run_or_stage_is_not_taken(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    model.Checkpoint(path, 0.0, "this", False).keep("mocan", lambda: {"x": 1})
+    assert model.Checkpoint(path, 0.0, "this", True).restore("mocan") == {"x": 1}
+    assert model.Checkpoint(path, 0.0, "this", True).restore("pecan") is None
+    assert model.Checkpoint(path, 0.0, "other", True).restore("mocan") is None
+    assert model.Checkpoint(path, 0.0, "this", False).restore("mocan") is None
+
+
+# ---- a full disk
+
+def writes_of(out, *flags):
+    """How often such a run replaces a file."""
+    count, real = [], model.replace_file
+    model.replace_file = train.replace_file = lambda *args: count.append(args[0]) or real(*args)
+    try:
+        job(*flags, "--out", out)
+    finally:
+        model.replace_file = train.replace_file = real
+    return len(count)
+
+
+@pytest.mark.parametrize("when", ["in the middle", "at the end"])
+def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
+    total = writes_of(tmp_path / "whole", *SMALL)
+    real = model.replace_file
+    assert total > 8
+    for failing in range(1, total + 1):
+        calls, out = [], tmp_path / f"run{failing}"
+
+        class Full:
+            def __init__(self, file):
+                self.file = file
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+            def write(self, some):
+                self.file.write(bytes(some)[:len(some) // 2])
+                raise OSError(28, "No space left on device")
+
+        def replace_file(path, put):
+            calls.append(path)
+            if len(calls) != failing:
+                return real(path, put)
+            if when == "in the middle":
+                return real(path, lambda file: put(Full(file)))
+            with monkeypatch.context() as patch:
+                patch.setattr(model.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+                return real(path, put)
+        monkeypatch.setattr(model, "replace_file", replace_file)
+        monkeypatch.setattr(train, "replace_file", replace_file)
+        with pytest.raises(OSError) as error:
+            job(*SMALL, "--out", out)
+        said = str(error.value)
+        assert "\n" not in said and "cannot be written" in said and "--resume" in said
+        del error  # and with it main's frame, which holds the lock
+        gc.collect()
+        assert not list(out.glob("*.tmp"))
+        for path in out.glob("*.pt"):
+            torch.load(path, weights_only=True)
+        monkeypatch.setattr(model, "replace_file", real)
+        monkeypatch.setattr(train, "replace_file", real)
+        if (out / "run.json").exists() and failing % 3 == 0:
+            job("--resume", "--out", out)
+            same_run(tmp_path / "whole", out)
+
+
+# ---- one run at a time, one that is stopped
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    held = model.lock(tmp_path)
+    line = one_line_on_stderr(command("--quick", "--out", tmp_path))
+    assert "another run is under way" in line and list(tmp_path.iterdir()) == [tmp_path / "lock"]
+    held.close()
+    model.lock(tmp_path).close()
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, TINY), "--sft_steps", "100000", "--out",
+                                tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("reference:"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0 and stderr.count("\n") == 1 and "--resume" in stderr
+
+
+def test_resume_takes_no_other_setting_and_needs_a_run(tmp_path, capsys):
+    for flags, said in ((["--resume", "--lr", "1"], "drop --lr"), (["--resume"], "run.json is missing or damaged")):
+        if "--lr" in flags:
+            (tmp_path / "run.json").write_text(json.dumps({"config": {}}))
+        with pytest.raises(SystemExit) as stop:
+            train.settings([*flags, "--out", str(tmp_path / ("" if "--lr" in flags else "none"))])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+# ---- artifacts know what they were made from
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    path = written(out / "pairs.jsonl", rows(150))
+    job(*TINY, "--sft_steps", 20, "--data", path, "--out", out / "run")
+    return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished / "run", tmp_path / "run"))
+
+
+def test_a_new_reference_refuses_old_samples(copied, finished, tmp_path):
+    """A run killed after reference.pt, then --from mocan."""
+    job(*TINY, "--sft_steps", 15, "--algo", "mocan", "--data", finished / "pairs.jsonl", "--out", tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "reference.pt", copied / "reference.pt")
+    settings = json.loads((copied / "run.json").read_text())
+    settings["config"]["sft_steps"] = 15
+    (copied / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"offline\.pt: made with sft_steps 20, not 15; make it with --from offline$"):
+        job("--from", "mocan", "--out", copied)
+    other = torch.load(copied / "reference.pt", weights_only=True)
+    other["weights"]["wte.weight"][0, 0] += 1e-3
+    settings["config"]["sft_steps"] = other["made_from"]["sft_steps"] = 20
+    torch.save(other, copied / "reference.pt")
+    (copied / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"offline\.pt: made with reference \w+, not \w+; make it with --from offline$"):
+        job("--from", "mocan", "--out", copied)
+
+
+def test_a_pre_alignment_that_was_cut_short_is_not_mixed_with_the_old_one(copied, monkeypatch):
+    real, calls = train.pecan.prealign_and_calibrate, []
+
+    def once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train.pecan, "prealign_and_calibrate", once)
+    with pytest.raises(KeyboardInterrupt):
+        job("--from", "prealign", "--prealign_lr", 1e-3, "--out", copied)
+    with pytest.raises(ValueError, match=r"dpo-safe\.pt: made with prealign_lr 0\.003, not 0\.001; .* --from prealign$"):
+        job("--from", "dual", "--out", copied)
+    job("--resume", "--out", copied)
+    assert len(calls) == 3  # the one that was finished was not made again
+
+
+@pytest.mark.parametrize("change", ["replaced", "appended"])
+def test_other_data_in_the_same_file_is_refused(copied, finished, change):
+    some = rows(180) if change == "appended" else rows(150, prompt="Why?")[:20] + rows(150)[20:]
+    path = finished / "pairs.jsonl"
+    before = path.read_bytes()
+    try:
+        written(path, some)
+        for flags in (["--from", "dual"], ["--from", "mocan"], ["--from", "evaluate"], ["--resume"]):
+            with pytest.raises(ValueError, match=r"reference\.pt: made with (tok|split) \w+, not .*; make it with --from reference$"):
+                job(*flags, "--out", copied)
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_pecan_run_killed_before_its_judges_is_resumed(tmp_path, monkeypatch):
+    path, real = written(tmp_path / "pairs.jsonl", rows(150)), mocan.learn_score
+    flags = [*TINY, "--sft_steps", 20, "--algo", "pecan", "--data", path]
+    job(*flags, "--out", tmp_path / "whole")
+    monkeypatch.setattr(mocan, "learn_score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        job(*flags, "--out", tmp_path / "out")
+    monkeypatch.setattr(mocan, "learn_score", real)
+    job("--resume", "--out", tmp_path / "out")
+    same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_samples_of_another_policy_are_noticed_before_training(copied, monkeypatch):
+    """Should fingerprints ever fail: the loss would not start at ln 2."""
+    saved = torch.load(copied / "reference.pt", weights_only=True)
+    saved["weights"]["wte.weight"] *= 1.5
+    for path in copied.glob("*.pt"):
+        torch.save({**torch.load(path, weights_only=True), "made_from": {}}, path)
+    saved["made_from"] = {}
+    torch.save(saved, copied / "reference.pt")
+    with pytest.raises(ValueError, match="mocan: its responses are another policy's .* ln 2"):
+        job("--from", "mocan", "--out", copied)
+
+
+def test_a_margin_that_makes_no_sense_costs_no_training(tmp_path):
+    for flags in (["--margin", "abc"], ["--margins", "10%,abc"], ["--margin", "1,2,3"]):
+        with pytest.raises(ValueError, match="expected a number in g's units"):
+            job(*TINY, "--algo", "pecan", *flags, "--out", tmp_path)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+# ---- numbers that are none
+
+def test_an_infinite_gradient_stops_before_the_weights_are_touched(monkeypatch):
+    policy = model.GPT(model.GPTConfig(11, 8, 1, 1, 8))
+    before = model.fingerprint(policy)
+    descent = mocan.Descent(policy, mocan.Recipe("mocan", 3, 1e-3, "0"))
+    policy.wte.weight.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(FloatingPointError, match="^mocan: the gradient norm is (inf|nan) at step 0; earlier artifacts"):
+        descent.step(policy.wte.weight.square().sum())
+    assert model.fingerprint(policy) == before
+
+
+def test_float16_may_skip_steps_but_not_for_long(monkeypatch):
+    policy = model.GPT(model.GPTConfig(11, 8, 1, 1, 8))
+    descent = mocan.Descent(policy, mocan.Recipe("mocan", 99, 1e-3, "0"))
+    monkeypatch.setattr(descent, "scaler", torch.amp.GradScaler("cpu", enabled=True))
+    overflow = [True]
+    policy.wte.weight.register_hook(lambda grad: grad * torch.inf if overflow[0] else grad)
+    before = model.fingerprint(policy)
+    for _ in range(15):
+        descent.step(policy.wte.weight.square().sum())
+    assert model.fingerprint(policy) == before and descent.skipped == 15
+    overflow[0] = False
+    descent.step(policy.wte.weight.square().sum())
+    assert model.fingerprint(policy) != before and descent.skipped == 0
+    overflow[0] = True
+    with pytest.raises(FloatingPointError, match="gradient norm"):
+        for _ in range(30):
+            descent.step(policy.wte.weight.square().sum())
+    assert descent.skipped == 21
+
+
+# ---- hostile input
+
+@pytest.mark.parametrize("line, said", [
+    ("[" * 100000, "not a JSON object"), ('{"prompt": ' + "1" * 100000 + "}", "not a JSON object"),
+    ('{"prompt": "a", "prompt": "b"}', "twice"), ('{"prompt": 1e999}', "'prompt' is not a string"),
+    ('{"a": NaN}', "'prompt' is missing"), ("\ufeff\ufeff{}", "not a JSON object"), ("\x00", "not a JSON object"),
+])
+def test_a_strange_line_is_named_by_file_and_number(tmp_path, line, said):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(rows(1)[0]) + "\n" + line + "\n")
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([str(path)])
+    assert str(error.value).startswith(f"{path}:2: ") and said in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_line_of_a_hundred_megabytes_is_refused_before_it_is_read(tmp_path, packed):
+    path = tmp_path / ("pairs.jsonl.gz" if packed else "pairs.jsonl")
+    with (gzip.open if packed else open)(path, "wb") as file:
+        file.write(json.dumps(rows(1)[0]).encode() + b'\n{"prompt": "')
+        for _ in range(100):
+            file.write(b"a" * 2**20)
+    with pytest.raises(ValueError, match=r":2: more than 16777216 bytes in a line"):
+        data.load_preferences([str(path)])
+
+
+def test_a_gzip_bomb_of_blank_lines_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_LINES", 1000)
+    path = tmp_path / "pairs.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b"\n" * 10**6)
+    with pytest.raises(ValueError, match=r":1001: more than .* or 1000 lines"):
+        data.load_preferences([str(path)])
+
+
+def test_half_a_surrogate_pair_goes_through_the_whole_run(tmp_path):
+    some = rows(150)
+    for i, row in enumerate(some):
+        row["prompt"] += " \ud800"
+        row["response_0"] = "\udfff " + row["response_0"] + " \u0000"
+    job(*SMALL, "--data", written(tmp_path / "pairs.jsonl", some), "--out", tmp_path / "out")
+    assert "?" in (tmp_path / "out" / "samples.jsonl").read_text() and (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_console_of_any_encoding_ends_no_run(tmp_path, encoding):
+    done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, SMALL), "--out", tmp_path], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert b"\\u03bb*" in done.stdout
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch code_ran",)
+
+
+def test_code_in_a_pickle_is_refused_and_does_not_run(copied, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": {}, "weights": Code()}, copied / "reference.pt")
+    with pytest.raises(ValueError, match=r"reference\.pt: missing or damaged .*; make it with --from reference$"):
+        job("--from", "mocan", "--out", copied)
+    np.savez(tmp_path / "scores.npz", score=np.array([Code()], dtype=object), constraint=np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="not a readable npz file of numbers"):
+        dual.read_npz(tmp_path / "scores.npz", 1.0)
+    assert not (tmp_path / "code_ran").exists()
+
+
+@pytest.mark.parametrize("saved", [[1, 2], {"weights": {}}, {"config": {}, "weights": {}}, {"config": {"n_embd": 10**9}},
+                                   {"config": {"n_embd": 10**6, "n_head": 1}, "weights": {}}, "text"])
+def test_a_foreign_checkpoint_is_one_line(copied, saved):
+    torch.save(saved, copied / "reference.pt")
+    with pytest.raises(ValueError) as error:
+        job("--from", "mocan", "--out", copied)
+    assert "\n" not in str(error.value)
+
+
+def mutated(raw, draw):
+    """A few bytes changed, removed, doubled or put in, as truncated and foreign files have them."""
+    raw = bytearray(raw)
+    for _ in range(draw.choice((1, 1, 2, 5))):
+        at = draw.randrange(len(raw) + 1)
+        some = bytes(draw.choice((draw.randrange(256), *b'{}[]",:\\u0\n\x00\xff9')) for _ in range(draw.choice((1, 2, 8))))
+        cut = draw.choice((0, 1, len(some), draw.randrange(64)))
+        raw[at:at + cut] = some
+        if draw.random() < 0.1:
+            raw = raw[:draw.randrange(len(raw) + 1)]
+        if draw.random() < 0.1:
+            raw[at:at] = raw[at:at + draw.randrange(200)] * draw.choice((1, 30))
+    return bytes(raw)
+
+
+def test_mutated_inputs_are_read_or_refused_in_one_line(tmp_path, capsys):
+    """20,000 of them: ValueError and nothing else, none for long, none with much memory."""
+    sentence = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: How?\n\nAssistant: "
+    lines = [*rows(2), *rows(1, is_response_0_safe=True, is_response_1_safe=False),
+             {"chosen": sentence + "So.", "rejected": sentence + "No."}]
+    text = "".join(json.dumps(row) + "\n" for row in lines).encode()
+    tiny = model.GPT(model.GPTConfig(40, 8, 1, 1, 4))
+    model.save({**model.to_checkpoint(tiny), "made_from": {"seed": 0}}, tmp_path / "seed.pt")
+    np.savez(tmp_path / "seed.npz", score=np.random.rand(3, 4), constraint=np.random.rand(3, 4))
+    (tmp_path / "seed.json").write_text(json.dumps([" the", " a", " dog's"]))
+
+    def tokenizer(path):
+        tok = data.open_tokenizer("vocab", path, 8, 8)
+        data.encode_prompts(tok, ["the dog"])
+    kinds = [  # how many, a file's content and name, what reads it
+        (15000, text, "pairs.jsonl", lambda path: data.load_preferences([f"safe={path}"])),
+        (1500, gzip.compress(text), "pairs.jsonl.gz", lambda path: data.load_preferences([f"safe={path}"])),
+        (1500, (tmp_path / "seed.pt").read_bytes(), "x.pt", lambda path: model.from_checkpoint(
+            model.load(path, "remedy", {"seed": 0}))),
+        (1000, (tmp_path / "seed.npz").read_bytes(), "x.npz", lambda path: dual.solve(
+            *dual.read_npz(path, 1.0)[:2], [0.01], 1.0)),
+        (1000, (tmp_path / "seed.json").read_bytes(), "tokenizer.json", tokenizer),
+    ]
+    draw, read, slowest = random.Random(0), 0, 0.0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for count, raw, name, reader in kinds:
+        path = str(tmp_path / name)
+        for turn in range(count):
+            content = mutated(raw, draw)
+            Path(path).write_bytes(content)
+            began = time.perf_counter()
+            with contextlib.suppress(FloatingPointError):
+                try:
+                    reader(path)
+                    read += 1
+                except ValueError as error:
+                    assert "\n" not in str(error), (name, turn)
+                except BaseException as error:
+                    raise AssertionError(f"{name} {turn}: {error!r}: {content!r}") from error
+            slowest = max(slowest, time.perf_counter() - began)
+    assert 100 < read < 15000 and slowest < 1.0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
