@@ -408,7 +408,7 @@ def artifact(c, stage, name, make, *args):
     stages = STAGES[:STAGES.index(stage) + 1]
     made_from = {f.name: getattr(c, f.name) for f in SETTINGS if f.metadata["stage"] in stages}
     inputs = list(inspect.signature(make).parameters)[1:]  # their names: all but c
-    made_from |= {what: fingerprint(arg) for what, arg in zip(inputs, args)}
+    made_from |= {f"input {what}": fingerprint(arg) for what, arg in zip(inputs, args)}
     remedy = f"make it with --from {stage}"
     finished = c.resume and os.path.exists(path) and load(path, remedy).get("run") == c.run
     if finished or reused(stage, c.start):

@@ -302,7 +302,7 @@ def test_a_new_reference_refuses_old_samples(copied, finished, tmp_path):
     settings["config"]["sft_steps"] = other["made_from"]["sft_steps"] = 20
     torch.save(other, copied / "reference.pt")
     (copied / "run.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"offline\.pt: made with reference \w+, not \w+; make it with --from offline$"):
+    with pytest.raises(ValueError, match=r"offline\.pt: made with input reference \w+, not \w+; make it with --from offline$"):
         job("--from", "mocan", "--out", copied)
 
 
@@ -331,7 +331,7 @@ def test_other_data_in_the_same_file_is_refused(copied, finished, change):
     try:
         written(path, some)
         for flags in (["--from", "dual"], ["--from", "mocan"], ["--from", "evaluate"], ["--resume"]):
-            with pytest.raises(ValueError, match=r"reference\.pt: made with (tok|split) \w+, not .*; make it with --from reference$"):
+            with pytest.raises(ValueError, match=r"reference\.pt: made with input (tok|split) \w+, not .*; make it with --from reference$"):
                 job(*flags, "--out", copied)
     finally:
         path.write_bytes(before)

@@ -257,9 +257,9 @@ def test_a_run_that_was_cut_short_leaves_no_stale_policy_to_evaluate(tiny_copy):
 
 def test_a_policy_of_another_margin_is_not_evaluated(tiny_copy):
     saved = torch.load(tiny_copy / "mocan.pt", weights_only=True)
-    saved["made_from"]["b"] = "another"
+    saved["made_from"]["input b"] = "another"
     torch.save(saved, tiny_copy / "mocan.pt")
-    with pytest.raises(ValueError, match=r"mocan\.pt: made with b another, not \w+; .* --from mocan$"):
+    with pytest.raises(ValueError, match=r"mocan\.pt: made with input b another, not \w+; .* --from mocan$"):
         job("--from", "evaluate", "--out", tiny_copy)
 
 
@@ -402,6 +402,64 @@ def test_a_safety_only_file_stands_next_to_one_with_both_preferences(read_shared
     assert len(learned) == 2
     assert judged["safe"] == evaluation and learned[1] == train_pairs and train_pairs + calibration + evaluation == 120
     assert learned[0] < learned[1] and judged["helpful"] < judged["safe"]
+
+
+# ---- who sees which prompts
+
+def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, monkeypatch):
+    """Every loop trains on training pairs, every temperature and early stop is the calibration pairs', the offline samples
+    are training prompts', and the table is evaluation prompts'."""
+    rows = [{"prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
+             "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]}
+            for pair in data.world_preferences(200, random.Random(0))]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    split = data.split_pairs(data.load_preferences([str(tmp_path / "pairs.jsonl")]), 0.2, 0.1)
+    groups = {part: {data.conversation(pair.prompt) for pair in getattr(split, part)} for part in split._fields}
+    owner, seen = {}, {}  # a pool's tokens -> its group; what was done -> on which groups
+
+    def group_of(prompts):
+        talks = {data.conversation(prompt) for prompt in prompts}
+        return next(part for part, known in groups.items() if talks <= known)
+
+    def spy(module, name, note):
+        real = getattr(module, name)
+
+        def call(*args, **more):
+            note(*args)
+            return real(*args, **more)
+        monkeypatch.setattr(module, name, call)
+    real_pool = data.pair_pool
+
+    def pair_pool(tok, pairs, what):
+        pool = real_pool(tok, pairs, what)
+        owner[id(pool.tokens)] = group_of(pair.prompt for pair in pairs), pool  # kept, so that the id stays its own
+        return pool
+    monkeypatch.setattr(data, "pair_pool", pair_pool)
+
+    def on(what, pool):
+        seen.setdefault(what, set()).add(owner[id(pool.tokens)][0])
+    spy(mocan, "train_reference", lambda model, pool, *_: on("sft", pool))
+    spy(mocan, "train_score", lambda model, preferences, *_: on("judge", preferences.pool))
+    spy(train.pecan, "prealign", lambda policy, preferences, *_: on("prealign", preferences.pool))
+    spy(mocan, "learn_score", lambda model, name, a, b, c, *_: [on(f"learn {i}", x.pool) for i, x in enumerate((a, b, c))])
+    spy(train.pecan, "prealign_and_calibrate", lambda policy, name, a, _, b, *__: [on("pre 0", a.pool), on("pre 1", b.pool)])
+    spy(train.mocan, "measure", lambda policies, reference, judges, names, tok, prompts, *_: seen.update(
+        measure={group_of(prompts)}))
+    spy(train.mocan, "sample_pool", lambda policy, tok, prompts, draw: seen.setdefault(draw.stage, set()).add(
+        group_of(prompts)))
+    count = {len(split.calibration): "calibration", len(split.evaluation): "evaluation", len(split.train): "train"}
+    assert len(count) == 3
+    for module in (mocan, train.pecan):
+        for name in ("calibrate", "calibrated_loss"):
+            spy(module, name, lambda chosen, *_, name=name: seen.setdefault(name, []).append(count[len(chosen)]))
+    job(*TINY, "--sft_steps", 30, "--score_steps", 20, "--data", tmp_path / "pairs.jsonl", "--out", tmp_path / "out",
+        "--shots", 2, "--shot_steps", 2, "--shot_responses", 4)
+    assert seen["sft"] == seen["judge"] == seen["prealign"] == seen["learn 0"] == seen["pre 0"] == {"train"}
+    assert seen["learn 1"] == seen["pre 1"] == {"calibration"} and seen["learn 2"] == {"evaluation"}
+    assert seen["offline"] == seen["mocan shot 2, responses"] == {"train"}
+    assert seen["measure"] == seen["evaluate mocan"] == {"evaluation"}
+    assert set(seen["calibrated_loss"]) == {"calibration"} and set(seen["calibrate"]) == {"calibration", "evaluation"}
+    assert seen["calibrate"].count("evaluation") == 2  # what is said of the two judges, and used for nothing
 
 
 # ---- bad input
