@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class Pair(NamedTuple):
-    prompt: str       # a conversation of several turns: a tuple (user, assistant, …, user)
+    prompt: str       # or, of several turns, a tuple (user, assistant, …, user)
     responses: tuple  # (y_0, y_1)
     prefers: dict     # name -> index of the preferred response; "helpful" is the reward's
     safe: tuple = ()  # (bool, bool) whether each response is safe, where the file says so
@@ -64,15 +64,15 @@ def load_preferences(paths):
                   "transcripts are not one conversation up to the last reply, Human and Assistant "
                   "in turns")
         if not rows:
-            raise ValueError(f"{path}: no usable pair: no row at all; each needs better_response_id"
-                             " or safer_response_id (0 or 1), or chosen and rejected")
+            raise ValueError(f"{path}: no usable pair; each row needs better_response_id or "
+                             "safer_response_id (0 or 1), or chosen and rejected")
         pairs += rows
     return pairs
 
 
 def _lines(path):
-    """The file's lines that are not blank, each with FILE:NUMBER; no more than a gzip bomb needs to
-    be known as one."""
+    """The file's lines that are not blank, each with FILE:NUMBER. Stops at MAX_LINE and MAX_LINES:
+    a small gzip file may hold terabytes."""
     opened = gzip.open if path.endswith(".gz") else open
     try:
         with opened(path, "rb") as file:
@@ -195,8 +195,8 @@ def conversation(prompt):
 
 
 def split_pairs(pairs, held_out, calibration):
-    """-> Split: those shares of the conversations for evaluation and calibration, each every so
-    many-th one in sorted order, which gives all parts the same mix."""
+    """-> Split: those shares of the conversations for evaluation and calibration, every so many-th
+    one in sorted order."""
     opened = {conversation(pair.prompt) for pair in pairs}
     count = len(opened)
     if count < 4:
@@ -248,8 +248,8 @@ def load_pairs(files, world_pairs, rng, held_out, calibration, constraints):
         if not all(any(name in pair.prefers for pair in part) for part in split):
             raise ValueError(
                 f"no preference {name!r} in all parts of the split; the data has "
-                f"{', '.join(known)}: add a file that has it (--data NAME=FILE), or choose "
-                "--constraints among these")
+                f"{', '.join(known)}: add a file that has it (--data NAME=FILE) or more pairs of "
+                "it, or choose --constraints among these")
     print(f"\ndata: {len(split.train)} training, {len(split.calibration)} calibration and "
           f"{len(split.evaluation)} evaluation pairs, no conversation in two of these; "
           f"constraints: {', '.join(constraints)}")
@@ -420,6 +420,7 @@ class Preferences(NamedTuple):
 
 
 def preference_tensors(tok, pairs, name):
+    """Preferences of `name`; labels of safety are no part of helpfulness."""
     rows = [i for i, pair in enumerate(pairs) if name in pair.prefers]
     pairs = [pairs[i] for i in rows]
     sign = torch.zeros(len(pairs), 2)

@@ -598,20 +598,14 @@ def parse_margin(text, reach, separator=","):
     return torch.tensor(margin, dtype=torch.float64)
 
 
-def parse_margins(scores, margin, margins, beta):
-    """Scores (1+m, N, K) of π_ref's responses -> {policy: b (m,)}; raises Infeasible.
-
-    margin: of the policy "mocan"; "0.5,0.3" is one number for each constraint. margins: of further
-    policies "mocan TEXT", where ',' separates policies and ':' constraints: "25%:25%,0.5:0" is two.
-    """
-    reach = reachable(scores[1:])
-    print(f"\nlargest reachable margins: {', '.join(f'{x:.3f}' for x in reach)}")
+def parse_margins(margin, margins, reach):
+    """-> {policy: b (m,)}. margin: of the policy "mocan"; "0.5,0.3" is one number for each
+    constraint. margins: of further policies "mocan TEXT", where ',' separates policies and ':'
+    constraints: "25%:25%,0.5:0" is two. reach (m,)."""
     b = {"mocan": parse_margin(margin, reach)}
     for text in margins.split(","):
         if text not in ("", margin.replace(",", ":")):  # none, or `margin` again
             b[f"mocan {text}"] = parse_margin(text, reach, ":")
-    for margin in b.values():
-        solve(scores[0], scores[1:], margin, beta)
     return b
 
 

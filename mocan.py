@@ -19,11 +19,11 @@ P(y ≻ y') = σ(s(y) − s(y')): the constants E_ref[g_j] and b_j of the dual c
     g_j      constraint  (m, N, K)    ln π_ref(y|x)   ref_logp, ref   (N, K), (B, G)
     λ        lam         (m,)         P(y_i ≻ y_j)    p_i             (B, G(G-1)/2)
 
-Left out: a value model, online sampling, a λ that moves in training, the reference's forward pass
-in the loop. Different from the paper: labels are the exact P, not one Bernoulli draw of it (the
-same minimiser, less noise), and pairs are those of the K samples, all G(G−1)/2 of a fresh group of
-G, which cost nothing once each response's log-probability is there; the paper takes the data set's
-own two responses.
+Left out: a value model, sampling inside the loop, a λ that moves in training, the reference's
+forward pass in the loop. Different from the paper: labels are the exact P, not one Bernoulli draw
+of it (the same minimiser, less noise), and pairs are those of the K samples, all G(G−1)/2 of a
+fresh group of G, which cost nothing once each response's log-probability is there; the paper takes
+the data set's own two responses.
 
 Read next: pecan.py, the same without score models.
 """
@@ -31,6 +31,7 @@ Read next: pecan.py, the same without score models.
 import copy
 import math
 import time
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -79,8 +80,8 @@ def calibrate(chosen, rejected):
     likely: scores on preferences that did not train them, (P,), (P,) -> τ (), at least 0.
 
     One-parameter logistic regression by Newton's method, which does not overshoot from 0, since the
-    curvature falls as τ grows. τ = 1: calibrated; τ > 1: the scores understate the preference; τ <
-    1: they overstate it, as those that were learned by heart do.
+    curvature falls as τ grows; at most 100. τ = 1: calibrated; τ > 1: the scores understate the
+    preference; τ < 1: they overstate it, as those that were learned by heart do.
     """
     lead = (chosen - rejected).double()
     tau = lead.new_zeros(())
@@ -94,12 +95,12 @@ def calibrate(chosen, rejected):
 
 # ---- what the training loops share
 STATEFUL = ("model", "optimizer", "scaler")  # what a training loop carries from step to step
-PLAIN = ("losses", "best", "least", "worse")
+PLAIN = ("losses", "best", "least", "worse", "skipped")
 
 
 class Recipe(NamedTuple):
     """How a model is trained."""
-    stage: str  # what progress and errors call it
+    stage: str  # what progress and errors call it, and the checkpoint: unique in a run
     steps: int
     lr: float
     key: str  # of its random streams
@@ -141,8 +142,8 @@ class Descent:
 
     def over(self, batches, examples=0, held_out=None):
         """Yield a batch for each micro-batch. After every epoch of so many examples, if there are
-        several, held_out() -> calibration loss is asked; the weights of the best epoch are kept,
-        and training ends when two epochs have brought nothing."""
+        several, and at the end held_out() -> calibration loss is asked; the weights of the best
+        epoch are kept, and training ends when two epochs have brought nothing."""
         recipe = self.recipe
         for _ in self.losses:  # those of the run that this one resumes
             next(batches)
@@ -170,7 +171,8 @@ class Descent:
 
     def step(self, loss):
         """Backward; after the last micro-batch of a step, clip and update. Raises
-        FloatingPointError on a non-finite loss or gradient, before the weights are touched."""
+        FloatingPointError on a non-finite loss or gradient (float16: on 20 in a row), before the
+        weights are touched."""
         recipe = self.recipe
         step = len(self.losses) // recipe.accumulate
         self.losses.append(loss.item())
@@ -206,7 +208,8 @@ def lr_at(step, recipe):
 
 
 def progress(stage, steps):
-    """log(step, loss): a line every ten seconds, and one at the end."""
+    """log(step, loss): a line every ten seconds, and one after the last of `steps`. Rates count
+    what a resumed run found done."""
     began = time.perf_counter()
     last = began
 
@@ -288,7 +291,7 @@ def say_dual(policy, margin, found):
 # ---- step 1: responses, their log-probabilities and scores
 class Draw(NamedTuple):
     """How responses are sampled."""
-    stage: str  # what progress calls it
+    stage: str  # what progress calls it, and the checkpoint: unique in a run
     K: int  # responses to each prompt
     key: str  # of the random streams
     batch: int = 256  # responses sampled or scored at once
@@ -386,7 +389,7 @@ def train_reference(model, pool, recipe, held_out=None):
 
 def train_score(model, preferences, recipe, held_out=None):
     """A reward or safety model from `data.Preferences`; held_out() -> calibration loss."""
-    pool, prefers, safety, *_ = preferences
+    pool, prefers, signs, *_ = preferences
     batches = group_batches(pool.lengths, 2 * recipe.batch, 2, recipe.key)
     descent = Descent(model, recipe)
     for n, _ in descent.over(batches, len(prefers), held_out):
@@ -395,7 +398,7 @@ def train_score(model, preferences, recipe, held_out=None):
         tokens, response_mask = take_text(pool, n, k, model.device)
         with model.autocast():
             score = model.score(tokens, response_mask).view(k.shape)  # (B, 2)
-        sign = take(safety, n, k, model.device)  # (B, 2)
+        sign = take(signs, n, k, model.device)  # (B, 2)
         loss = score_loss(score[:, 0], score[:, 1], sign[:, 0], sign[:, 1])
         descent.step(loss.mean())
 
@@ -408,6 +411,10 @@ def learn_score(model, name, training, calibration, evaluation, recipe, batch):
     train_score(model, training, recipe,
                 lambda: calibrated_loss(*calibration.by_choice(score(calibration))))
     tau = calibrate(*calibration.by_choice(score(calibration)))
+    if not 0 < tau < 100:
+        warnings.warn(f"no temperature fits the {name} scores on {len(calibration.rows)} "
+                      "calibration pairs; it stays as it is; more pairs are needed")
+        tau = 1.0
     with torch.no_grad():
         model.score_head.weight *= tau
     print(f"  {name}: temperature divided out, τ = {tau:.3f}")
@@ -441,7 +448,8 @@ def measure(policies, reference, judges, names, tok, prompts, draw, margins, bet
     (m,)}: each also gets a row "optimum …"."""
     rows = {}
     texts = {}
-    near = {}  # margin's name -> responses from near its optimum
+    optima = {}
+    curve = []
     for name, saved in policies.items():
         policy = from_checkpoint(saved, reference.device)
         sample = sample_from(  # the same key: the same noise for all
@@ -451,34 +459,33 @@ def measure(policies, reference, judges, names, tok, prompts, draw, margins, bet
             ref = sample
         texts[name] = sample.pool.texts(tok)
         even = torch.full_like(sample.logp, 1 / draw.K)
+        first = name.split(" shot ")[0]
+        margin = margins.get(first, next(iter(margins.values())))
         rows[name] = {**compare(sample.scores, sample.logp - sample.ref_logp, even, ref.scores),
-                      "lam": saved.get("lam", []), "predicted": saved.get("predicted"),
-                      "seconds": saved.get("seconds", 0.0)}
-        asked = name.split(" shot ")[0]
-        rows[name]["margin"] = margins.get(asked, next(iter(margins.values()))).tolist()
-        if asked in margins and (asked != "pecan" or "mocan" not in margins):
-            near[asked] = mixture(sample, ref, logprobs(policy, ref.pool, draw.batch))
-    curve = []
-    ref_mean = ref.scores[1:].double().mean(dim=(1, 2))  # (m,)
-    for asked, mixed in near.items():
-        try:
-            lam = solve_from(mixed, ref_mean, margins[asked], beta).lam
-        except (dual.Infeasible, FloatingPointError) as error:
-            print(f"  no optimum for {asked}, by the evaluation prompts: {error}")
+                      "margin": margin.tolist(), "lam": saved.get("lam", []),
+                      "predicted": saved.get("predicted"), "seconds": saved.get("seconds", 0.0)}
+        if first not in margins or first == "pecan" and "mocan" in margins:
             continue
-        label = f"optimum{asked[5:]}"  # "mocan 25%" -> "optimum 25%"
-        rows[label] = {**optimum(mixed, lam, beta, ref.scores), "margin": margins[asked].tolist(),
-                       "seconds": 0.0}
-        if not curve and len(lam) == 1:
+        mixed = mixture(sample, ref, logprobs(policy, ref.pool, draw.batch))
+        ref_mean = ref.scores[1:].double().mean(dim=(1, 2))  # (m,)
+        try:
+            lam = solve_from(mixed, ref_mean, margin, beta).lam
+        except (dual.Infeasible, FloatingPointError) as error:
+            print(f"  no optimum by the responses of {name}: {error}")
+            continue
+        label = f"optimum{first[5:]}"  # "mocan 25%" -> "optimum 25%", by its last shot
+        optima[label] = {**optimum(mixed, lam, beta, ref.scores), "margin": margin.tolist(),
+                         "seconds": 0.0}
+        if label == "optimum" and len(lam) == 1:
             path = [optimum(mixed, t / 20 * lam, beta, ref.scores) for t in range(31)]
             curve = [(point["constraint_gain"][0], point["reward_gain"]) for point in path]
-    return rows, texts, curve
+    return rows | optima, texts, curve
 
 
 def compare(scores, log_ratio, weight, ref_scores):
     """Responses with scores (1+m, N, K), ln π/π_ref (N, K) and weights (N, K), each row's sum 1,
     against the reference's scores on the same prompts -> means, gains, KL(π‖π_ref) and their 95 %
-    intervals over prompts, as results.json has them."""
+    intervals over prompts (taken as independent), as results.json has them."""
     mean = (weight * scores.double()).sum(dim=2)  # (1+m, N)
     gain = mean - ref_scores.double().mean(dim=2)  # (1+m, N): paired by prompt
     kl = (weight * log_ratio).sum(dim=1)  # (N,)

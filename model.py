@@ -320,8 +320,8 @@ def replace_file(path, put):
         if os.path.exists(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
         reason = str(error).split("\n")[0]
-        raise OSError(f"{path}: cannot be written ({reason}); earlier files are kept; make room, "
-                      "then go on with --resume") from None
+        raise OSError(f"{path}: cannot be written ({reason}); earlier files are kept; make room "
+                      "(or mend the path), then go on with --resume") from None
 
 
 def load(path, remedy, made_from={}):
@@ -352,8 +352,8 @@ def lock(folder):
 
 class Checkpoint:
     """The state of the loop that is under way, in a file that is written anew every so many
-    seconds, but for no more than 2 % of the time; with `resume` the loop of the killed run of that
-    name finds its state there."""
+    seconds, but for no more than 2 % of the time; with `resume` the loop of a killed run, if `run`
+    is its name, finds its state there."""
 
     def __init__(self, path, seconds, run, resume):
         self.path = path
@@ -365,7 +365,7 @@ class Checkpoint:
         self.due = time.monotonic() + seconds
 
     def restore(self, stage):
-        """What `keep` was given in that stage, or None."""
+        """The state last kept in that stage of this run, or None."""
         if self.saved.get("loop") == [self.run, stage]:
             return self.saved["state"]
 
@@ -383,7 +383,7 @@ class Checkpoint:
 
 def fingerprint(x):
     """A text that tells values apart: models, tensors, tuples and dicts of them, tokenizers, plain
-    values; functions count for nothing."""
+    values and lists of them; functions count for nothing."""
     digest = hashlib.sha256()
     todo = [x]
     while todo:

@@ -65,7 +65,7 @@ def implicit_scores(policies, taus, pool, ref_logp, beta, batch=256):
 def train_pecan(policy, sample, lam, beta, group, recipe):
     """DPO on pairs of the sample, labelled by the implicit score -> the loss of every micro-batch.
 
-    mocan.train_mocan with another s; the mocan.Sample's scores are `implicit_scores`.
+    The loop of mocan.train_mocan; the mocan.Sample's scores are `implicit_scores`.
     """
     pool, _, ref_logp, scores = sample
     logp = ref_logp + scores / beta  # (1+m, N, K) calibrated ln π_r, ln π_g_1 …
@@ -126,5 +126,5 @@ def prealign_and_calibrate(policy, name, training, ref_training, calibration, re
              lambda: calibrated_loss(*calibration.by_choice(implicit())))
     score = implicit()
     tau = calibrate(*calibration.by_choice(score)).item()
-    say_agreement(name, score, calibration)
+    say_agreement(f"{name}, calibration", score, calibration)
     return tau

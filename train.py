@@ -12,7 +12,7 @@ The stages, and the artifact that each leaves in --out:
     scores      reward and safety models, for --data       score_*.pt
     offline     K responses per prompt from π_ref, scored  offline.pt, offline_scores.pt
     prealign    PeCAN: one DPO policy per preference       dpo-*.pt
-    dual        λ*, and what it predicts                   none: solved anew in every run
+    dual        λ*, and what it predicts                   none: it is kept with the policy
     mocan       one policy update                          mocan*.pt
     pecan       one policy update                          pecan*.pt
     evaluate    fresh responses on evaluation prompts      results.json, samples.jsonl, tradeoff.svg
@@ -152,8 +152,7 @@ def main():
     split, names = data.load_pairs(  # names: "helpful", then the constraints
         c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.calibration,
         c.constraints)
-    for text in (c.margin.replace(",", ":"), *c.margins.split(",")):
-        dual.parse_margin(text or "0", torch.ones(len(names) - 1), ":")  # bad ones cost no training
+    dual.parse_margins(c.margin, c.margins, torch.ones(len(names) - 1))  # bad ones cost no training
     tok = tokenizer_of_run(c, split.train)
     reference = reference_policy(c, tok, split)
     prompts = data.some_prompts(split.train, c.prompts)
@@ -162,11 +161,13 @@ def main():
     policies = {}  # name -> its artifact
     margins = {}  # name -> b (m,)
 
-    if c.algo != "pecan":  # before pre-alignment, so that an unreachable margin costs nothing
+    if c.algo != "pecan":  # before pre-alignment, so that an unreachable margin does not cost it
         judges = learn_judges(c, reference, tok, split, names)
         scores = artifact(c, "offline", "offline_scores.pt", make_scores, judges, names, prompts,
                           pool, tok)["scores"]  # (1+m, N, K)
-        margins = dual.parse_margins(scores, c.margin, c.margins, c.beta)
+        margins = dual.parse_margins(c.margin, c.margins, dual.reachable(scores[1:]))
+        for margin in margins.values():
+            dual.solve(scores[0], scores[1:], margin, c.beta)
     if c.algo != "mocan":
         dpo = prealigned(c, reference, tok, split, names, pool, ref_logp)
         logp = torch.stack([saved["logp"] for saved in dpo.values()])  # (1+m, N, K)
@@ -181,7 +182,7 @@ def main():
         margins["pecan"] = margins.get("mocan", asked)
         try:
             policies |= pecan_policies(c, reference, tok, prompts, offline, margins["pecan"], dpo)
-        except (dual.Infeasible, FloatingPointError) as error:
+        except dual.Infeasible as error:
             if c.algo == "pecan":
                 raise
             print(f"  no PeCAN policy, by its implicit scores: {error}")
@@ -328,7 +329,8 @@ def make_shot(c, policy, reference, tok, prompts, offline, update, score_of, lab
         sample = mocan.sample_from(policy, reference, tok, prompts,
                                    draw(c, f"{label}, responses", c.shot_responses), score_of)
         plan = recipe(c, label, c.shot_steps, c.shot_lr)
-    plan = plan._replace(key=f"{c.seed}/{label.split()[0]}")  # every margin sees the same pairs
+    # every margin and shot draws alike
+    plan = plan._replace(key=f"{c.seed}/{label.split()[0]}")
     few = data.Pool(sample.pool.tokens[:8], sample.pool.response_mask[:8])
     gap = (mocan.logprobs(policy, few) - sample.logp[:8]).abs().max()
     if gap > 0.1:
@@ -439,12 +441,12 @@ def settings(argv):
         base |= QUICK
     elif "data" in given:
         base |= DATA
-    # --from inherits that run's settings; only --from reference --quick starts afresh
     if given.get("resume"):
         base = continued(parser, "--resume", given)
-        others = given.keys() - {"resume", "out", "device", "checkpoint_every"}
-        if others:
-            parser.error(f"--resume keeps the run's settings; drop --{min(others)}, or use --from")
+        if given.keys() - {"resume", "out", "device", "checkpoint_every"}:
+            parser.error("--resume keeps the run's settings; next to it only --out, --device and "
+                         "--checkpoint_every may stand; --from changes settings")
+    # --from inherits that run's settings; only --from reference --quick starts afresh
     elif "start" in given and not (given["start"] == STAGES[0] and given.get("quick")):
         base = continued(parser, f"--from {given['start']}", given)
     values = {"run": secrets.token_hex(8), **base, **given}
@@ -518,4 +520,4 @@ if __name__ == "__main__":
     except (ValueError, FloatingPointError, OSError) as error:  # what a user can mend
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume alone, and its --out, goes on")
+        sys.exit("interrupted; python train.py --resume, and its --out if it had one, goes on")

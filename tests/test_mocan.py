@@ -765,6 +765,15 @@ def test_a_judge_is_in_the_units_of_its_preference_on_the_calibration_pairs(monk
     assert mocan.calibrate(*calibration.by_choice(score)).item() == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.parametrize("tau", [0.0, 100.0])
+def test_a_judge_that_no_temperature_fits_keeps_its_own_and_says_so(monkeypatch, tau):
+    monkeypatch.setattr(mocan, "say_agreement", lambda *_: None)
+    monkeypatch.setattr(mocan, "calibrate", lambda chosen, rejected: torch.tensor(tau))
+    with pytest.warns(UserWarning, match="no temperature fits the safe scores on 15 calibration pairs"):
+        model, _ = learned(monkeypatch, [])
+    assert model.score_head.weight.abs().sum() > 0.1
+
+
 def test_what_is_said_of_a_score_by_hand(capsys):
     """Against a grid of the likelihood and the delta method's error with every pair a conversation of its own."""
     P = 3000

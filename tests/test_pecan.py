@@ -252,7 +252,7 @@ def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys):
             mocan.logprobs(reference, pool), 0.5, recipe(steps=0), batch)
         assert tau == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
-    assert f"safe: {right:.1%} ± " in said and f"of 60 pairs right; τ = {expected:.3f} ± " in said
+    assert f"safe, calibration: {right:.1%} ± " in said and f"of 60 pairs right; τ = {expected:.3f} ± " in said
 
 
 def test_a_non_finite_loss_stops_and_names_the_stage():

@@ -265,7 +265,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path):
 
 
 def test_resume_takes_no_other_setting_and_needs_a_run(tmp_path, capsys):
-    for flags, said in ((["--resume", "--lr", "1"], "drop --lr"), (["--resume"], "run.json is missing or damaged")):
+    for flags, said in ((["--resume", "--lr", "1"], "keeps the run's settings"), (["--resume"], "run.json is missing or damaged")):
         if "--lr" in flags:
             (tmp_path / "run.json").write_text(json.dumps({"config": {}}))
         with pytest.raises(SystemExit) as stop:
