@@ -191,7 +191,6 @@ class Descent:
         self.optimizer.zero_grad(set_to_none=True)
         self.log(step + 1, sum(self.losses[-recipe.accumulate:]) / recipe.accumulate)
 
-
     def check(self, what, value, step):
         if not math.isfinite(value):
             raise FloatingPointError(

@@ -18,6 +18,7 @@ says which tokens the policy is answerable for.
 Read next: data.py (what the text is), then dual.py (the constraint's price), then mocan.py.
 """
 
+import copy
 import fcntl
 import hashlib
 import math
@@ -300,7 +301,7 @@ def from_checkpoint(saved, device="cpu"):
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"not a model that this program saved: {reason}") from None
-    return model.to(device)
+    return copy.deepcopy(model).to(device)  # its own weights: training them leaves `saved`
 
 
 def save(saved, path):

@@ -295,6 +295,15 @@ def test_the_longest_prompt_that_fits_is_accepted():
     assert tokens.shape == (2, 24) and mask.sum(dim=1).tolist() == [5, 5]
 
 
+def test_models_of_one_checkpoint_share_no_weights():
+    saved = to_checkpoint(small())
+    first, second = from_checkpoint(saved), from_checkpoint(saved)
+    with torch.no_grad():
+        first.wte.weight += 1
+    assert not torch.equal(first.wte.weight, second.wte.weight)
+    assert torch.equal(second.wte.weight, saved["weights"]["wte.weight"])
+
+
 def test_too_many_tokens_are_refused():
     with pytest.raises(ValueError, match="25 tokens do not fit block_size=24"):
         small()(torch.zeros(1, 25, dtype=torch.long))
