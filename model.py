@@ -298,9 +298,10 @@ def from_checkpoint(saved, device="cpu"):
         with torch.device("meta"):  # sizes are checked before memory is asked for
             model = GPT(GPTConfig(**saved["config"]))
         model.load_state_dict(saved["weights"], assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"not a model that this program saved: {reason}") from None
+        raise ValueError(f"{saved.get('path', 'checkpoint')}: not a model that this program saved "
+                         f"({reason}); make it again with --from its stage") from None
     return copy.deepcopy(model).to(device)  # its own weights: training them leaves `saved`
 
 
@@ -337,6 +338,7 @@ def load(path, remedy, made_from={}):
     for what, value in saved.get("made_from", {}).items():
         if made_from.get(what, value) != value:
             raise ValueError(f"{path}: made with {what} {value}, not {made_from[what]}; {remedy}")
+    saved["path"] = str(path)  # for errors
     return saved
 
 

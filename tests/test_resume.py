@@ -475,7 +475,7 @@ def test_a_foreign_checkpoint_is_one_line(copied, saved):
     torch.save(saved, copied / "reference.pt")
     with pytest.raises(ValueError) as error:
         job("--from", "mocan", "--out", copied)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"{copied / 'reference.pt'}: ")
 
 
 def mutated(raw, draw):
