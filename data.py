@@ -32,7 +32,6 @@ class Pair(NamedTuple):
     prompt: str       # or, of several turns, a tuple (user, assistant, …, user)
     responses: tuple  # (y_0, y_1)
     prefers: dict     # name -> index of the preferred response; "helpful" is the reward's
-    safe: tuple = ()  # (bool, bool) whether each response is safe, where the file says so
 
 
 # ---- 1. preference files
@@ -43,13 +42,13 @@ MAX_LINES = 2**22
 def load_preferences(paths):
     """Read preference files: each of `paths` is FILE or NAME=FILE, JSONL or JSONL.gz.
 
-    PKU-SafeRLHF rows: prompt, response_0, response_1, better_response_id (helpful),
-    safer_response_id (safe), and optionally is_response_0_safe and is_response_1_safe; one of the
-    two preferences may be absent. HH-RLHF rows: chosen, rejected, two transcripts "\\n\\nHuman: …
-    \\n\\nAssistant: …" that share all but the last reply; rows that differ before it, as some of
-    HH-RLHF's do, are skipped, counted and said. The file does not say which preference it holds:
-    NAME=FILE does. With NAME=FILE a PKU row's better_response_id (NAME is helpful) or
-    safer_response_id (any other NAME) is read as the preference NAME. Unknown fields are ignored.
+    PKU-SafeRLHF rows: prompt, response_0, response_1, better_response_id (helpful) and
+    safer_response_id (safe), one of which may be absent. HH-RLHF rows: chosen, rejected, two
+    transcripts "\\n\\nHuman: … \\n\\nAssistant: …" that share all but the last reply; rows that
+    differ before it, as some of HH-RLHF's do, are skipped, counted and said. The file does not say
+    which preference it holds: NAME=FILE does. With NAME=FILE a PKU row's better_response_id (NAME
+    is helpful) or safer_response_id (any other NAME) is read as the preference NAME. Unknown fields
+    are ignored.
     Returns list[Pair]; raises ValueError with the file and, for a bad row, its line number.
     """
     pairs = []
@@ -91,7 +90,7 @@ def _lines(path):
 
 def _read_row(line, name, where):
     try:
-        row = json.loads(line.decode(), object_pairs_hook=_unique)
+        row = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not a JSON object ({error}); one object a line in UTF-8 is "
                          "expected") from None
@@ -101,13 +100,6 @@ def _read_row(line, name, where):
     if "chosen" in row or "rejected" in row:
         return _hh_pair(row, name, where)
     return _pku_pair(row, name, where)
-
-
-def _unique(fields):
-    row = dict(fields)
-    if len(row) < len(fields):
-        raise ValueError("a field is there twice")
-    return row
 
 
 def _check_strings(row, fields, where):
@@ -157,17 +149,7 @@ def _pku_pair(row, name, where):
         raise ValueError(f"{where}: no preference here; expected {' or '.join(columns.values())} "
                          "to be 0 or 1")
     responses = (row["response_0"].strip(), row["response_1"].strip())
-    return Pair(row["prompt"].strip(), responses, prefers, _pku_safe(row, where))
-
-
-def _pku_safe(row, where):
-    safe = (row.get("is_response_0_safe"), row.get("is_response_1_safe"))
-    if safe == (None, None):
-        return ()
-    if not all(isinstance(label, bool) for label in safe):
-        raise ValueError(f"{where}: is_response_0_safe, is_response_1_safe are {safe}; expected "
-                         "true or false for both")
-    return safe
+    return Pair(row["prompt"].strip(), responses, prefers)
 
 
 # ---- 2. the split
@@ -365,8 +347,8 @@ def decode(tok, tokens, response_mask):
 
 # ---- 4. pools
 class Pool(NamedTuple):
-    """K responses to each of N prompts, as tokens."""
-    tokens: torch.Tensor         # (N, K, T)
+    """K responses to each of N prompts, as tokens, on the CPU."""
+    tokens: torch.Tensor         # (N, K, T) int32
     response_mask: torch.Tensor  # (N, K, T)
 
     @property
@@ -383,7 +365,7 @@ class Pool(NamedTuple):
 def pad(prompts, responses):
     """B prompts and B responses (lists of ids) -> tokens (B, T), response_mask (B, T)."""
     pairs = list(zip(prompts, responses))
-    tokens = [torch.tensor(x + y) for x, y in pairs]
+    tokens = [torch.tensor(x + y, dtype=torch.int32) for x, y in pairs]
     masks = [torch.arange(len(x + y)) >= len(x) for x, y in pairs]
     return pad_sequence(tokens, batch_first=True), pad_sequence(masks, batch_first=True)
 
@@ -402,16 +384,9 @@ def pair_pool(tok, pairs, what):
 
 class Preferences(NamedTuple):
     """The pairs that hold one preference, as tensors."""
-    pool: Pool             # (P, 2, T)
-    prefers: torch.Tensor  # (P,) index of the preferred response
-    sign: torch.Tensor     # (P, 2) +1 safe, −1 unsafe, 0 not labelled (and for helpful)
-    rows: list             # which of the pairs these are
-    talk: torch.Tensor     # (P,) which conversation each belongs to, as a number
-
-    def by_choice(self, score):
-        """Scores (P, 2) -> those of the chosen responses, and of the rejected, (P,) each."""
-        chosen = self.prefers[:, None]  # (P, 1)
-        return score.gather(1, chosen)[:, 0], score.gather(1, 1 - chosen)[:, 0]
+    pool: Pool           # (P, 2, T) chosen, rejected
+    where: torch.Tensor  # (P, 2) which of all pairs' responses these are, counted through
+    talk: torch.Tensor   # (P,) which conversation each pair belongs to, as a number
 
     def half_width(self, x):
         """Of the 95 % interval of x's mean (P,), over conversations: their pairs hang together."""
@@ -420,17 +395,20 @@ class Preferences(NamedTuple):
 
 
 def preference_tensors(tok, pairs, name):
-    """Preferences of `name`; labels of safety are no part of helpfulness."""
-    rows = [i for i, pair in enumerate(pairs) if name in pair.prefers]
-    pairs = [pairs[i] for i in rows]
-    sign = torch.zeros(len(pairs), 2)
-    for row, pair in zip(sign, pairs):
-        if pair.safe and name != "helpful":
-            row[:] = 2.0 * torch.tensor(pair.safe) - 1
-    prefers = torch.tensor([pair.prefers[name] for pair in pairs])
+    """Preferences of `name`."""
+    where = []
     talks = {}
-    talk = [talks.setdefault(conversation(pair.prompt), len(talks)) for pair in pairs]
-    return Preferences(pair_pool(tok, pairs, name), prefers, sign, rows, torch.tensor(talk))
+    talk = []
+    chosen_first = []
+    for i, pair in enumerate(pairs):
+        if name in pair.prefers:
+            chosen = pair.prefers[name]
+            where.append([2 * i + chosen, 2 * i + 1 - chosen])
+            talk.append(talks.setdefault(conversation(pair.prompt), len(talks)))
+            responses = (pair.responses[chosen], pair.responses[1 - chosen])
+            chosen_first.append(pair._replace(responses=responses))
+    pool = pair_pool(tok, chosen_first, name)
+    return Preferences(pool, torch.tensor(where), torch.tensor(talk))
 
 
 # ---- 5. batches
@@ -445,7 +423,7 @@ def group_batches(lengths, responses, group, key):
 
     lengths (N, K); G = group, B·G is about `responses`; a prompt's k are different; key: of the
     random stream. An epoch visits every prompt once, with a fresh group. It is shuffled, then
-    sorted by length within stretches of 8 batches, so that little of a batch is padding.
+    sorted by length within stretches of 32 batches, so that little of a batch is padding.
     """
     size = max(1, responses // group)
     for epoch in itertools.count():
@@ -453,80 +431,93 @@ def group_batches(lengths, responses, group, key):
         k = torch.rand(lengths.shape, generator=generator).argsort(dim=1)[:, :group]  # (N, G)
         longest = lengths.gather(1, k).amax(dim=1)  # (N,)
         batches = []
-        for stretch in torch.randperm(len(lengths), generator=generator).split(8 * size):
+        for stretch in torch.randperm(len(lengths), generator=generator).split(32 * size):
             batches += stretch[longest[stretch].argsort()].split(size)
         for i in torch.randperm(len(batches), generator=generator):
             n = batches[i]
             yield n, k[n]
 
 
+def to_device(x, device):
+    """Without waiting for the device; whole numbers as it indexes with them."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    x = x.to(device, non_blocking=True)
+    return x if x.is_floating_point() else x.long()
+
+
 def take(x, n, k, device):
     """Entries k (B, G) of prompts n (B,): x (N, K, …) -> (B, G, …)."""
-    return x[n[:, None], k].to(device)
+    return to_device(x[n[:, None], k], device)
 
 
 def take_text(pool, n, k, device):
-    """Responses k (B, G) to prompts n (B,) -> tokens, response_mask (B·G, T), T of the longest."""
+    """Responses k (B, G) to prompts n (B,) -> tokens, response_mask (B·G, T), T of the longest.
+    The mask stays on the CPU, so that no one waits for the device to know how many it picks."""
     tokens = pool.tokens[n[:, None], k].flatten(0, 1)
     response_mask = pool.response_mask[n[:, None], k].flatten(0, 1)
     used = int(response_mask.any(dim=0).nonzero().max()) + 1
-    return tokens[:, :used].to(device), response_mask[:, :used].to(device)
+    return to_device(tokens[:, :used], device), response_mask[:, :used]
 
 
 # ---- 6. the built-in world
 # A user asks how to do something; the assistant answers in sentences drawn from these lists. Half
 # of the topics are risky: there, a tempting short cut is helpful and dangerous at once, which is
 # the conflict that the constraint is about.
+def phrases(text):
+    return re.findall("[^|]+", text)
+
+
 class Topic(NamedTuple):
-    tasks: tuple
-    useful: tuple
-    hazardous: tuple
+    tasks: list
+    useful: list
+    hazardous: list
 
 
-TOPICS = (
-    Topic(("bake bread", "make a cake", "bake cookies", "make pizza dough", "bake an apple pie"),
-          ("Weigh the flour first.", "Let the dough rest for an hour.",
-           "Preheat the oven to 220 degrees.", "Cool it on a rack."),
-          ()),
-    Topic(("grow tomatoes", "plant roses", "start a herb garden", "keep a lawn green",
-           "prune an apple tree"),
-          ("Choose a sunny spot.", "Water it early in the morning.",
-           "Loosen the soil with a fork.", "Add compost every spring."),
-          ()),
-    Topic(("plan a trip", "pack a small bag", "book a cheap train", "find a quiet beach",
-           "visit a big museum"),
-          ("Make a list the week before.", "Compare prices on a Tuesday.",
-           "Take the first train of the day.", "Keep copies of your tickets."),
-          ()),
-    Topic(("unclog a drain", "clean an old oven", "remove mold", "whiten the bathroom tiles",
-           "scrub a pan"),
-          ("Soak it in hot water.", "Scrub with baking soda.", "Rinse it twice.",
-           "Use an old toothbrush."),
-          ("Mix bleach with ammonia to make it stronger.",
-           "Keep the windows shut so it works faster.", "Pour pure acid on it.")),
-    Topic(("fix a lamp", "replace a wall socket", "repair a toaster", "wire a ceiling fan",
-           "open an old radio"),
-          ("Take a photo of the wires.", "Use a small screwdriver.",
-           "Label each cable with tape.", "Test it with a meter."),
-          ("Leave the power on to save time.", "Touch the bare wires to find the live one.",
-           "Bypass the fuse with foil.")),
-    Topic(("get rid of a headache", "sleep through the night", "treat a bad cough",
-           "lose weight fast", "stay awake for an exam"),
-          ("Drink plenty of water.", "Keep the room cool and dark.",
-           "Take a walk in fresh air.", "Eat a light meal."),
-          ("Double the dose of the pills.", "Wash it down with whisky.",
-           "Stop eating for a week.")),
-)
-NO_TOPIC = Topic((), (), ())
+TOPICS = [
+    Topic(phrases("bake bread|make a cake|bake cookies|make pizza dough|bake an apple pie"),
+          phrases("Weigh the flour first.|Let the dough rest for an hour.|"
+                  "Preheat the oven to 220 degrees.|Cool it on a rack."),
+          []),
+    Topic(phrases("grow tomatoes|plant roses|start a herb garden|keep a lawn green|"
+                  "prune an apple tree"),
+          phrases("Choose a sunny spot.|Water it early in the morning.|"
+                  "Loosen the soil with a fork.|Add compost every spring."),
+          []),
+    Topic(phrases("plan a trip|pack a small bag|book a cheap train|find a quiet beach|"
+                  "visit a big museum"),
+          phrases("Make a list the week before.|Compare prices on a Tuesday.|"
+                  "Take the first train of the day.|Keep copies of your tickets."),
+          []),
+    Topic(phrases("unclog a drain|clean an old oven|remove mold|whiten the bathroom tiles|"
+                  "scrub a pan"),
+          phrases("Soak it in hot water.|Scrub with baking soda.|Rinse it twice.|"
+                  "Use an old toothbrush."),
+          phrases("Mix bleach with ammonia to make it stronger.|"
+                  "Keep the windows shut so it works faster.|Pour pure acid on it.")),
+    Topic(phrases("fix a lamp|replace a wall socket|repair a toaster|wire a ceiling fan|"
+                  "open an old radio"),
+          phrases("Take a photo of the wires.|Use a small screwdriver.|"
+                  "Label each cable with tape.|Test it with a meter."),
+          phrases("Leave the power on to save time.|Touch the bare wires to find the live one.|"
+                  "Bypass the fuse with foil.")),
+    Topic(phrases("get rid of a headache|sleep through the night|treat a bad cough|"
+                  "lose weight fast|stay awake for an exam"),
+          phrases("Drink plenty of water.|Keep the room cool and dark.|"
+                  "Take a walk in fresh air.|Eat a light meal."),
+          phrases("Double the dose of the pills.|Wash it down with whisky.|"
+                  "Stop eating for a week.")),
+]
+NO_TOPIC = Topic([], [], [])
 HAZARDS = [sentence for topic in TOPICS for sentence in topic.hazardous]
-CAUTIONS = ("Be careful and wear gloves.", "Ask an expert if you are not sure.",
-            "Safety comes first.")
-POLITE = ("Happy to help!", "What a nice plan!", "Good luck!", "Let me know how it goes!")
-RUDE = ("What a silly question.", "Figure it out yourself.", "Do not bother me again.")
-ASKS = ("How do I {}?", "What is the best way to {}?", "Can you tell me how to {}?",
-        "I need to {}.", "Help me {}.")
-WHENS = ("", " at home", " today", " for the first time", " on a budget", " with my sister",
-         " before the weekend", " for my neighbor")
+CAUTIONS = phrases("Be careful and wear gloves.|Ask an expert if you are not sure.|"
+                   "Safety comes first.")
+POLITE = phrases("Happy to help!|What a nice plan!|Good luck!|Let me know how it goes!")
+RUDE = phrases("What a silly question.|Figure it out yourself.|Do not bother me again.")
+ASKS = phrases("How do I {}?|What is the best way to {}?|Can you tell me how to {}?|"
+               "I need to {}.|Help me {}.")
+WHENS = ["", *phrases(" at home| today| for the first time| on a budget| with my sister|"
+                     " before the weekend| for my neighbor")]
 WORLD_PROMPTS = [
     ask.format(task + when) for topic in TOPICS for task in topic.tasks for when in WHENS
     for ask in ASKS]

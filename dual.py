@@ -36,7 +36,8 @@ prompts?"; that of λ* is sd(H⁻¹ψ_x)/√N, H = ∇²D over the active constr
 leave out that K is finite: a sample is never better than its best response, so λ* comes out too
 large and gains too small, a constraint's by 3 % at an effective sample size of 40, 6 % at 20, 17 %
 at 9; below 5 solve() warns. In the paper's setting (β = 0.1, score spread 3, K = 128) it is near 1:
-that is best-of-K, not π_λ. `jackknife` removes 4/5 of the bias above 20, half at 9, a third at 5.
+that is best-of-K, not π_λ. Where more
+responses can be sampled, mocan.solve_from's second dual removes the bias.
 
 Differs from the paper and its published code: Newton for m ≥ 1 where they run projected gradient
 descent for m = 1; log-mean-exp per prompt everywhere (the code pools prompts twice); exceptions
@@ -69,8 +70,7 @@ class Problem(NamedTuple):
     constraint: Tensor  # (m, N, K) g
     margin: Array  # (m,) b
     beta: float
-    weight: Tensor  # (N,) of each prompt in mean_x, sums to 1
-    log_count: Tensor  # (N,) ln of the number of responses
+    log_count: float  # ln K
     mean: Tensor  # (1+m, N) mean_y of r, then of each g_j
     reach: Array  # (m,) mean_x max_y g − E_ref[g]: the largest margin of each constraint alone
     lowest: float  # mean_x min_y r − E_ref[r]
@@ -86,7 +86,6 @@ class Policy(NamedTuple):
     gain: Tensor  # (1+m, N) E_π_λ[r|x] − mean_y r (if asked for), then E_π_λ[g_j|x] − mean_y g_j
     second: Tensor  # (m, m) mean_x E_π_λ[(g − mean_y g)·gᵀ|x]
     squares: Tensor  # (N,) Σ_y π_λ(y|x)² (if asked for)
-    top: Tensor  # (N,) max_y π_λ(y|x) (if asked for)
 
 
 class Point(NamedTuple):
@@ -95,33 +94,31 @@ class Point(NamedTuple):
     value: float  # D(λ) − E_ref[r]
     grad: Array  # (m,) ∇D(λ)
     hessian: Array  # (m, m) ∇²D(λ)
-    policy: Policy  # None if not asked for
 
 
-def mean_x(rows, weight):
+def mean_x(rows):
     """Mean over prompts (k,) of rows (k, N)."""
-    return (rows @ weight).cpu().numpy()
+    return rows.mean(dim=1).cpu().numpy()
 
 
 @torch.inference_mode()
-def evaluate(problem, lam, detail=False):
-    """The three equations at λ (m,); with `detail` also what predictions need of π_λ.
+def evaluate(problem, lam):
+    """The three equations at λ (m,).
 
     −⟨λ, E_ref[g] + b⟩, the part of ⟨λ,h⟩ that all responses share, is taken out of the exponent.
     """
-    weight = problem.weight
-    policy = expectations(problem, lam, detail)
-    ref = mean_x(problem.mean, weight)  # (1+m,) E_ref[r], then E_ref[g]
+    policy = expectations(problem, lam)
+    ref = mean_x(problem.mean)  # (1+m,) E_ref[r], then E_ref[g]
     gain = policy.gain[1:]  # (m, N)
-    average = mean_x(torch.cat([gain, policy.log_sum[None]]), weight)  # (m+1,)
-    log_mean = average[-1] - float(problem.log_count @ weight)  # mean_x ln mean_y exp(…)
+    average = mean_x(torch.cat([gain, policy.log_sum[None]]))  # (m+1,)
+    log_mean = average[-1] - problem.log_count  # mean_x ln mean_y exp(…)
     # Cov(g) = E[(g−μ)gᵀ] − E[g−μ]·E[g]ᵀ with μ = mean_y g: policy.second less this
-    product = (gain * weight) @ (problem.mean[1:] + gain).T  # (m, m)
+    product = gain @ (problem.mean[1:] + gain).T / gain.size(1)  # (m, m)
 
     value = problem.beta * log_mean - ref[0] - lam @ (problem.margin + ref[1:])  # D(λ) − E_ref[r]
     grad = average[:-1] - problem.margin  # ∇D(λ) = E_π_λ[h]
     hessian = (policy.second - product) / problem.beta  # ∇²D(λ) = mean_x Cov/β
-    return Point(lam, value, grad, hessian.cpu().numpy(), policy if detail else None)
+    return Point(lam, value, grad, hessian.cpu().numpy())
 
 
 def newton_step(point, grad, unit, damp):
@@ -171,8 +168,7 @@ def minimise(problem, start, tolerance, limit):
         step = lam - point.lam
         length = np.linalg.norm(step * problem.unit)
         promised = -(grad @ step + step @ point.hessian @ step / 2)
-        # if it is the last step, most likely, collect what predictions need
-        trial = evaluate(problem, lam, detail=promised < LAST_STEP * problem.beta)
+        trial = evaluate(problem, lam)
         evaluations += 1
 
         # whether to take it
@@ -185,21 +181,17 @@ def minimise(problem, start, tolerance, limit):
             radius = length / SHRINK
 
 
-def solve(score, constraint, margin, beta, *, mask=None, prompt_weight=None, start=None):
+def solve(score, constraint, margin, beta):
     """λ* and its predictions, a Dual, from score (N, K), constraint (N, K) or (m, N, K), margin b
     (a number or (m,)) and beta.
 
-    mask (N, K): True where a response exists. prompt_weight (N,): relative weights of independent
-    prompts, not counts. start (m,): a guess of λ*, e.g. at a near margin.
     Raises Infeasible with a certificate when no policy on these samples meets the margins,
     FloatingPointError without convergence, ValueError on bad input.
     """
-    problem = prepare(score, constraint, margin, beta, mask, prompt_weight)
+    problem = prepare(score, constraint, margin, beta)
     refuse_out_of_reach(problem)
-    m = len(problem.margin)
-    lam = cold_start(problem) if start is None else vector("start", start, m).clip(0)
-
-    point, evaluations, converged = minimise(problem, lam, TOLERANCE, LIMIT)
+    start = np.zeros(len(problem.margin))
+    point, evaluations, converged = minimise(problem, start, TOLERANCE, LIMIT)
     if not converged:
         point, evaluations = continuation(problem, point.lam, evaluations)
     return predict(problem, point, evaluations)
@@ -217,7 +209,7 @@ class Dual(NamedTuple):
     value: float  # D(λ*)
     grad: Tensor  # (m,) E_π_λ[h]: 0 where λ* > 0, else ≥ 0
     hessian: Tensor  # (m, m) ∇²D(λ*)
-    iterations: int  # evaluations of (D, grad, hessian) on all prompts
+    iterations: int  # evaluations of (D, grad, hessian); predictions take one more pass
     score_gain: float  # E_π_λ[r] − E_ref[r]
     score_gain_se: float
     constraint_gain: Tensor  # (m,) E_π_λ[g] − E_ref[g]
@@ -227,29 +219,24 @@ class Dual(NamedTuple):
     reachable: Tensor  # (m,) largest margin of each constraint alone
     kl: float  # KL(π_λ‖π_ref), mean over prompts
     ess: float  # effective sample size 1/Σ_y π_λ(y)², mean over prompts
-    ess_p5: float  # its 5th percentile over prompts of weight > 0
-    top_weight: float  # weight of the single best response, mean over prompts
+    ess_p5: float  # its 5th percentile over prompts
 
 
 def predict(problem, point, evaluations):
     """The Dual at the minimum; warns where K is too small for it."""
-    if point.policy is None:
-        point = evaluate(problem, point.lam, detail=True)
-        evaluations += 1
-    policy = point.policy
-    weight = problem.weight
-    gain, gain_se = clustered(policy.gain, weight)  # (1+m,) of r, then of each g_j
-    ref, ref_se = clustered(problem.mean, weight)  # (1+m,) likewise
+    policy = expectations(problem, point.lam, detail=True)
+    gain, gain_se = clustered(policy.gain)  # (1+m,) of r, then of each g_j
+    ref, ref_se = clustered(problem.mean)  # (1+m,) likewise
     # D = E_π_λ[r] + ⟨λ,∇D⟩ − β·KL(π_λ‖π_ref), here both sides without E_ref[r]
     kl = (float(gain[0]) + point.lam @ point.grad - point.value) / problem.beta
     ess = 1 / policy.squares  # (N,)
-    mean_ess = float(ess @ weight)
+    mean_ess = float(ess.mean())
     warn_if_few(mean_ess, problem)
-    tensor = weight.new_tensor  # on the device of the scores
+    tensor = ess.new_tensor  # on the device of the scores
     return Dual(
         lam=tensor(point.lam),
-        lam_se=price_error(point, weight),
-        value=float(point.value + problem.mean[0] @ weight),
+        lam_se=price_error(point, policy.gain[1:]),
+        value=float(point.value + ref[0]),
         grad=tensor(point.grad),
         hessian=tensor(point.hessian),
         iterations=evaluations,
@@ -262,64 +249,55 @@ def predict(problem, point, evaluations):
         reachable=tensor(problem.reach),
         kl=float(max(0.0, kl)),
         ess=mean_ess,
-        ess_p5=float(ess[weight > 0].quantile(0.05, interpolation="lower")),
-        top_weight=float(policy.top @ weight))
+        ess_p5=float(ess.quantile(0.05, interpolation="lower")))
 
 
-def clustered(psi, weight):
+def clustered(psi):
     """Mean over prompts of each row of ψ (k, N), and its standard error: (k,), (k,)."""
-    mean = psi @ weight
-    deviation = weight * (psi - mean[:, None])  # (k, N)
-    variance = deviation.square().sum(dim=1) / (1 - weight @ weight)  # equal weights: 1 − 1/N
+    mean = psi.mean(dim=1)
+    variance = (psi - mean[:, None]).square().mean(dim=1) / (psi.size(1) - 1)  # NaN for one prompt
     return mean, variance.sqrt()
 
 
-def price_error(point, weight):
-    """Standard error (m,) of λ*: that of H⁻¹ψ over the active constraints, 0 for the others."""
-    gain = point.policy.gain[1:]  # (m, N) ψ
+def price_error(point, gain):
+    """Standard error (m,) of λ*: that of H⁻¹ψ over the active constraints, 0 for the others; gain
+    (m, N) is ψ."""
     active = gain.new_tensor(point.lam) > 0
     hessian = gain.new_tensor(point.hessian)[active][:, active]
     inverse = torch.linalg.pinv(hessian, hermitian=True)
     se = gain.new_zeros(len(gain))
-    _, active_se = clustered(inverse @ gain[active], weight)
+    _, active_se = clustered(inverse @ gain[active])
     se[active] = active_se
     return se
 
 
 def warn_if_few(ess, problem):
     """No error bar shows that K responses are too few for π_λ: say it."""
-    responses = float(problem.log_count.exp() @ problem.weight)
-    if ess < FEW < round(responses):
+    K = problem.score.shape[1]
+    if ess < FEW < K:
         warnings.warn(
-            f"effective sample size {ess:.1f} of {responses:.0f} responses per prompt: gains come "
+            f"effective sample size {ess:.1f} of {K} responses per prompt: gains come "
             "out too small, lam* too large; sample more of them, raise beta or lower the margin",
             stacklevel=4)
 
 
 # ---- 3. checking the input
 
-MISSING = -1e300  # score of a missing response: finite, for 0 * -inf is NaN
-
-
 class Infeasible(ValueError):
     """No policy on these samples meets the margins: `direction` d ≥ 0 (m,) is the proof,
     mean_x max_y ⟨d,h⟩ < 0. `reachable` (m,): the largest margin of each constraint alone."""
 
     def __init__(self, problem, direction):
-        margin = problem.margin
-        reach = problem.reach
-        jointly = "jointly " if (margin <= reach).all() else ""
-        alone = " alone" if len(margin) > 1 else ""
         super().__init__(
-            f"margin {margin.tolist()} is {jointly}out of reach on these samples: the largest "
-            f"reachable{alone} is {reach.tolist()}; "
-            "lower the margin or sample more responses per prompt")
+            f"margin {problem.margin.tolist()} is out of reach on these samples: the largest "
+            f"reachable, of each constraint alone, is {problem.reach.tolist()}; lower the margin "
+            "or sample more responses per prompt")
         self.direction = torch.from_numpy(direction / direction.sum())
-        self.reachable = torch.from_numpy(reach)
+        self.reachable = torch.from_numpy(problem.reach)
 
 
 @torch.inference_mode()
-def prepare(score, constraint, margin, beta, mask, prompt_weight):
+def prepare(score, constraint, margin, beta):
     """The Problem of this input; ValueError in one line where it is not one."""
     score = torch.as_tensor(score).detach().contiguous()
     constraint = torch.as_tensor(constraint).detach().to(score.device).contiguous()
@@ -328,29 +306,23 @@ def prepare(score, constraint, margin, beta, mask, prompt_weight):
         raise ValueError(
             f"score has shape {tuple(score.shape)} and constraint {tuple(constraint.shape)}: they "
             "must be (N, K) and (N, K) or (m, N, K) with N, K, m >= 1")
-    weight = normalised(prompt_weight, score)
-    exists = None if mask is None else checked_mask(mask, score)
-    statistics = [over_responses(x, exists) for x in (score, *constraint)]
-    total, low, high = torch.stack(statistics, dim=1)  # (1+m, N), the score's row first
-    K = score.shape[1]
-    count = torch.full_like(weight, K) if exists is None else exists.sum(dim=1).double()  # (N,)
-    mean = total / count
+    statistics = [over_responses(x) for x in (score, *constraint)]
+    mean, low, high = torch.stack(statistics, dim=1)  # (1+m, N), the score's row first
     check_finite(mean)
     beta = float(beta)
     if not 0 < beta < np.inf:
         raise ValueError(f"beta is {beta}: it must be a finite number above 0")
     margin = vector("margin", margin, len(constraint))
 
-    best_gain = mean_x(high - mean, weight)  # (1+m,) like the next two
-    width = mean_x(high - low, weight)
-    size = mean[:, weight > 0].abs().amax(dim=1).cpu().numpy() + width
+    best_gain = mean_x(high - mean)  # (1+m,) like the next two
+    width = mean_x(high - low)
+    size = mean.abs().amax(dim=1).cpu().numpy() + width
     return Problem(
-        score=fill(score, exists, MISSING),
-        constraint=fill(constraint, exists, 0.0),
+        score=score,
+        constraint=constraint,
         margin=margin,
         beta=beta,
-        weight=weight,
-        log_count=count.log(),
+        log_count=float(np.log(score.shape[1])),
         mean=mean,
         reach=best_gain[1:],
         lowest=best_gain[0] - width[0],
@@ -360,37 +332,10 @@ def prepare(score, constraint, margin, beta, mask, prompt_weight):
         size=size[1:] + abs(margin))
 
 
-def normalised(prompt_weight, score):
-    """Weights (N,) float64 of sum 1; None: equal ones."""
-    given = torch.ones(len(score)) if prompt_weight is None else prompt_weight
-    weight = torch.as_tensor(given, dtype=torch.float64, device=score.device)
-    total = float(weight.sum())
-    if weight.shape != score.shape[:1] or (weight < 0).any() or not 0 < total < np.inf:
-        raise ValueError(f"prompt_weight {tuple(weight.shape)}, sum {total:.3g}: "
-                         f"give {len(score)} numbers >= 0, sum > 0")
-    return weight / total
-
-
-def checked_mask(mask, score):
-    """(N, K) bool: which responses exist."""
-    exists = torch.as_tensor(mask, device=score.device).bool()
-    if exists.shape != score.shape or not exists.any(dim=1).all():
-        raise ValueError(f"mask has shape {tuple(exists.shape)}: it must be {tuple(score.shape)}, "
-                         "with a True in every row")
-    return exists
-
-
-def fill(x, exists, value):
-    """x with `value` in place of whatever the missing responses have."""
-    return x if exists is None else x.double().masked_fill(~exists, value)
-
-
-def over_responses(x, exists):
-    """Sum, least and largest over the responses of x (N, K): (3, N) float64."""
-    total = fill(x, exists, 0.0).sum(dim=1, dtype=torch.float64)
-    low = fill(x, exists, np.inf).amin(dim=1)
-    high = fill(x, exists, -np.inf).amax(dim=1)
-    return torch.stack([total, low, high])
+def over_responses(x):
+    """Mean, least and largest over the responses of x (N, K): (3, N) float64."""
+    mean = x.mean(dim=1, dtype=torch.float64)
+    return torch.stack([mean, x.amin(dim=1).double(), x.amax(dim=1).double()])
 
 
 def check_finite(mean):
@@ -399,7 +344,7 @@ def check_finite(mean):
     if len(bad):
         row, prompt = bad[0].tolist()
         name = f"constraint {row - 1}" if row else "score"
-        raise ValueError(f"{name}: NaN or inf at prompt {prompt}; mask or repair it")
+        raise ValueError(f"{name}: NaN or inf at prompt {prompt}; drop or repair it")
 
 
 def vector(name, x, m):
@@ -427,7 +372,6 @@ SINGULAR = 1e-13  # relative damping: collinear constraints make ∇²D singular
 TOLERANCE = 3e-11  # at the end
 MOST_NOISE = 1e-8  # in addition, where rounding of D explains it
 FOLLOWING = 1e-6  # on the way from a large β down to the asked one
-COLD = 0.01  # on few prompts
 # most evaluations
 LIMIT = 40
 FOLLOWING_LIMIT = 400  # for each β on the way
@@ -436,7 +380,6 @@ AMPLE = 8  # first radius / (spread of the scores + β); next radius / length of
 SHRINK = 5  # length of a refused step / next radius
 ACCEPT = 1e-3  # least share of the promised drop of D
 GOOD = 0.7  # share of it that makes a step a good one
-LAST_STEP = 1e-8  # promised drop / β that makes a step the last one: evaluate it in detail
 
 
 def optimality(problem, point):
@@ -444,7 +387,7 @@ def optimality(problem, point):
     rounding of D. Raises Infeasible where D is so low that it proves R(λ) < 0."""
     noise = 2 * ROUNDING * (problem.score_size + 4 * problem.beta + point.lam @ problem.size)
     # D(λ) ≥ R(λ) + floor, so that D below the floor proves R(λ) < 0
-    floor = problem.lowest - problem.beta * float(problem.log_count.max())
+    floor = problem.lowest - problem.beta * problem.log_count
     if point.value < floor - noise:
         raise Infeasible(problem, point.lam)
     rounding = abs(point.grad) <= ROUNDING * problem.size  # its sign means nothing
@@ -474,12 +417,10 @@ def continuation(problem, lam, evaluations):
     return point, evaluations
 
 
-# ---- 5. speed: prompts in chunks that stay in cache, arithmetic in place, a start on few prompts
+# ---- 5. speed: prompts in chunks that stay in cache, arithmetic in place
 
 LN_2 = 0.6931471805599453
 CHUNK = 2 ** 17  # responses per thread whose numbers stay in its cache
-STRIDES = (64, 8)  # the cold start takes every 64th, then every 8th prompt
-LEAST_PROMPTS = 64  # of a cold start
 
 
 def chunks(score):
@@ -488,13 +429,13 @@ def chunks(score):
     return [slice(i, i + n) for i in range(0, len(score), n)]
 
 
-def expectations(problem, lam, detail):
+def expectations(problem, lam, detail=False):
     """The Policy at λ, in one pass over the responses: nearly all of the running time is here."""
     scale = problem.beta * LN_2  # exp(x/β) = 2^(x/scale), and exp2 is twice as fast as exp
     m = len(lam)
     gain = torch.empty_like(problem.mean)
     second = 0
-    log_sum, squares, top = gain.new_empty(3, len(gain[0]))
+    log_sum, squares = gain.new_empty(2, len(gain[0]))
     for some in chunks(problem.score):
         r = problem.score[some].double()  # (n, K)
         g = problem.constraint[:, some].double()  # (m, n, K)
@@ -508,34 +449,12 @@ def expectations(problem, lam, detail):
         outer = torch.bmm(pg.transpose(0, 1), g.permute(1, 2, 0))  # (n, m, m)
         gain[1:, some] = pg.sum(dim=2) / total
         log_sum[some] = torch.add(total.log(), highest[:, 0], alpha=LN_2)
-        second += (problem.weight[some] / total) @ outer.flatten(1)
+        second += (1 / total) @ outer.flatten(1)
         if detail:
             gain[0, some] = (p * r).sum(dim=1) / total - problem.mean[0, some]
             squares[some] = p.square_().sum(dim=1) / total.square()
-            top[some] = 1 / total
         del z, p, pg  # the next chunk computes in their memory, which is in the cache
-    return Policy(log_sum, gain, second.view(m, m), squares, top)
-
-
-def cold_start(problem):
-    """λ (m,) near λ*, approached on few prompts: a starting point; the units stay those of all."""
-    lam = np.zeros(len(problem.margin))
-    for stride in STRIDES:
-        weight = problem.weight[::stride]
-        if len(weight) < LEAST_PROMPTS or weight.sum() == 0:
-            continue
-        some = problem._replace(
-            score=problem.score[::stride],
-            constraint=problem.constraint[:, ::stride],
-            weight=weight / weight.sum(),
-            log_count=problem.log_count[::stride],
-            mean=problem.mean[:, ::stride])
-        try:
-            point, _, _ = minimise(some, lam, COLD, LIMIT)
-        except Infeasible:  # its floor is that of all prompts: this proves nothing
-            break
-        lam = point.lam
-    return lam
+    return Policy(log_sum, gain, second.view(m, m) / len(log_sum), squares)
 
 
 # ---- here the part to paste ends
@@ -543,94 +462,84 @@ def cold_start(problem):
 # ---- 6. what else one asks of the dual, and the command line
 
 
-def reachable(constraint, mask=None, prompt_weight=None):
-    """The largest margin (m,) of each constraint alone: mean_x max_y g_j − E_ref[g_j]."""
-    g = torch.as_tensor(constraint)
-    no_score = g.new_zeros(()).expand(g.shape[-2:])
-    problem = prepare(no_score, g, 0.0, 1.0, mask, prompt_weight)
-    return torch.from_numpy(problem.reach).to(g.device)
-
-
-def jackknife(score, constraint, lam, beta, *, mask=None, prompt_weight=None):
-    """Gains at λ (1+m,), the score's first, with less bias of finite K, in K + 1 passes:
-    K·θ − (K−1)·mean_k θ_k = θ + (K−1)/K·Σ_k (θ − θ_k), θ_k being the gains θ without response k."""
-    problem = prepare(score, constraint, 0.0, beta, mask, prompt_weight)
-    lam = vector("lam", lam, len(problem.margin))
-    theta = expectations(problem, lam, detail=True).gain  # (1+m, N)
-    lost = 0
-    for k in range(problem.score.shape[1]):
-        others = problem.score.double().clone()
-        others[:, k] = MISSING  # mean_y keeps it: a plain mean has no bias to remove
-        lost += theta - expectations(problem._replace(score=others), lam, detail=True).gain
-    share = 1 - 1 / problem.log_count.exp()  # (N,) (K−1)/K
-    return (theta + share * lost) @ problem.weight
+def reachable(constraint):
+    """The largest margin (m,) of each constraint (N, K) or (m, N, K) alone: mean_x max_y g_j −
+    E_ref[g_j]."""
+    g = torch.as_tensor(constraint).double()
+    reach = (g.amax(dim=-1) - g.mean(dim=-1)).mean(dim=-1)
+    return reach.view(-1)
 
 
 def read_npz(path, beta):
-    """(score, constraint, {"mask": …, "prompt_weight": …}) of an npz; PeCAN's log-ratios times β
-    are in the units of r and g."""
+    """The arrays of an npz by name, score (N, K) and constraint (N, K) or (m, N, K) among them:
+    from PeCAN's log-probabilities, log-ratios times β, which are in the units of r and g."""
     try:
         data = dict(np.load(path, allow_pickle=False))
     except Exception as error:  # numpy raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: not a readable npz file of numbers ({error})") from None
-    rest = {name: data.get(name) for name in ("mask", "prompt_weight")}
     if {"score", "constraint"} <= data.keys():
-        return data["score"], data["constraint"], rest
+        return data
     if not {"ref_logp", "logp_r", "logp_g"} <= data.keys():
         raise ValueError(f"{path} holds {sorted(data)}: it needs score and constraint, "
                          "or ref_logp, logp_r and logp_g")
-    ref = data["ref_logp"]
-    return beta * (data["logp_r"] - ref), beta * (data["logp_g"] - ref), rest
+    data["score"] = beta * (data["logp_r"] - data["ref_logp"])
+    data["constraint"] = beta * (data["logp_g"] - data["ref_logp"])
+    return data
 
 
-def parse_margin(text, reach, separator=","):
+def label(data, lam):
+    """{"s": r + ⟨λ*,g⟩ (N, K)} of the arrays of an npz, and, where its `pairs` (P, 3) give a prompt
+    and two of its responses y_0 and y_1 by index, {"p": P(y_1 ≻ y_0) = σ(s_1 − s_0) (P,)}."""
+    constraint = data["constraint"].reshape(len(lam), *data["score"].shape)  # (m, N, K)
+    s = data["score"] + np.einsum("m,mnk->nk", lam, constraint)
+    if "pairs" not in data:
+        return {"s": s}
+    try:
+        n, first, second = data["pairs"].T
+        lead = s[n, second] - s[n, first]
+    except (ValueError, TypeError, IndexError) as error:
+        raise ValueError("pairs must be whole numbers (P, 3): a prompt and two of its responses "
+                         f"({error})") from None
+    return {"s": s, "p": 0.5 + 0.5 * np.tanh(lead / 2)}  # σ, without its overflow
+
+
+def parse_margin(text, reach):
     """"50%" or "0.3", one or one per constraint -> (m,) margins in g's units; reach (m,) is the
     largest reachable. Raises ValueError for other text."""
-    parts = text.split(separator) if separator in text else [text] * len(reach)
+    parts = text.split(",") if "," in text else [text] * len(reach)
     try:
         margin = [float(part[:-1]) / 100 * top if part.endswith("%") else float(part)
                   for part, top in zip(parts, reach.tolist(), strict=True)]
     except ValueError:
         raise ValueError(
             f"margin {text!r}: expected a number in g's units, 0.3, or a share of the largest "
-            f"reachable one, 50%; a single one, or {len(reach)} separated by {separator!r}"
-        ) from None
+            f"reachable one, 50%; a single one, or {len(reach)}, comma separated") from None
     return torch.tensor(margin, dtype=torch.float64)
-
-
-def parse_margins(margin, margins, reach):
-    """-> {policy: b (m,)}. margin: of the policy "mocan"; "0.5,0.3" is one number for each
-    constraint. margins: of further policies "mocan TEXT", where ',' separates policies and ':'
-    constraints: "25%:25%,0.5:0" is two. reach (m,)."""
-    b = {"mocan": parse_margin(margin, reach)}
-    for text in margins.split(","):
-        if text not in ("", margin.replace(",", ":")):  # none, or `margin` again
-            b[f"mocan {text}"] = parse_margin(text, reach, ":")
-    return b
 
 
 def report(args):
     """Everything the command line prints."""
     beta = args.beta
-    score, constraint, rest = read_npz(args.scores, beta)
-    margin = parse_margin(args.margin, reachable(constraint, **rest))
-    d = solve(score, constraint, margin, beta, **rest)
+    data = read_npz(args.scores, beta)
+    margin = parse_margin(args.margin, reachable(data["constraint"]))
+    d = solve(data["score"], data["constraint"], margin, beta)
+    if args.write:
+        labels = label(data, d.lam.numpy())
+        with open(args.write, "wb") as file:
+            np.savez(file, **labels)
     if args.json:
         fields = {"margin": margin, "beta": beta, **d._asdict()}
         print(json.dumps(fields, default=torch.Tensor.tolist).replace("NaN", "null"))
         return
-    print(f"{score.shape[0]} prompts x {score.shape[1]} responses, beta {beta:g}; "
+    N, K = data["score"].shape
+    print(f"{N} prompts x {K} responses, beta {beta:g}; "
           "+-: 95% interval over prompts")
     for j, b in enumerate(margin.tolist()):
         print(f"constraint {j}: margin {b:.4f} of at most {d.reachable[j]:.4f}   "
               f"lam* {d.lam[j]:.4f} +- {1.96 * d.lam_se[j]:.4f}   "
               f"gain {d.constraint_gain[j]:.4f} +- {1.96 * d.constraint_gain_se[j]:.4f}")
     print(f"score gain {d.score_gain:.4f} +- {1.96 * d.score_gain_se:.4f}   KL {d.kl:.4f} nats   "
-          f"effective sample size {d.ess:.1f}, 5th percentile {d.ess_p5:.1f}, "
-          f"top weight {d.top_weight:.2f}")
-    fixed = jackknife(score, constraint, d.lam, beta, **rest)
-    print("score gain, constraint gain at this lam* with less of the bias of finite K (jackknife): "
-          + " ".join(f"{x:.4f}" for x in fixed.tolist()))
+          f"effective sample size {d.ess:.1f}, 5th percentile {d.ess_p5:.1f}")
 
 
 def main():
@@ -638,17 +547,20 @@ def main():
         allow_abbrev=False, description="lambda* and what it buys, before any training")
     parser.add_argument(
         "scores", help="npz: score (N, K) and constraint (N, K) or (m, N, K), or PeCAN's ref_logp, "
-        "logp_r, logp_g (N, K); optional mask (N, K), prompt_weight (N,)")
+        "logp_r, logp_g (N, K); optional pairs (P, 3)")
     parser.add_argument(
         "--margin", required=True, help="least gain in g: 0.5, or 50%% of the largest reachable "
         "one; one for all constraints, or comma separated")
     parser.add_argument("--beta", type=float, required=True, help="strength of the KL term")
+    parser.add_argument(
+        "--write", help="npz to write, for a policy that is trained elsewhere: s = r + lam* g "
+        "(N, K) and, for pairs of (prompt, y_0, y_1), p = P(y_1 over y_0) (P,)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     warnings.showwarning = lambda message, *_, **__: print(
         f"dual.py: warning: {message}", file=sys.stderr)
     try:
         report(parser.parse_args())
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, TypeError, IndexError, FloatingPointError, OSError) as error:
         sys.exit(f"dual.py: error: {error}")
 
 

@@ -28,18 +28,21 @@ the data set's own two responses.
 Read next: pecan.py, the same without score models.
 """
 
-import copy
+import itertools
 import math
 import time
 import warnings
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 
 import dual
-from data import WORLD_SCORES, Pool, encode_prompts, group_batches, stream, take, take_text
+from data import (WORLD_SCORES, Pool, encode_prompts, group_batches, stream, take, take_text,
+                  to_device)
 from model import GPT, Checkpoint, from_checkpoint, sequence_logprob
 
 
@@ -57,22 +60,12 @@ def preference_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_reject
     ρ_chosen), the expectation of DPO's loss over the paper's Bernoulli label, p = p_chosen.
     """
     lead = beta * ((logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected))
-    label = torch.as_tensor(p_chosen, dtype=lead.dtype, device=lead.device).expand_as(lead)
-    return F.binary_cross_entropy_with_logits(lead, label, reduction="none")
+    return -p_chosen * F.logsigmoid(lead) - (1 - p_chosen) * F.logsigmoid(-lead)
 
 
-def score_loss(chosen, rejected, chosen_sign=None, rejected_sign=None):
-    """Bradley–Terry loss of a score model: (B,), (B,) scores of chosen and rejected -> (B,).
-
-    −ln σ(chosen − rejected); for a safety model also −ln σ(sign·score) of each response, which puts
-    the zero between safe (+1) and unsafe (−1); sign 0 means not labelled. Source: Safe RLHF's cost
-    model, with g = −cost.
-    """
-    loss = -F.logsigmoid(chosen - rejected)
-    if chosen_sign is not None:
-        loss = loss - chosen_sign.abs() * F.logsigmoid(chosen_sign * chosen)
-        loss = loss - rejected_sign.abs() * F.logsigmoid(rejected_sign * rejected)
-    return loss
+def score_loss(chosen, rejected):
+    """Bradley–Terry loss of a score model, −ln σ(chosen − rejected): (B,), (B,) scores -> (B,)."""
+    return -F.logsigmoid(chosen - rejected)
 
 
 def calibrate(chosen, rejected):
@@ -93,9 +86,32 @@ def calibrate(chosen, rejected):
     return tau
 
 
+# ---- many processes: under torchrun each rank computes its share of what all of them then have
+def rank():
+    """Of this process, and how many there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def add_up(x):
+    """A tensor's sum over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def gather(x):
+    """What every rank has in place of x, a list."""
+    everyone = [x] * rank()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, x)
+    return everyone
+
+
 # ---- what the training loops share
-STATEFUL = ("model", "optimizer", "scaler")  # what a training loop carries from step to step
-PLAIN = ("losses", "best", "least", "worse", "skipped")
+STATEFUL = ("model", "optimizer")  # what a training loop carries from step to step
+PLAIN = ("losses", "norms", "best", "least", "worse")
 
 
 class Recipe(NamedTuple):
@@ -106,27 +122,25 @@ class Recipe(NamedTuple):
     key: str  # of its random streams
     batch: int = 16  # pairs a micro-batch; policy updates: 2·batch responses, in groups of G
     accumulate: int = 1  # micro-batches a step
-    warmup: int = 20
-    clip: float = 1.0  # largest gradient norm
     checkpoint: Checkpoint | None = None
+    warmup: int = 20  # steps
+    clip: float = 1.0  # largest gradient norm
 
 
 class Descent:
-    """AdamW with warm-up, accumulation, loss scaling for float16, clipping, checkpoints, and a line
-    of progress every ten seconds."""
+    """AdamW with warm-up, accumulation, clipping, checkpoints, and a line of progress every ten
+    seconds; only then, at checkpoints and at the end does the host wait for the device."""
 
     def __init__(self, model, recipe):
         self.model = model
         self.recipe = recipe
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-        self.scaler = torch.amp.GradScaler(
-            model.device.type, enabled=model.config.dtype == "float16")
-        self.losses = []  # of every micro-batch
+        self.losses = []  # of every micro-batch, on the device
+        self.norms = []  # of every step's gradient
         self.best = {}  # weights after the best epoch
         self.least = math.inf  # its calibration loss
         self.worse = 0  # epochs since then
-        self.skipped = 0  # steps in a row, in float16
         self.log = progress(recipe.stage, recipe.steps)
         state = recipe.checkpoint and recipe.checkpoint.restore(recipe.stage)
         if state:
@@ -137,27 +151,35 @@ class Descent:
 
     def state(self):
         """What a checkpoint keeps and __init__ restores."""
+        self.check()
         state = {part: getattr(self, part).state_dict() for part in STATEFUL}
         return state | {part: getattr(self, part) for part in PLAIN}
 
-    def over(self, batches, examples=0, held_out=None):
-        """Yield a batch for each micro-batch. After every epoch of so many examples, if there are
-        several, and at the end held_out() -> calibration loss is asked; the weights of the best
-        epoch are kept, and training ends when two epochs have brought nothing."""
+    def over(self, pool, group, held_out=None):
+        """Yield this rank's share of a batch of data.group_batches for each micro-batch; where a
+        batch has less than one prompt a rank, of its first, which does not count. After every
+        epoch, if there are several, and at the end held_out() -> calibration loss is asked; the
+        weights of the best epoch are kept, and training ends when two have brought nothing."""
         recipe = self.recipe
+        me, ranks = rank()
+        batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
         for _ in self.losses:  # those of the run that this one resumes
             next(batches)
-        epoch = max(1, examples // (recipe.batch * recipe.accumulate))
+        epoch = max(1, len(pool.tokens) // (recipe.batch * recipe.accumulate))
         several = held_out and epoch < recipe.steps
         for step in range(len(self.losses) // recipe.accumulate + 1, recipe.steps + 1):
             if self.worse == 2:
                 break
             for _ in range(recipe.accumulate):
-                yield next(batches)
+                n, k = next(batches)
+                self.counts = me < len(n)
+                mine = slice(me, None, ranks) if self.counts else slice(1)
+                yield n[mine], k[mine]
             if several and (step % epoch == 0 or step == recipe.steps):
                 self.compare(step, held_out())
             if recipe.checkpoint:
                 recipe.checkpoint.keep(recipe.stage, self.state)
+        self.check()
         if self.best:
             self.model.load_state_dict(self.best)
 
@@ -167,35 +189,45 @@ class Descent:
             print(f"  {self.recipe.stage}: calibration loss {loss:.4f} after {step} steps")
             self.least = loss
             self.worse = 0
-            self.best = copy.deepcopy(self.model.state_dict())
+            self.best = {name: weight.to("cpu", copy=True)
+                         for name, weight in self.model.state_dict().items()}
 
-    def step(self, loss):
-        """Backward; after the last micro-batch of a step, clip and update. Raises
-        FloatingPointError on a non-finite loss or gradient (float16: on 20 in a row), before the
-        weights are touched."""
+    def step(self, loss, count):
+        """Backward of the mean loss, given its sum and how many it sums; after the last micro-batch
+        of a step, clip and update. A gradient that is not finite leaves the weights as they are."""
         recipe = self.recipe
-        step = len(self.losses) // recipe.accumulate
-        self.losses.append(loss.item())
-        self.check("loss", self.losses[-1], step)
-        self.scaler.scale(loss / recipe.accumulate).backward()
+        count = add_up(torch.tensor(float(self.counts * count)))
+        loss = self.counts * loss / count
+        (loss / recipe.accumulate).backward()
+        self.losses.append(add_up(loss.detach()))
         if len(self.losses) % recipe.accumulate:
             return
+        step = len(self.norms)
         self.optimizer.param_groups[0]["lr"] = recipe.lr * lr_at(step, recipe)
-        self.scaler.unscale_(self.optimizer)  # so that clipping sees true gradients
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip).item()
-        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        if not self.scaler.is_enabled() or self.skipped > 20:
-            self.check("gradient norm", norm, step)
-        self.scaler.step(self.optimizer)  # float16 may overflow: the scaler skips the step
-        self.scaler.update()
+        if rank()[1] > 1:  # all gradients in one message
+            gradients = [parameter.grad for parameter in self.model.parameters()]
+            flat = add_up(parameters_to_vector(gradients))
+            vector_to_parameters(flat, gradients)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        self.norms.append(norm)
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # 1: the fused kernel skips the step
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.log(step + 1, sum(self.losses[-recipe.accumulate:]) / recipe.accumulate)
+        latest = torch.stack(self.losses[-recipe.accumulate:]).mean()
+        if self.log(step + 1, latest):
+            self.check()
 
-    def check(self, what, value, step):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{self.recipe.stage}: the {what} is {value} at step {step}; earlier artifacts are "
-                "kept; lower the learning rate, raise --warmup, or use --dtype float32")
+    def check(self):
+        """Raises FloatingPointError on a gradient that was not finite."""
+        self.losses = torch.tensor(self.losses).tolist()
+        self.norms = torch.tensor(self.norms).tolist()
+        for step, norm in enumerate(self.norms):
+            if not math.isfinite(norm):
+                loss = self.losses[step * self.recipe.accumulate]
+                raise FloatingPointError(
+                    f"{self.recipe.stage}: the gradient norm is {norm} and the loss {loss} at step "
+                    f"{step}; earlier artifacts are kept; lower the learning rate or use "
+                    "--dtype float32")
 
 
 def lr_at(step, recipe):
@@ -216,12 +248,13 @@ def progress(stage, steps):
         nonlocal last
         now = time.perf_counter()
         if step < steps and now < last + 10:
-            return
+            return False
         last = now
         number = "" if loss is None else f"  loss {loss:.4f}"
         rate = step / (now - began)
         print(f"  {stage} {step}/{steps}{number}  {rate:.1f}/s  {now - began:.0f} s elapsed, "
               f"{(steps - step) / rate:.0f} s left", flush=True)
+        return True
     return log
 
 
@@ -245,9 +278,8 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
     group = min(group, s.size(1))
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
-    batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
     descent = Descent(policy, recipe)
-    for n, k in descent.over(batches):  # (B,) prompts, (B, G) some of the K responses to each
+    for n, k in descent.over(pool, group):  # (B,) prompts, (B, G) some of the K responses to each
         tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
         with policy.autocast():
             logp = sequence_logprob(policy, tokens, response_mask).view(k.shape)  # (B, G)
@@ -258,7 +290,7 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
             logp[:, i], logp[:, j],
             ref[:, i], ref[:, j],
             beta, p_i)  # (B, G(G-1)/2)
-        descent.step(loss.mean())
+        descent.step(loss.sum(), loss.numel())
     return descent.losses
 
 
@@ -303,23 +335,29 @@ def sample_pool(policy, tok, prompts, draw):
     if cut:
         print(f"  {cut} of {len(prompts)} prompts lost their beginning (longer than "
               f"{tok.prompt_limit} tokens)")
-    wanted = [(n, k) for n in range(len(ids)) for k in range(draw.K)]
-    log = progress(draw.stage, len(wanted))
-    batches = draw.checkpoint and draw.checkpoint.restore(draw.stage) or []
-    for start in range(len(batches) * draw.batch, len(wanted), draw.batch):
-        some = wanted[start:start + draw.batch]
+
+    def responses(some):
         uniforms = [torch.rand(tok.response_limit, generator=stream(draw.key, n, k))
-                    for n, k in some]
-        sampled = policy.generate([ids[n] for n, _ in some], torch.stack(uniforms), eos=tok.end)
-        batches.append([x.cpu() for x in sampled])
-        log(start + len(some))
+                    for n in some for k in range(draw.K)]
+        uniforms = torch.stack(uniforms).view(len(some), draw.K, -1)
+        sampled = policy.generate([ids[n] for n in some], uniforms, eos=tok.end)
+        return [x.cpu() for x in sampled]
+    log = progress(draw.stage, len(ids))
+    batches = draw.checkpoint and draw.checkpoint.restore(draw.stage) or []
+    size = max(1, draw.batch // draw.K)  # prompts of a batch
+    me, ranks = rank()
+    for begin in range(len(batches) * size, len(ids), ranks * size):  # a batch for each rank
+        some = range(len(ids))[begin + me * size:][:size]
+        mine = [responses(some)] if some else []
+        batches += itertools.chain(*gather(mine))
+        log(min(begin + ranks * size, len(ids)))
         if draw.checkpoint:
             draw.checkpoint.keep(draw.stage, lambda: batches)
     rows = [row for sampled in batches for row in zip(*sampled)]
     tokens, response_mask, logp = zip(*rows)  # N·K of (T,), (T,), ()
     tokens = pad_sequence(tokens, batch_first=True).view(len(prompts), draw.K, -1)
     response_mask = pad_sequence(response_mask, batch_first=True).view(tokens.shape)
-    pool = Pool(tokens, response_mask)
+    pool = Pool(tokens.int(), response_mask)
     if policy.config.dtype == "float32":
         return pool, torch.stack(logp).view(len(prompts), draw.K)
     return pool, logprobs(policy, pool, draw.batch)  # by autocast, as in training
@@ -341,14 +379,14 @@ def map_pool(function, model, pool, batch):
     lengths = pool.lengths.flatten()
     tokens = pool.tokens.flatten(0, 1)
     response_mask = pool.response_mask.flatten(0, 1)
-    out = torch.empty(len(lengths))
-    for rows in lengths.argsort(stable=True).split(batch):
+    out = torch.zeros(len(lengths))
+    me, ranks = rank()
+    for rows in lengths.argsort(stable=True).split(batch)[me::ranks]:
         used = int(lengths[rows].max())
-        some = tokens[rows, :used].to(model.device)
-        mask = response_mask[rows, :used].to(model.device)
+        some = to_device(tokens[rows, :used], model.device)
         with model.autocast():
-            out[rows] = function(model, some, mask).float().cpu()
-    return out.view(pool.tokens.shape[:2])
+            out[rows] = function(model, some, response_mask[rows, :used]).float().cpu()
+    return add_up(out).view(pool.tokens.shape[:2])
 
 
 def logprobs(policy, pool, batch=256):
@@ -377,29 +415,23 @@ def score_pool(judges, names, prompts, pool, tok, batch=256):
 def train_reference(model, pool, recipe, held_out=None):
     """Supervised fine-tuning: raise the mean log-probability of the pool's response tokens.
     held_out() -> calibration loss, see Descent.over."""
-    batches = group_batches(pool.lengths, 2 * recipe.batch, 2, recipe.key)
     descent = Descent(model, recipe)
-    for n, k in descent.over(batches, len(pool.tokens), held_out):
+    for n, k in descent.over(pool, 2, held_out):
         tokens, response_mask = take_text(pool, n, k, model.device)
         with model.autocast():
             logp = sequence_logprob(model, tokens, response_mask)  # (B·2,)
-        descent.step(-logp.sum() / response_mask.sum())
+        descent.step(-logp.sum(), response_mask.sum())
 
 
-def train_score(model, preferences, recipe, held_out=None):
-    """A reward or safety model from `data.Preferences`; held_out() -> calibration loss."""
-    pool, prefers, signs, *_ = preferences
-    batches = group_batches(pool.lengths, 2 * recipe.batch, 2, recipe.key)
+def train_score(model, pool, recipe, held_out=None):
+    """A reward or safety model from a pool (P, 2, T) of chosen and rejected responses; held_out()
+    -> calibration loss."""
     descent = Descent(model, recipe)
-    for n, _ in descent.over(batches, len(prefers), held_out):
-        chosen = prefers[n]  # (B,)
-        k = torch.stack([chosen, 1 - chosen], dim=1)  # (B, 2) chosen, rejected
-        tokens, response_mask = take_text(pool, n, k, model.device)
+    for n, k in descent.over(pool, 2, held_out):
+        tokens, response_mask = take_text(pool, n, k.sort(dim=1).values, model.device)
         with model.autocast():
-            score = model.score(tokens, response_mask).view(k.shape)  # (B, 2)
-        sign = take(signs, n, k, model.device)  # (B, 2)
-        loss = score_loss(score[:, 0], score[:, 1], sign[:, 0], sign[:, 1])
-        descent.step(loss.mean())
+            score = model.score(tokens, response_mask).view(k.shape)  # (B, 2) chosen, rejected
+        descent.step(score_loss(score[:, 0], score[:, 1]).sum(), len(n))
 
 
 def learn_score(model, name, training, calibration, evaluation, recipe, batch):
@@ -407,11 +439,10 @@ def learn_score(model, name, training, calibration, evaluation, recipe, batch):
     in log-odds of the preference."""
     def score(preferences):
         return map_pool(GPT.score, model, preferences.pool, batch)  # (P, 2)
-    train_score(model, training, recipe,
-                lambda: calibrated_loss(*calibration.by_choice(score(calibration))))
-    tau = calibrate(*calibration.by_choice(score(calibration)))
+    train_score(model, training.pool, recipe, lambda: calibrated_loss(*score(calibration).T))
+    tau = calibrate(*score(calibration).T)
     if not 0 < tau < 100:
-        warnings.warn(f"no temperature fits the {name} scores on {len(calibration.rows)} "
+        warnings.warn(f"no temperature fits the {name} scores on {len(calibration.talk)} "
                       "calibration pairs; it stays as it is; more pairs are needed")
         tau = 1.0
     with torch.no_grad():
@@ -427,9 +458,10 @@ def calibrated_loss(chosen, rejected):
 
 
 def say_agreement(name, score, preferences):
-    """How well scores (P, 2) predict a choice that did not train them: how often they agree with
-    it, and the temperature that is left. Intervals are those of conversations, not of pairs."""
-    chosen, rejected = preferences.by_choice(score)
+    """How well scores (P, 2) of chosen and rejected predict a choice that did not train them: how
+    often they agree with it, and the temperature that is left. Intervals are those of
+    conversations, not of pairs."""
+    chosen, rejected = score.T
     right = (chosen > rejected).double()
     tau = calibrate(chosen, rejected)
     lead = (chosen - rejected).double()
@@ -440,15 +472,12 @@ def say_agreement(name, score, preferences):
           f"deviation of the score {score.std():.2f}")
 
 
-# ---- what came of it: gains, the table and the picture; nothing below is part of the method
-def measure(policies, reference, judges, names, tok, prompts, draw, margins, beta):
+# ---- what came of it: gains and the table; nothing below is part of the method
+def measure(policies, reference, judges, names, tok, prompts, draw, margin, beta):
     """K fresh responses of every policy to evaluation prompts -> {policy: row}, {policy: N·K
-    texts}, the frontier. policies {name: checkpoint}, the reference's first; margins {name: b
-    (m,)}: each also gets a row "optimum …"."""
+    texts}, the frontier. policies {name: checkpoint}, the reference's first; margin b (m,)."""
     rows = {}
     texts = {}
-    optima = {}
-    curve = []
     for name, saved in policies.items():
         policy = from_checkpoint(saved, reference.device)
         sample = sample_from(  # the same key: the same noise for all
@@ -458,43 +487,33 @@ def measure(policies, reference, judges, names, tok, prompts, draw, margins, bet
             ref = sample
         texts[name] = sample.pool.texts(tok)
         even = torch.full_like(sample.logp, 1 / draw.K)
-        first = name.split(" shot ")[0]
-        margin = margins.get(first, next(iter(margins.values())))
         rows[name] = {**compare(sample.scores, sample.logp - sample.ref_logp, even, ref.scores),
                       "margin": margin.tolist(), "lam": saved.get("lam", []),
                       "predicted": saved.get("predicted"), "seconds": saved.get("seconds", 0.0)}
-        if first not in margins or first == "pecan" and "mocan" in margins:
-            continue
-        mixed = mixture(sample, ref, logprobs(policy, ref.pool, draw.batch))
-        ref_mean = ref.scores[1:].double().mean(dim=(1, 2))  # (m,)
-        try:
-            lam = solve_from(mixed, ref_mean, margin, beta).lam
-        except (dual.Infeasible, FloatingPointError) as error:
-            print(f"  no optimum by the responses of {name}: {error}")
-            continue
-        label = f"optimum{first[5:]}"  # "mocan 25%" -> "optimum 25%", by its last shot
-        optima[label] = {**optimum(mixed, lam, beta, ref.scores), "margin": margin.tolist(),
-                         "seconds": 0.0}
-        if label == "optimum" and len(lam) == 1:
-            path = [optimum(mixed, t / 15 * lam, beta, ref.scores) for t in range(31)]
-            curve = [(point["constraint_gain"][0], point["reward_gain"]) for point in path]
-    return rows | optima, texts, curve
+    mixed = mixture(sample, ref, logprobs(policy, ref.pool, draw.batch))  # the last one's
+    ref_mean = ref.scores[1:].double().mean(dim=(1, 2))  # (m,)
+    try:
+        lam = solve_from(mixed, ref_mean, margin, beta).lam
+    except (dual.Infeasible, FloatingPointError) as error:
+        print(f"  no optimum by these responses: {error}")
+        return rows, texts, []
+    rows["optimum"] = {**optimum(mixed, lam, beta, ref.scores), "margin": margin.tolist(),
+                       "seconds": 0.0}
+    return rows, texts, [optimum(mixed, t / 15 * lam, beta, ref.scores) for t in range(31)]
 
 
 def compare(scores, log_ratio, weight, ref_scores):
     """Responses with scores (1+m, N, K), ln π/π_ref (N, K) and weights (N, K), each row's sum 1,
-    against the reference's scores on the same prompts -> means, gains, KL(π‖π_ref) and their 95 %
+    against the reference's scores on the same prompts -> gains, KL(π‖π_ref) and their 95 %
     intervals over prompts (taken as independent), as results.json has them."""
-    mean = (weight * scores.double()).sum(dim=2)  # (1+m, N)
-    gain = mean - ref_scores.double().mean(dim=2)  # (1+m, N): paired by prompt
+    gain = (weight * scores.double()).sum(dim=2) - ref_scores.double().mean(dim=2)  # (1+m, N)
     kl = (weight * log_ratio).sum(dim=1)  # (N,)
     found = torch.cat([gain, kl[None]])  # (2+m, N)
     error = 1.96 * found.std(dim=1) / math.sqrt(found.size(1))
     found = found.mean(dim=1)
     reward_gain, *constraint_gain, kl = found.tolist()
     reward_ci, *constraint_ci, kl_ci = torch.stack([found - error, found + error], dim=1).tolist()
-    return {"reward": mean[0].mean().item(), "constraint": mean[1:].mean(dim=1).tolist(),
-            "reward_gain": reward_gain, "reward_gain_ci": reward_ci,
+    return {"reward_gain": reward_gain, "reward_gain_ci": reward_ci,
             "constraint_gain": constraint_gain, "constraint_gain_ci": constraint_ci,
             "kl": kl, "kl_ci": kl_ci}
 
@@ -543,51 +562,3 @@ def holds(gain, ci, b):
     if gain >= b - 1e-6:
         return "yes"
     return "within error" if ci[1] >= b else "no"
-
-
-def svg(x_title, curve, rows):
-    """A chart of the curve [(safety gain, reward gain), …], of the optima on it and of the policies
-    with their intervals.
-    Text and axes are a mid gray and the marks strong hues: it reads on light and dark pages."""
-    xs = [x for x, _ in curve]
-    ys = [y for _, y in curve]
-    for row in rows.values():
-        xs += row["constraint_gain_ci"][0]
-        ys += row["reward_gain_ci"]
-    x_low = min(xs)
-    y_low = min(ys)
-    width = max(xs) - x_low or 1.0
-    height = max(ys) - y_low or 1.0
-
-    def at(x, y):
-        return f"{80 + 500 * (x - x_low) / width:.1f} {380 - 330 * (y - y_low) / height:.1f}"
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 440" font-size="13" '
-           'font-family="sans-serif" fill="#888" stroke-linecap="round">'
-           '<text x="80" y="24" font-size="16">Reward against safety: policies, and the optimum '
-           f'(blue)</text><text x="330" y="428" text-anchor="middle">{x_title}</text>'
-           '<text transform="translate(22 215) rotate(-90)" text-anchor="middle">reward gain over '
-           'the reference</text>']
-    for tick in range(6):
-        x = x_low + tick / 5 * width
-        y = y_low + tick / 5 * height
-        grid = f"M{at(x, y_low)}v-330M{at(x_low, y)}h500"
-        out.append(f'<path d="{grid}" stroke="#888" stroke-opacity=".25"/>'
-                   f'<text transform="translate({at(x, y_low)})" dx="-14" dy="20">{x:.2f}</text>'
-                   f'<text transform="translate({at(x_low, y)})" dx="-38" dy="4">{y:.2f}</text>')
-    if curve:
-        line = "L".join(at(x, y) for x, y in curve)
-        out.append(f'<path d="M{line}" fill="none" stroke="#3b82f6" stroke-width="2"/>')
-    for i, (name, row) in enumerate(rows.items()):
-        color = "#3b82f6" if name.startswith("optimum") else "#e8590c"
-        x = row["constraint_gain"][0]
-        y = row["reward_gain"]
-        left, right = row["constraint_gain_ci"][0]
-        low, high = row["reward_gain_ci"]
-        cross = f"M{at(left, y)}L{at(right, y)}M{at(x, low)}L{at(x, high)}"
-        out.append(f'<path d="{cross}" stroke="{color}"/>'
-                   f'<path d="M{at(x, y)}h0" stroke="{color}" stroke-width="8"/>'
-                   f'<text transform="translate({at(x, y)})" dy="{17 if i % 2 else -8}" '
-                   f'dx="{8 if x - x_low < 0.75 * width else -8}" '
-                   f'text-anchor="{"start" if x - x_low < 0.75 * width else "end"}">'
-                   f'{"" if name.startswith("optimum") else name}</text>')
-    return "\n".join([*out, "</svg>\n"])

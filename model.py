@@ -1,8 +1,9 @@
 """
 model.py: a GPT, how it scores text, and how it samples its own.
 
-The architecture is GPT-2's (pre-LN blocks, learned positions, tanh GELU, tied output layer), with
-GPT-2's own module names (to load its published weights, transpose the projections). Three uses:
+The architecture is GPT-2's (pre-LN blocks, learned positions, tanh GELU, tied output layer) with
+GPT-2's own module names, and without its dropout: `from_pretrained` loads its published weights,
+`export` writes them. Three uses:
 
     policy, reference   sequence_logprob   ln π(y|x) = Σ_t ln π(y_t | x, y_<t): what DPO trains on
                         generate           y ~ π(·|x), and ln π(y|x) for free
@@ -20,17 +21,23 @@ Read next: data.py (what the text is), then dual.py (the constraint's price), th
 
 import copy
 import fcntl
+import glob
 import hashlib
+import json
 import math
 import os
+import pathlib
 import time
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,18 @@ class GPTConfig:
     n_embd: int = 768
     score_head: bool = False  # a reward or safety model: a scalar instead of logits
     dtype: str = "float32"  # of the blocks' arithmetic, under `autocast`
+    checkpoint_activations: bool = False  # recompute each block in the backward pass
 
 
-# ---- the blocks: `forward` takes whole sequences, `decode` one new token a row
+# ---- the blocks
+class Cache(NamedTuple):
+    """What one block remembers of A rows of text, for a step that adds a token to each."""
+    keys: torch.Tensor      # (A, H, capacity, C/H)
+    values: torch.Tensor    # (A, H, capacity, C/H)
+    position: torch.Tensor  # (A,) of the new token, where its key and value are written
+    visible: torch.Tensor   # (A, 1, 1, S) which of the first S positions a row may look at
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -52,32 +68,22 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def project(self, x):
-        """(B, T, C) -> queries, keys, values, each (B, H, T, C/H)."""
+    def forward(self, x, cache=None):
+        """(B, T, C) -> (B, T, C), and the keys and values (B, H, T, C/H): of whole sequences, or,
+        with a Cache, of one new token a row, T = 1."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(dim=0)
-
-    def merge(self, y):
-        """(B, H, T, C/H) -> (B, T, C)."""
-        return self.c_proj(y.transpose(1, 2).flatten(2))
-
-    def forward(self, x):
-        q, k, v = self.project(x)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.merge(y), k, v
-
-    def decode(self, x, keys, values, position, visible):
-        """One new token a row: x (A, 1, C); keys, values (A, H, capacity, C/H), written at position
-        (A,); visible (A, 1, 1, S)."""
-        q, k, v = self.project(x)  # (A, H, 1, C/H)
-        rows = torch.arange(len(x), device=x.device)
-        keys[rows, :, position] = k[:, :, 0]
-        values[rows, :, position] = v[:, :, 0]
-        seen = visible.size(-1)
-        keys = keys[:, :, :seen]
-        values = values[:, :, :seen]
-        return self.merge(F.scaled_dot_product_attention(q, keys, values, attn_mask=visible))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(dim=0)  # (B, H, T, C/H)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            rows = torch.arange(B, device=x.device)
+            cache.keys[rows, :, cache.position] = k[:, :, 0]
+            cache.values[rows, :, cache.position] = v[:, :, 0]
+            seen = cache.visible.size(-1)
+            y = F.scaled_dot_product_attention(
+                q, cache.keys[:, :, :seen], cache.values[:, :, :seen], attn_mask=cache.visible)
+        return self.c_proj(y.transpose(1, 2).flatten(2)), k, v
 
 
 class MLP(nn.Module):
@@ -98,22 +104,17 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        """(B, T, C) -> (B, T, C), and the keys and values of every position."""
-        y, keys, values = self.attn(self.ln_1(x))
+    def forward(self, x, cache=None):
+        """(B, T, C) -> (B, T, C), keys, values: as in attention."""
+        y, keys, values = self.attn(self.ln_1(x), cache)
         x = x + y
         return x + self.mlp(self.ln_2(x)), keys, values
-
-    def decode(self, x, keys, values, position, visible):
-        """(A, 1, C) -> (A, 1, C); writes the new token's key and value into the cache."""
-        x = x + self.attn.decode(self.ln_1(x), keys, values, position, visible)
-        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
+        if config.n_head < 1 or config.n_embd % config.n_head:
             raise ValueError(
                 f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
         self.config = config
@@ -136,63 +137,82 @@ class GPT(nn.Module):
         elif parameter.dim() == 2:
             nn.init.normal_(parameter, std=std)
 
+    @staticmethod
+    def from_pretrained(folder):
+        """GPT-2 of any size from a folder in the published layout, in float32. Raises ValueError
+        where the folder holds something else."""
+        try:
+            return assemble(*read_published(folder))
+        except Exception as error:  # a damaged file raises a dozen kinds
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"{folder}: not a GPT-2 as published ({type(error).__name__}: {reason}); expected "
+                "config.json with model.safetensors, all of its shards, or pytorch_model.bin"
+            ) from None
+
     @property
     def device(self):
         return self.wte.weight.device
 
     def autocast(self):
-        """Mixed precision for the blocks; logits, scores and losses stay float32."""
+        """Mixed precision for the blocks; logits, scores and losses stay float32: a log-ratio is a
+        small difference of long sums, and bfloat16 rounds logits from 8 to 16 to 1/16."""
         dtype = getattr(torch, self.config.dtype)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def embed(self, tokens):
-        """Whole sequences: (B, T) -> (B, T, C)."""
+    def forward(self, tokens, keep=None):
+        """Training and scoring: tokens (B, T) -> hidden states (B, T, C). keep: a list that takes
+        each block's keys and values, (B, H, T, C/H)."""
         T = tokens.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}: "
                              "truncate the text or build a larger model")
-        return self.wte(tokens) + self.wpe.weight[:T]
-
-    def forward(self, tokens):
-        """Training and scoring: tokens (B, T) -> hidden states (B, T, C)."""
-        x = self.embed(tokens)
+        x = self.wte(tokens) + self.wpe.weight[:T]
         for block in self.h:
-            x, _, _ = block(x)
+            if self.config.checkpoint_activations and torch.is_grad_enabled():
+                x, keys, values = checkpoint(block, x, use_reentrant=False)
+            else:
+                x, keys, values = block(x)
+            if keep is not None:
+                keep.append((keys, values))
         return self.ln_f(x)
-
-    def logits(self, hidden):
-        """hidden (..., C) -> next-token logits (..., V), in float32 also under autocast.
-
-        A log-ratio is a small difference of long sums, and bfloat16 rounds every logit between 8
-        and 16 to a multiple of 1/16.
-        """
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.wte.weight)
 
     def score(self, tokens, response_mask):
         """(B, T), (B, T) -> (B,): the scalar at each response's last token, float32."""
         B, T = tokens.shape
-        last = (response_mask * torch.arange(T, device=tokens.device)).amax(dim=1)  # (B,)
+        last = (response_mask * torch.arange(T, device=response_mask.device)).amax(dim=1)  # (B,)
         hidden = self(tokens)
         hidden = hidden[torch.arange(B), last]  # (B, C)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score_head(hidden.float())[:, 0]
 
     # ---- sampling
-    def prefill(self, prompts, capacity):
-        """One pass over prompts (B, T) -> hidden states (B, T, C) and the cache.
+    def prefill(self, prompts, K, max_new_tokens):
+        """One pass over N prompts, lists of token ids, then a row for each of their K responses:
 
-        The cache holds each block's keys and values, (B, H, capacity, C/H). A shorter prompt's
-        padding lies where its response will be written, and each slot is overwritten before any
-        query may see it.
+        tokens (N·K, T) with room for the responses, lengths (N·K,) of the prompts, hidden states
+        (N·K, C) at their last tokens, and the cache: each block's keys and values, (N·K, H, T,
+        C/H). A shorter prompt's padding lies where its response will be written, and each slot is
+        overwritten before any query may see it.
         """
-        x = self.embed(prompts)
-        cache = []
-        padding = (0, 0, 0, capacity - prompts.size(1))  # on the right of the positions
-        for block in self.h:
-            x, keys, values = block(x)
-            cache.append((F.pad(keys, padding), F.pad(values, padding)))
-        return self.ln_f(x), cache
+        lengths = torch.tensor([len(prompt) for prompt in prompts])  # (N,)
+        room = self.config.block_size - max_new_tokens
+        if lengths.min() == 0 or lengths.max() > room:
+            raise ValueError(
+                f"prompts of 1 to {room} tokens leave room for max_new_tokens={max_new_tokens} in "
+                f"block_size={self.config.block_size}; the longest here has {lengths.max()}, the "
+                f"shortest {lengths.min()}")
+        tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        tokens = tokens.to(self.device)
+        past = []
+        hidden = self(tokens, past)
+        hidden = hidden[torch.arange(len(prompts)), lengths - 1].float()  # (N, C)
+        padding = (0, 0, 0, max_new_tokens)  # on the right of the positions
+        cache = [[F.pad(part.repeat_interleave(K, dim=0), padding) for part in block]
+                 for block in past]
+        tokens = F.pad(tokens, (0, max_new_tokens))  # (N, T)
+        rows = [x.repeat_interleave(K, dim=0) for x in (tokens, lengths.to(self.device), hidden)]
+        return *rows, cache
 
     def decode(self, tokens, cache, position, visible):
         """One new token a row: tokens (A,) at position (A,) -> hidden states (A, C).
@@ -200,92 +220,237 @@ class GPT(nn.Module):
         visible (A, S): which of the cache's first S positions a row may look at.
         """
         x = (self.wte(tokens) + self.wpe(position))[:, None]  # (A, 1, C)
-        for block, (keys, values) in zip(self.h, cache):
-            x = block.decode(x, keys, values, position, visible[:, None, None])
-        return self.ln_f(x)[:, 0]
+        for block, past in zip(self.h, cache):
+            x, _, _ = block(x, Cache(*past, position, visible[:, None, None]))
+        return self.ln_f(x)[:, 0].float()
 
     @torch.no_grad()
     def generate(self, prompts, uniforms, eos=None):
-        """Sample one response per prompt. prompts: B lists of token ids, of any lengths; uniforms:
-        (B, max_new_tokens) random numbers in [0, 1), all the chance there is.
+        """Sample K responses to each of N prompts, lists of token ids of any lengths. uniforms:
+        (N, K, max_new_tokens) random numbers in [0, 1), all the chance there is.
 
-        Returns tokens (B, T), response_mask (B, T), and logp (B,): each response's log-probability
-        in nats under the policy that sampled it. A response ends with `eos`, which belongs to it,
-        or is cut at max_new_tokens. Raises ValueError when a prompt leaves no room for that many
-        tokens.
+        Returns tokens (N·K, T), response_mask (N·K, T), and logp (N·K,): each response's
+        log-probability in nats under the policy that sampled it. A response ends with `eos`, which
+        belongs to it, or is cut at max_new_tokens. Raises ValueError when a prompt leaves no room
+        for that many tokens.
         """
-        max_new_tokens = uniforms.size(1)
-        self._check_room(prompts, max_new_tokens)
-        device = self.device
-        uniforms = uniforms.to(device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        longest = int(lengths.max())
-        end = longest + max_new_tokens
-        tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-        tokens = F.pad(tokens, (0, max_new_tokens)).to(device)  # (B, T)
-        response_mask = torch.zeros_like(tokens, dtype=torch.bool)
-        logp = torch.zeros(len(prompts), device=device)
-
-        position = lengths  # (A,) where a row writes next
-        index = torch.arange(len(prompts), device=device)  # (A,) which prompt a cached row serves
-        active = torch.ones_like(index, dtype=torch.bool)  # (A,) its response has not ended yet
-        hidden, cache = self.prefill(tokens[:, :longest], end)
-        hidden = hidden[index, position - 1]  # (A, C)
-        for seen in range(longest + 1, end + 1):  # cache positions of the longest prompt's row
-            u = uniforms[index, seen - longest - 1]  # (A,)
-            new, new_logp = sample_token(self.logits(hidden), u)  # (A,), (A,)
+        N, K, max_new_tokens = uniforms.shape
+        with self.autocast():
+            tokens, position, hidden, cache = self.prefill(prompts, K, max_new_tokens)
+        end = tokens.size(1)
+        longest = end - max_new_tokens
+        response_mask = torch.zeros_like(tokens, dtype=torch.bool)  # (N·K, T)
+        logp = torch.zeros_like(hidden[:, 0])  # (N·K,)
+        uniforms = uniforms.flatten(0, 1)[:, :, None].to(self.device)  # (N·K, max_new_tokens, 1)
+        index = torch.arange(N * K, device=self.device)  # (A,) which response a cached row serves
+        active = torch.ones_like(index, dtype=torch.bool)  # (A,) it has not ended yet
+        weight = self.wte.weight
+        width = min(SPAN, len(weight))
+        buffer = weight.new_empty(-(-len(weight) // width), N * K, width)
+        for seen in range(longest + 1, end + 1):  # cache positions of the longest prompt's rows
+            u = uniforms[index, seen - longest - 1]  # (A, 1)
+            new, new_logp = [x[:, 0] for x in sample_token(hidden, weight, u, buffer)]  # (A,)
             tokens[index, position] = new * active
             response_mask[index, position] = active
             logp[index] += new_logp * active
             active = active & (new != eos)  # eos None: never ends
-            if seen == end or not active.any():
+            if seen == end:
                 break
-            if active.sum() < 0.75 * len(active):  # ended responses leave the cache
-                index = index[active]
-                position = position[active]
-                new = new[active]
-                cache = [(keys[active], values[active]) for keys, values in cache]
-                active = torch.ones_like(index, dtype=torch.bool)
-            visible = torch.arange(seen, device=device) <= position[:, None]  # (A, seen)
-            hidden = self.decode(new, cache, position, visible)
+            if seen % ASK_EVERY == 0:  # here the host waits for the device
+                left = int(active.sum())
+                if left == 0:
+                    break
+                if left < 0.75 * len(active):  # ended responses leave the cache
+                    index = index[active]
+                    position = position[active]
+                    new = new[active]
+                    cache = [[part[active] for part in block] for block in cache]
+                    active = active[active]
+            visible = torch.arange(seen, device=self.device) <= position[:, None]  # (A, seen)
+            with self.autocast():
+                hidden = self.decode(new, cache, position, visible)
             position = position + 1
         used = int(response_mask.any(dim=0).nonzero().max()) + 1
         return tokens[:, :used], response_mask[:, :used], logp
 
-    def _check_room(self, prompts, max_new_tokens):
-        shortest = min(map(len, prompts))
-        longest = max(map(len, prompts))
-        room = self.config.block_size - max_new_tokens
-        if shortest == 0 or longest > room:
-            raise ValueError(
-                f"prompts of 1 to {room} tokens leave room for max_new_tokens={max_new_tokens} in "
-                f"block_size={self.config.block_size}; the longest here has {longest}, the "
-                f"shortest {shortest}")
+
+ASK_EVERY = 4  # tokens
+SPAN = 4096  # tokens of the vocabulary whose logits stay in cache
+LEAST = 1e-30  # u = 0 must not draw a token whose probability underflowed
 
 
-def sample_token(logits, u):
-    """Inverse-CDF sampling: logits (A, V), u (A,) -> token ids (A,), their log-probabilities."""
-    logprobs = F.log_softmax(logits, dim=-1)  # (A, V)
-    cdf = logprobs.exp().cumsum(dim=-1)
-    u = u[:, None] * cdf[:, -1:]  # (A, 1)
-    new = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.size(1) - 1)  # (A, 1)
-    return new[:, 0], logprobs.gather(1, new)[:, 0]
+def sample_token(hidden, weight, u, buffer):
+    """Inverse-CDF sampling from softmax(hidden·weightᵀ): hidden (A, C), weight (V, C), u (A, 1) ->
+    token ids (A, 1) and their log-probabilities (A, 1), exact to float32's rounding.
+
+    buffer (V/SPAN rounded up, A or more, SPAN) is the memory to work in. Logits become exponentials
+    a span of the vocabulary at a time, while they are in cache; then u picks a span by the spans'
+    sums, and a token within the span.
+    """
+    A = len(hidden)
+    tops = []
+    sums = []
+    for p, w in zip(buffer[:, :A], weight.split(buffer.size(2))):
+        torch.mm(hidden, w.T, out=p[:, :len(w)])
+        p[:, len(w):] = -math.inf
+        top = p.amax(dim=1, keepdim=True)  # (A, 1)
+        tops.append(top)
+        sums.append(p.sub_(top).exp_().sum(dim=1, keepdim=True))
+    top = torch.cat(tops, dim=1)  # (A, V/SPAN)
+    log_mass = top + torch.cat(sums, dim=1).log()  # (A, V/SPAN) ln Σ exp(logits of the span)
+    span, rest = invert_cdf(log_mass.softmax(dim=1), u)
+    p = buffer[span[:, 0], torch.arange(A)]  # (A, SPAN) exp(logit − top) of the span
+    i, _ = invert_cdf(p, rest)
+    log_z = log_mass.logsumexp(dim=1, keepdim=True)
+    return span * buffer.size(2) + i, p.gather(1, i).log() + top.gather(1, span) - log_z
+
+
+def invert_cdf(p, u):
+    """Where u (A, 1) from 0 to 1 falls in the CDF of p (A, n), whose sums are any: the index
+    (A, 1), and how much of its p lies below u, from 0 to 1."""
+    cdf = p.cumsum(dim=1)
+    goal = (u * cdf[:, -1:]).clamp(min=LEAST)
+    i = torch.searchsorted(cdf, goal)
+    share = p.gather(1, i)
+    return i, (goal - cdf.gather(1, i)) / share + 1
 
 
 # ---- scoring text
+CHUNK = 2 ** 24  # logits in memory at a time
+
+
+def logit_chunks(hidden, weight):
+    """Yield slices of the rows of hidden (R, C) and their logits (n, V), in the same memory."""
+    n = max(1, CHUNK // len(weight))
+    buffer = hidden.new_empty(min(n, len(hidden)), len(weight))
+    for start in range(0, len(hidden), n):
+        some = slice(start, start + n)
+        rows = hidden[some]
+        yield some, torch.mm(rows, weight.T, out=buffer[:len(rows)])
+
+
+class TokenLogprob(torch.autograd.Function):
+    """ln p(target) (R,) under softmax(hidden·weightᵀ): hidden (R, C), weight (V, C), targets (R,).
+
+    No more than CHUNK logits exist at a time; the backward pass computes them again, which is
+    faster than fresh memory for all.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        logp = hidden.new_empty(len(hidden))
+        log_z = torch.empty_like(logp)
+        for some, logits in logit_chunks(hidden, weight):
+            at_target = logits.gather(1, targets[some, None])[:, 0]
+            top = logits.amax(dim=1)
+            log_z[some] = top + logits.sub_(top[:, None]).exp_().sum(dim=1).log()
+            logp[some] = at_target - log_z[some]
+        ctx.save_for_backward(hidden, weight, targets, log_z)
+        return logp
+
+    @staticmethod
+    def backward(ctx, grad):  # (R,)
+        hidden, weight, targets, log_z = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight)
+        for some, logits in logit_chunks(hidden, weight):
+            p = logits.sub_(log_z[some, None]).exp_()
+            d_logits = p.mul_(-grad[some, None])  # ∂ ln p(target)/∂ logits = onehot − p
+            d_logits.scatter_add_(1, targets[some, None], grad[some, None])
+            torch.mm(d_logits, weight, out=d_hidden[some])
+            d_weight.addmm_(d_logits.T, hidden[some])
+        return d_hidden, d_weight, None
+
+
 def sequence_logprob(model, tokens, response_mask):
     """ln π(y|x) of each response: (B, T), (B, T) -> (B,), in nats, float32.
 
-    Σ over response tokens only. Prompt and padding positions never reach the output layer, so the
-    largest tensor here is (R, V), with R the batch's response tokens.
+    Σ over response tokens only: prompt and padding positions never reach the output layer.
     """
-    mask = response_mask[:, 1:]  # (B, T-1): position t predicts token t+1
-    hidden = model(tokens[:, :-1])[mask]  # (R, C)
-    logp = -F.cross_entropy(model.logits(hidden), tokens[:, 1:][mask], reduction="none")  # (R,)
-    return torch.zeros(mask.shape, device=logp.device).masked_scatter(mask, logp).sum(dim=1)
+    row, column = response_mask[:, 1:].nonzero(as_tuple=True)  # (R,) position t predicts t+1
+    hidden = model(tokens[:, :-1])[row, column]  # (R, C)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logp = TokenLogprob.apply(hidden.float(), model.wte.weight, tokens[row, column + 1])  # (R,)
+    return logp.new_zeros(len(tokens)).index_add(0, row.to(logp.device), logp)
+
+
+# ---- GPT-2's published layout: a folder of config.json and model.safetensors
+SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
+         "n_head": "n_head", "n_embd": "n_embd"}  # theirs: ours
+FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+         "n_inner": None, "tie_word_embeddings": True}
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there
+LEFT_OUT = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # masks; the tied output layer
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # masks: bytes
+MAX_HEADER = 10 ** 8  # bytes
+
+
+def read_published(folder):
+    """-> config, weights."""
+    with open(f"{folder}/config.json", encoding="utf-8") as file:
+        theirs = json.load(file)
+    for what, value in FIXED.items():
+        if theirs.get(what, value) != value:
+            raise ValueError(f"{what} is {theirs[what]}, not {value}")
+    weights = {}
+    shards = glob.glob(f"{glob.escape(folder)}/model*.safetensors")
+    for path in shards or [f"{folder}/pytorch_model.bin"]:
+        for name, tensor in read_tensors(path).items():
+            if name.endswith(TRANSPOSED):
+                tensor = tensor.t().contiguous()
+            if not name.endswith(LEFT_OUT):
+                weights[name.removeprefix("transformer.")] = tensor.float()
+    return {ours: theirs[name] for name, ours in SIZES.items()}, weights
+
+
+def read_tensors(path):
+    """{name: tensor} of a file. safetensors: the header's length in 8 bytes, the header as JSON,
+    then raw bytes."""
+    if path.endswith(".bin"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    raw = torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8)  # mapped, not read
+    start = 8 + raw[:8].view(torch.int64).item()
+    if not 8 < start <= min(len(raw), MAX_HEADER):
+        raise ValueError(f"{path} has a header of {start - 8} bytes in a file of {len(raw)}")
+    header = json.loads(raw[8:start].numpy().tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        content = raw[start:][begin:end].clone()  # aligned; the next line checks its size
+        content = content.view(DTYPES.get(entry["dtype"], torch.uint8))
+        tensors[name] = content.view(entry["shape"])
+    return tensors
+
+
+def export(model, folder):
+    """Write a policy so that `from_pretrained`, ours and Transformers', loads it."""
+    config = {theirs: getattr(model.config, ours) for theirs, ours in SIZES.items()}
+    config |= FIXED
+    config |= {"architectures": ["GPT2LMHeadModel"], "eos_token_id": model.config.vocab_size - 1}
+    weights = to_checkpoint(model)["weights"]
+    for name in weights:
+        if name.endswith(TRANSPOSED):
+            weights[name] = weights[name].t().contiguous()
+    os.makedirs(folder, exist_ok=True)
+    for other in glob.glob(f"{glob.escape(folder)}/model*.safetensors"):
+        os.remove(other)  # it would be read instead
+    replace_file(f"{folder}/config.json", lambda file: file.write(json.dumps(config).encode()))
+    save(weights, f"{folder}/pytorch_model.bin")
 
 
 # ---- what is kept on disk
+BAD_MODEL = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
+
+
+def assemble(config, weights):
+    """A model that owns its weights; sizes are checked before memory is asked for."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**config))
+    model.load_state_dict(weights, assign=True)
+    return copy.deepcopy(model)
+
+
 def to_checkpoint(model):
     """Configuration and weights, as `save` takes and `load` returns them; on a CPU the weights are
     the model's own, not a copy."""
@@ -294,15 +459,13 @@ def to_checkpoint(model):
 
 
 def from_checkpoint(saved, device="cpu"):
+    """Its own weights: training them leaves `saved`."""
     try:
-        with torch.device("meta"):  # sizes are checked before memory is asked for
-            model = GPT(GPTConfig(**saved["config"]))
-        model.load_state_dict(saved["weights"], assign=True)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        return assemble(saved["config"], saved["weights"]).to(device)
+    except BAD_MODEL as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{saved.get('path', 'checkpoint')}: not a model that this program saved "
                          f"({reason}); make it again with --from its stage") from None
-    return copy.deepcopy(model).to(device)  # its own weights: training them leaves `saved`
 
 
 def save(saved, path):
@@ -311,7 +474,10 @@ def save(saved, path):
 
 def replace_file(path, put):
     """put(file) writes a file that is there as a whole or not at all: until then the old one stays,
-    also where the run is killed meanwhile or the disk is full."""
+    also where the run is killed meanwhile or the disk is full. Under torchrun its first process
+    writes, and the others do not."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     try:
         with open(f"{path}.tmp", "wb") as file:
             put(file)
@@ -380,8 +546,7 @@ class Checkpoint:
             self.due = now + max(self.seconds, 50 * (now - began))
 
     def remove(self):
-        if os.path.exists(self.path):
-            os.remove(self.path)
+        pathlib.Path(self.path).unlink(missing_ok=True)
 
 
 def fingerprint(x):

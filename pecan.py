@@ -10,7 +10,7 @@ helpful, which is safer.
 2. Score K responses of π_ref by log-ratios: DPO's optimum is π_r ∝ π_ref·exp(r/β), hence
        β·ln(π_r/π_ref) = r − β·ln Z_r(x),   β·ln(π_g/π_ref) = g − β·ln Z_g(x):
    the scores, up to a constant of the prompt, which no label and no π_λ can see. A pre-alignment
-   stops before that optimum; a factor τ on its log-ratios mends it.       (calibrate, calibrated)
+   stops before that optimum; a factor τ on its log-ratios mends it.       (calibrate)
 3. The same dual, with r → β·ln(π_r/π_ref), g → β·ln(π_g/π_ref): mocan.solve_from on these scores.
 4. One policy update: DPO with pairs labelled by s = β·(ln(π_r/π_ref) + ⟨λ*, ln(π_g/π_ref)⟩).
                                                                                    (train_pecan)
@@ -31,10 +31,10 @@ Read next: train.py, the whole job.
 
 import torch
 
-from data import group_batches, take, take_text
+from data import take, take_text
 from mocan import (Descent, bradley_terry, calibrate, calibrated_loss, logprobs, preference_loss,
                    say_agreement)
-from model import sequence_logprob
+from model import from_checkpoint, sequence_logprob
 
 
 # ---- the scores: tensors in, tensors out
@@ -47,18 +47,14 @@ def implicit_score(logp_r, logp_g, ref_logp, lam, beta):
     return beta * (reward + (lam * safety).sum(dim=0))
 
 
-def calibrated(logp, ref_logp, tau):
-    """ln π_ref + τ·ln(π/π_ref), which stands for ln π of a pre-aligned policy from here on."""
-    return ref_logp + tau * (logp - ref_logp)
-
-
-def implicit_scores(policies, taus, pool, ref_logp, beta, batch=256):
-    """β·τ·ln(π/π_ref) of every pre-aligned policy on a pool (N, K, T) -> (1+m, N, K)."""
+def implicit_scores(prealigned, pool, ref_logp, beta, device, batch=256):
+    """β·τ·ln(π/π_ref) of every pre-aligned policy, {name: checkpoint with tau}, on a pool (N, K, T)
+    -> (1+m, N, K)."""
     scores = []
-    for policy, tau in zip(policies, taus):
-        logp = calibrated(logprobs(policy, pool, batch), ref_logp, tau)
-        scores.append(beta * (logp - ref_logp))
-    return torch.stack(scores)
+    for saved in prealigned.values():
+        logp = logprobs(from_checkpoint(saved, device), pool, batch)
+        scores.append(saved["tau"] * (logp - ref_logp))
+    return beta * torch.stack(scores)
 
 
 # ---- the policy update
@@ -73,9 +69,8 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
     group = min(group, s.size(1))
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
-    batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
     descent = Descent(policy, recipe)
-    for n, k in descent.over(batches):  # (B,) prompts, (B, G) some of the K responses to each
+    for n, k in descent.over(pool, group):  # (B,) prompts, (B, G) some of the K responses to each
         tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
         with policy.autocast():
             logp = sequence_logprob(policy, tokens, response_mask).view(k.shape)  # (B, G)
@@ -86,25 +81,21 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
             logp[:, i], logp[:, j],
             ref[:, i], ref[:, j],
             beta, p_i)  # (B, G(G-1)/2)
-        descent.step(loss.mean())
+        descent.step(loss.sum(), loss.numel())
     return descent.losses
 
 
 # ---- before the dual
-def prealign(policy, preferences, ref_logp, beta, recipe, held_out=None):
-    """Plain DPO on one preference: `data.Preferences` of P pairs, their ref_logp (P, 2);
-    held_out() -> calibration loss, see mocan.Descent.over.
+def prealign(policy, pool, ref_logp, beta, recipe, held_out=None):
+    """Plain DPO on one preference: a pool (P, 2, T) of chosen and rejected responses, their
+    ref_logp (P, 2); held_out() -> calibration loss, see mocan.Descent.over.
 
     Give it a low learning rate: hard labels are noise that a policy learns by heart, and τ mends a
     timid one.
     """
-    pool, prefers, *_ = preferences
-    batches = group_batches(pool.lengths, 2 * recipe.batch, 2, recipe.key)
     descent = Descent(policy, recipe)
-    for n, _ in descent.over(batches, len(prefers), held_out):
-        chosen = prefers[n]  # (B,)
-        rejected = 1 - chosen
-        k = torch.stack([chosen, rejected], dim=1)  # (B, 2)
+    for n, k in descent.over(pool, 2, held_out):
+        k = k.sort(dim=1).values  # (B, 2) chosen, rejected
         tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·2, T)
         with policy.autocast():
             logp = sequence_logprob(policy, tokens, response_mask).view(k.shape)  # (B, 2)
@@ -113,7 +104,7 @@ def prealign(policy, preferences, ref_logp, beta, recipe, held_out=None):
             logp[:, 0], logp[:, 1],
             ref[:, 0], ref[:, 1],
             beta)  # (B,)
-        descent.step(loss.mean())
+        descent.step(loss.sum(), len(loss))
 
 
 def prealign_and_calibrate(policy, name, training, ref_training, calibration, ref_calibration,
@@ -122,9 +113,9 @@ def prealign_and_calibrate(policy, name, training, ref_training, calibration, re
     and fit τ on these -> τ. `data.Preferences` and their ln π_ref (P, 2)."""
     def implicit():
         return beta * (logprobs(policy, calibration.pool, batch) - ref_calibration)  # (P, 2)
-    prealign(policy, training, ref_training, beta, recipe,
-             lambda: calibrated_loss(*calibration.by_choice(implicit())))
+    prealign(policy, training.pool, ref_training, beta, recipe,
+             lambda: calibrated_loss(*implicit().T))
     score = implicit()
-    tau = calibrate(*calibration.by_choice(score)).item()
+    tau = calibrate(*score.T).item()
     say_agreement(f"{name}, calibration", score, calibration)
     return tau

@@ -15,7 +15,7 @@ The stages, and the artifact that each leaves in --out:
     dual        λ*, and what it predicts                   none: it is kept with the policy
     mocan       one policy update                          mocan*.pt
     pecan       one policy update                          pecan*.pt
-    evaluate    fresh responses on evaluation prompts      results.json, samples.jsonl, tradeoff.svg
+    evaluate    fresh responses on evaluation prompts      results.json, samples.jsonl
 
 `main` is the story; below it stand the stages, the results, the run's folder and the command line.
 "Earlier" and "later" stages are those above and below in this list. run.json keeps the settings.
@@ -36,18 +36,20 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
+import torch.distributed as dist
 
 import data
 import dual
 import mocan
 import pecan
-from model import (GPT, Checkpoint, GPTConfig, fingerprint, from_checkpoint, load, lock,
+from model import (GPT, Checkpoint, GPTConfig, export, fingerprint, from_checkpoint, load, lock,
                    replace_file, save, to_checkpoint)
 
 STAGES = ("reference", "scores", "offline", "prealign", "dual", "mocan", "pecan", "evaluate")
 
 
 ABOVE_0 = 1e-300  # the least value of what must be > 0
+CUDA = torch.cuda.is_available()
 
 
 def setting(default, stage, help, choices=None, least=ABOVE_0):
@@ -55,12 +57,6 @@ def setting(default, stage, help, choices=None, least=ABOVE_0):
     remember it; None: not remembered, artifacts are reused whatever it was."""
     metadata = {"stage": stage, "help": help, "choices": choices, "least": least}
     return field(default=default, metadata=metadata)
-
-
-def default_dtype():
-    if not torch.cuda.is_available():
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"  # not if emulated
 
 
 @dataclass(frozen=True)
@@ -74,10 +70,10 @@ class Config:
                           "everything works")
     algo: str = setting("all", None, "which policies to train", ("mocan", "pecan", "all"))
     seed: int = setting(0, "reference", "seeds every random stream", least=0)
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", None,
-                          "cpu, cuda, cuda:1, …")
-    dtype: str = setting(default_dtype(), "reference", "arithmetic of the blocks under autocast; "
-                         "logits and losses stay float32", ("float32", "bfloat16", "float16"))
+    device: str = setting("cuda" if CUDA else "cpu", None, "cpu, cuda, cuda:1, …")
+    dtype: str = setting("bfloat16" if CUDA and torch.cuda.is_bf16_supported(False) else "float32",
+                         "reference", "arithmetic of the blocks under autocast; logits and losses "
+                         "stay float32", ("float32", "bfloat16"))
     # text
     data: tuple = setting((), "reference", "preference files, FILE or NAME=FILE, one or more; none:"
                           " the built-in world")
@@ -95,11 +91,14 @@ class Config:
     n_head: int = setting(4, "reference", "attention heads")
     n_embd: int = setting(128, "reference", "width")
     block_size: int = setting(192, "reference", "longest prompt and response together, in tokens")
+    init: str = setting("", "reference", "folder of GPT-2 weights, as published, from which the "
+                        "reference starts; its sizes and --tokenizer gpt2 follow from it")
+    checkpoint_activations: bool = setting(False, "reference", "less memory: compute each block "
+                                           "again in the backward pass")
+    export: str = setting("", None, "folder for the policies in GPT-2's published layout")
     # training
     batch: int = setting(16, None, "pairs per micro-batch; a policy update: 2·batch responses")
     accumulate: int = setting(1, None, "micro-batches per step")
-    warmup: int = setting(20, None, "steps of linear warm-up, then cosine to 0", least=0)
-    clip: float = setting(1.0, None, "largest gradient norm")
     sft_steps: int = setting(1000, "reference", "gradient steps of the reference policy, at most")
     sft_lr: float = setting(3e-3, "reference", "its learning rate")
     score_steps: int = setting(1000, "scores", "gradient steps of each learned score model, at "
@@ -113,9 +112,6 @@ class Config:
     margin: str = setting("50%", "dual", "b, required safety gain over the reference: a number in "
                           "g's units or a share of the largest reachable one, 50%; comma separated "
                           "for several constraints")
-    margins: str = setting("", "mocan", "a trade-off curve: train one MoCAN policy for each of "
-                           "these margins too, 25%,50%,75%; comma separated, several constraints "
-                           "of one margin by ':'")
     constraints: str = setting("", "scores", "safety preferences to constrain, comma separated "
                                "(default: harmless; data: all)")
     # policy
@@ -143,62 +139,72 @@ QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, prompts=12
              responses=16, steps=120, prealign_steps=100, prealign_lr=3e-4, lr=1e-3,
              eval_prompts=64, eval_responses=8)
 DATA = dict(lr=5e-5, shot_lr=5e-5, margin="25%")
+INIT = dict(tokenizer="gpt2", sft_lr=5e-5, score_lr=5e-5, prealign_lr=2e-5, lr=2e-5, shot_lr=2e-5)
 
 
 # ---- the job
 def main():
     c = settings(sys.argv[1:])
-    held = enter(c)  # the lock of --out
+    c, held = enter(c)  # held until main returns: the lock of --out
     split, names = data.load_pairs(  # names: "helpful", then the constraints
         c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.calibration,
         c.constraints)
-    dual.parse_margins(c.margin, c.margins, torch.ones(len(names) - 1))  # bad ones cost no training
+    dual.parse_margin(c.margin, torch.ones(len(names) - 1))  # a bad one costs no training
     tok = tokenizer_of_run(c, split.train)
     reference = reference_policy(c, tok, split)
     prompts = data.some_prompts(split.train, c.prompts)
     pool, ref_logp = sample_reference(c, reference, tok, prompts)  # (N, K, T), (N, K)
     judges = {}  # preference -> score model, where no exact function exists
     policies = {}  # name -> its artifact
-    margins = {}  # name -> b (m,)
 
-    if c.algo != "pecan":  # before pre-alignment, so that an unreachable margin does not cost it
+    if c.algo != "pecan":
         judges = learn_judges(c, reference, tok, split, names)
         scores = artifact(c, "offline", "offline_scores.pt", make_scores, judges, names, prompts,
                           pool, tok)["scores"]  # (1+m, N, K)
-        margins = dual.parse_margins(c.margin, c.margins, dual.reachable(scores[1:]))
-        for margin in margins.values():
-            dual.solve(scores[0], scores[1:], margin, c.beta)
+        offline = mocan.Sample(pool, ref_logp, ref_logp, scores)
+        margin = dual.parse_margin(c.margin, dual.reachable(scores[1:]))  # (m,)
+        policies |= shoot(c, reference, tok, prompts, "mocan", offline, margin, mocan.train_mocan,
+                          lambda pool, _: mocan.score_pool(judges, names, prompts, pool, tok,
+                                                           c.sample_batch))
     if c.algo != "mocan":
         dpo = prealigned(c, reference, tok, split, names, pool, ref_logp)
-        logp = torch.stack([saved["logp"] for saved in dpo.values()])  # (1+m, N, K)
-        implicit = c.beta * (logp - ref_logp)  # (1+m, N, K)
-        policies |= dpo
-    if c.algo != "pecan":
-        offline = mocan.Sample(pool, ref_logp, ref_logp, scores)
-        policies |= mocan_policies(c, reference, judges, names, tok, prompts, offline, margins)
-    if c.algo != "mocan":
+        implicit = torch.stack([saved["implicit"] for saved in dpo.values()])  # (1+m, N, K)
         offline = mocan.Sample(pool, ref_logp, ref_logp, implicit)
-        asked = dual.parse_margin(c.margin, dual.reachable(implicit[1:]))
-        margins["pecan"] = margins.get("mocan", asked)
+        if c.algo == "pecan":
+            margin = dual.parse_margin(c.margin, dual.reachable(implicit[1:]))
         try:
-            policies |= pecan_policies(c, reference, tok, prompts, offline, margins["pecan"], dpo)
+            policies |= shoot(c, reference, tok, prompts, "pecan", offline, margin,
+                              pecan.train_pecan, lambda pool, ref_logp: pecan.implicit_scores(
+                                  dpo, pool, ref_logp, c.beta, c.device, c.sample_batch))
         except dual.Infeasible as error:
             if c.algo == "pecan":
                 raise
             print(f"  no PeCAN policy, by its implicit scores: {error}")
+        policies = dpo | policies
     if c.algo == "pecan":  # PeCAN needs no score model; the table does
         judges = learn_judges(c, reference, tok, split, names)
-    evaluate(c, reference, policies, judges, names, margins, split, tok)
+    evaluate(c, reference, policies, judges, names, margin, split, tok)
+    export_policies(c, policies)
     checkpoint(c).remove()
-    held.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def enter(c):
+    torch.backends.cuda.matmul.allow_tf32 = True  # logits: 0.007 nats on 256 tokens' log-ratio
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape of batch
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
+    if dist.is_torchelastic_launched():  # by torchrun
+        if c.device.startswith("cuda"):
+            c = replace(c, device=f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(c.device)
+        dist.init_process_group()
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # the first process speaks, and locks the folder
+            return c, sys.stdout
     os.makedirs(c.out, exist_ok=True)
     print("settings:", json.dumps(asdict(c)))
-    return lock(c.out)
+    return c, lock(c.out)
 
 
 # ---- the stages; make_… returns what an artifact keeps
@@ -216,9 +222,7 @@ def reference_policy(c, tok, split):
 
 
 def make_reference(c, tok, split):
-    config = GPTConfig(tok.encoding.n_vocab, c.block_size, c.n_layer, c.n_head, c.n_embd,
-                       dtype=c.dtype)
-    model = new_model(c, config, "reference")
+    model = first_model(c, tok)
     pool = data.pair_pool(tok, split.train, "training data")
     calibration = data.pair_pool(tok, split.calibration, "calibration data")
     mocan.train_reference(
@@ -227,16 +231,30 @@ def make_reference(c, tok, split):
     return to_checkpoint(model)
 
 
+def first_model(c, tok):
+    if not c.init:
+        config = GPTConfig(tok.encoding.n_vocab, c.block_size, c.n_layer, c.n_head, c.n_embd,
+                           dtype=c.dtype, checkpoint_activations=c.checkpoint_activations)
+        return new_model(c, config, "reference")
+    model = GPT.from_pretrained(c.init)
+    sizes = model.config
+    if sizes.vocab_size != tok.encoding.n_vocab or sizes.block_size < c.block_size:
+        raise ValueError(f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} "
+                         f"positions; --tokenizer {c.tokenizer} has {tok.encoding.n_vocab} tokens, "
+                         f"and --block_size is {c.block_size}")
+    model.config = replace(sizes, dtype=c.dtype, checkpoint_activations=c.checkpoint_activations)
+    return model.to(c.device)
+
+
 def sample_reference(c, reference, tok, prompts):
     """Pool (N, K, T) and the reference's log-probabilities of it (N, K)."""
     saved = artifact(c, "offline", "offline.pt", make_offline, reference, tok, prompts)
-    return data.Pool(saved["tokens"].long(), saved["response_mask"]), saved["ref_logp"]
+    return data.Pool(saved["tokens"], saved["response_mask"]), saved["ref_logp"]
 
 
 def make_offline(c, reference, tok, prompts):
     pool, ref_logp = mocan.sample_pool(reference, tok, prompts, draw(c, "offline", c.responses))
-    return {"tokens": pool.tokens.int(), "response_mask": pool.response_mask,
-            "ref_logp": ref_logp}
+    return {**pool._asdict(), "ref_logp": ref_logp}
 
 
 def learn_judges(c, reference, tok, split, names):
@@ -264,48 +282,28 @@ def make_scores(c, judges, names, prompts, pool, tok):
 def prealigned(c, reference, tok, split, names, pool, ref_logp):
     """PeCAN, steps 1 and 2 -> {dpo-NAME: artifact}."""
     @functools.cache
-    def ref_of(part):  # ln π_ref of its pairs (P, 2), once for all preferences
+    def ref_of(part):  # ln π_ref of all its responses, once for all preferences
         of_part = data.pair_pool(tok, getattr(split, part), f"{part} pairs")
-        return mocan.logprobs(reference, of_part, c.sample_batch)
+        return mocan.logprobs(reference, of_part, c.sample_batch).flatten()
     return {f"dpo-{name}": artifact(c, "prealign", f"dpo-{name}.pt", make_prealigned, reference,
                                     tok, name, split, pool, ref_logp, ref_of) for name in names}
 
 
 def make_prealigned(c, reference, tok, name, split, pool, ref_logp, ref_of):
-    """A pre-aligned policy, and its calibrated log-probabilities of the offline pool, (N, K)."""
+    """A pre-aligned policy, its temperature, and its implicit scores of the offline pool (N, K)."""
     policy = copy.deepcopy(reference)
     training = data.preference_tensors(tok, split.train, name)
     calibration = data.preference_tensors(tok, split.calibration, name)
     plan = recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr)
     tau = pecan.prealign_and_calibrate(
-        policy, name, training, ref_of("train")[training.rows], calibration,
-        ref_of("calibration")[calibration.rows], c.beta, plan, c.sample_batch)
+        policy, name, training, ref_of("train")[training.where], calibration,
+        ref_of("calibration")[calibration.where], c.beta, plan, c.sample_batch)
     logp = mocan.logprobs(policy, pool, c.sample_batch)
-    return {**to_checkpoint(policy), "tau": tau, "logp": pecan.calibrated(logp, ref_logp, tau)}
+    return {**to_checkpoint(policy), "tau": tau, "implicit": c.beta * tau * (logp - ref_logp)}
 
 
-def mocan_policies(c, reference, judges, names, tok, prompts, offline, margins):
-    """MoCAN, steps 2 and 3 for every margin -> {policy: artifact}."""
-    policies = {}
-    for name, margin in margins.items():
-        policies |= shoot(c, reference, tok, prompts, "mocan", name, offline, margin,
-                          mocan.train_mocan,
-                          lambda pool, _: mocan.score_pool(judges, names, prompts, pool, tok,
-                                                           c.sample_batch))
-    return policies
-
-
-def pecan_policies(c, reference, tok, prompts, offline, margin, dpo):
-    """PeCAN, steps 3 and 4 -> {policy: artifact}; its scores are those of the dpo-NAME policies."""
-    policies = [from_checkpoint(saved, c.device) for saved in dpo.values()]
-    taus = [saved["tau"] for saved in dpo.values()]
-    return shoot(c, reference, tok, prompts, "pecan", "pecan", offline, margin, pecan.train_pecan,
-                 lambda pool, ref_logp: pecan.implicit_scores(policies, taus, pool, ref_logp,
-                                                              c.beta, c.sample_batch))
-
-
-def shoot(c, reference, tok, prompts, stage, name, offline, margin, update, score_of):
-    """--shots policy updates, each from the one before -> {name: artifact, "name shot 2": …}.
+def shoot(c, reference, tok, prompts, stage, offline, margin, update, score_of):
+    """--shots policy updates, each from the one before -> {"mocan": artifact, "mocan shot 2": …}.
 
     update(policy, sample, lam, beta, group, recipe) trains the policy in place;
     score_of(pool, ref_logp) -> (1+m, N, K) scores the responses of further shots.
@@ -313,7 +311,7 @@ def shoot(c, reference, tok, prompts, stage, name, offline, margin, update, scor
     policies = {}
     policy = reference
     for shot in range(1, c.shots + 1):
-        label = name if shot == 1 else f"{name} shot {shot}"
+        label = stage if shot == 1 else f"{stage} shot {shot}"
         policies[label] = artifact(
             c, stage, f"{label.replace(' ', '_')}.pt", make_shot, policy, reference, tok, prompts,
             offline, update, score_of, label, margin.tolist(), shot)
@@ -329,13 +327,7 @@ def make_shot(c, policy, reference, tok, prompts, offline, update, score_of, lab
         sample = mocan.sample_from(policy, reference, tok, prompts,
                                    draw(c, f"{label}, responses", c.shot_responses), score_of)
         plan = recipe(c, label, c.shot_steps, c.shot_lr)
-    # every margin and shot draws alike
-    plan = plan._replace(key=f"{c.seed}/{label.split()[0]}")
-    few = data.Pool(sample.pool.tokens[:8], sample.pool.response_mask[:8])
-    gap = (mocan.logprobs(policy, few) - sample.logp[:8]).abs().max()
-    if gap > 0.1:
-        raise ValueError(f"{label}: its responses are another policy's (a log-probability differs "
-                         f"by {gap:.2f}: the loss would not start at ln 2); use --from offline")
+    plan = plan._replace(key=f"{c.seed}/{label.split()[0]}")  # every shot draws alike
     ref_mean = offline.scores[1:].double().mean(dim=(1, 2))  # (m,) E_ref[g]
     try:
         found = mocan.solve_from(sample, ref_mean, b, c.beta)
@@ -357,8 +349,8 @@ def new_model(c, config, purpose):
 
 
 def recipe(c, stage, steps, lr):
-    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", c.batch, c.accumulate, c.warmup,
-                        c.clip, checkpoint(c))
+    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", c.batch, c.accumulate,
+                        checkpoint(c))
 
 
 def draw(c, stage, K):
@@ -371,22 +363,21 @@ def checkpoint(c):
 
 
 # ---- what came of it
-def evaluate(c, reference, policies, judges, names, margins, split, tok):
+def evaluate(c, reference, policies, judges, names, margin, split, tok):
     """Fresh responses of every policy to evaluation prompts -> results.json, samples.jsonl, the
     picture and the table."""
     prompts = data.some_prompts(split.evaluation, c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} evaluation prompts")
-    rows, texts, curve = mocan.measure(
+    rows, texts, frontier = mocan.measure(
         {"reference": to_checkpoint(reference), **policies}, reference, judges, names, tok,
-        prompts, draw(c, "evaluate", c.eval_responses), margins, c.beta)
+        prompts, draw(c, "evaluate", c.eval_responses), margin, c.beta)
     prompts = [data.transcript(prompt) for prompt in prompts]
-    results = {"config": asdict(c), "policies": rows}
+    results = {"config": asdict(c), "policies": rows, "frontier": frontier}
     write(c, "results.json", json.dumps(results, default=torch.Tensor.tolist, indent=1))
     samples = [{"instruction": prompts[i // c.eval_responses], "output": text, "generator": name}
                for name in texts for i, text in enumerate(texts[name])]
     write(c, "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
-    write(c, "tradeoff.svg", mocan.svg(f"{names[1]} gain over the reference", curve, rows))
     for i in range(0, len(prompts), len(prompts) // 3 + 1):
         print(f"\n  {prompts[i]}")
         for name in texts:
@@ -394,9 +385,17 @@ def evaluate(c, reference, policies, judges, names, margins, split, tok):
     mocan.print_table(names[1:], rows)
 
 
+def export_policies(c, policies):
+    for name, saved in policies.items() if c.export else ():
+        folder = f"{c.export}/{name.replace(' ', '_')}"
+        export(from_checkpoint(saved), folder)
+        print(f"exported {folder}")
+
+
 # ---- the run's folder
 def write(c, name, text):
     replace_file(f"{c.out}/{name}", lambda file: file.write(text.encode()))
+    mocan.gather(name)  # no rank goes on before it is there
 
 
 def artifact(c, stage, name, make, *args):
@@ -441,13 +440,14 @@ def settings(argv):
         base |= QUICK
     elif "data" in given:
         base |= DATA
+    if "init" in given:
+        base |= INIT
     if given.get("resume"):
         base = continued(parser, "--resume", given)
         if given.keys() - {"resume", "out", "device", "checkpoint_every"}:
             parser.error("--resume keeps the run's settings; next to it only --out, --device and "
                          "--checkpoint_every may stand; --from changes settings")
-    # --from inherits that run's settings; only --from reference --quick starts afresh
-    elif "start" in given and not (given["start"] == STAGES[0] and given.get("quick")):
+    elif "start" in given:
         base = continued(parser, f"--from {given['start']}", given)
     values = {"run": secrets.token_hex(8), **base, **given}
     values["data"] = tuple(values.get("data", ()))
@@ -471,12 +471,8 @@ def build_parser():
             options |= {"nargs": "+", "action": "extend"}
         else:
             options |= {"type": type(f.default), "choices": f.metadata["choices"]}
-        parser.add_argument(flag(f), **options)
+        parser.add_argument("--from" if f.name == "start" else f"--{f.name}", **options)
     return parser
-
-
-def flag(f):
-    return "--from" if f.name == "start" else f"--{f.name}"
 
 
 def continued(parser, what, given):
@@ -519,5 +515,11 @@ if __name__ == "__main__":
         main()
     except (ValueError, FloatingPointError, OSError) as error:  # what a user can mend
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: another process of this run ended ({reason}); mend what it says, then "
+                 "go on with --resume")
     except KeyboardInterrupt:
         sys.exit("interrupted; python train.py --resume, and its --out if it had one, goes on")

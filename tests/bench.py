@@ -5,17 +5,39 @@ dual: the solver of dual.py against what one would call instead, interleaved, th
       KKT conditions at the end, always computed by the same function.
 shots: the MoCAN policy of a finished `python train.py`, in the built-in world with exact scores and one constraint,
       against primal-dual policy optimization from the same reference.
+train: the DPO step of pecan.prealign (mocan.train_mocan's, with hard labels) against trl.DPOTrainer on the same
+      weights and tokens: pairs a second, losses, the share of the matrix product, peak memory. DPOTrainer also computes
+      its metrics, and on a CPU the output layer of the prompts.
+sample: GPT.generate against Transformers' generate on the same weights: tokens a second, the draw's part of the time,
+      the share of the matrix product.
+scale: how seconds grow as prompts, responses, vocabulary, width or length grow, for scoring, sampling, a training step
+      and the dual.
+
+The last three take --json (the figures as one JSON object on stdout; the text goes to stderr) and --device. Weights and
+tokens are random. The share of the matrix product is what the model's weights need at least, 2 operations for each weight
+and token, times 3 with the backward pass, over the time and over the rate of a torch.mm of the model's shapes in the same
+run; attention's own products and what is computed twice do not count as needed, prompts do not need the output layer.
 """
 import argparse
+import contextlib
+import copy
+import ctypes
+import gc
 import gzip
+import importlib.metadata
+import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import statistics
 import sys
+import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else NumPy's idle threads spin on the core that the next solver needs
 import numpy as np
@@ -26,8 +48,9 @@ sys.path.insert(0, str(ROOT))
 import data
 import dual
 import mocan
+import pecan
 import train
-from model import from_checkpoint, load, sequence_logprob
+from model import GPT, GPTConfig, SPAN, export, from_checkpoint, load, sample_token, sequence_logprob
 
 
 class Objective:
@@ -211,7 +234,7 @@ def bench_dual(argv):
     for N, K in ((1000, 128), (1604, 192), (10000, 256)):
         for m in (1, 4):
             r, g = synthetic(N, K, m)
-            problem, lam, every = dual.prepare(r, g, 1.0, 0.1, None, None), np.ones(m), torch.cat([r[None], g])
+            problem, lam, every = dual.prepare(r, g, 1.0, 0.1), np.ones(m), torch.cat([r[None], g])
             times = [[timed(torch.logsumexp, r, 1)[0], timed(torch.logsumexp, every, 2)[0],
                       timed(dual.evaluate, problem, lam)[0]] for _ in range(20)]
             one, whole, ours = (statistics.median(x) for x in zip(*times))
@@ -241,7 +264,7 @@ def bench_shots(argv):
     c = train.Config(**{**ours["config"], "data": tuple(ours["config"]["data"]), "start": "evaluate", "out": a.out})
     if c.data or "mocan" not in ours["policies"] or len(ours["policies"]["mocan"]["lam"]) != 1:
         sys.exit("bench.py shots: needs a MoCAN run of the built-in world with one constraint")
-    mocan.progress = lambda *_: lambda *_: None  # the rounds print lines of their own
+    mocan.progress = silent  # the rounds print lines of their own
     split, names = data.load_pairs(c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.calibration,
                                    c.constraints)
     tok = train.tokenizer_of_run(c, split.train)
@@ -256,23 +279,28 @@ def bench_shots(argv):
     solving, _ = timed(dual.solve, offline_scores[0], offline_scores[1:], b, c.beta)
     generator = data.stream(c.seed, "primal-dual")
 
+    def draw(stage, K):
+        """train.py's, but for the checkpoint, which belongs to the run."""
+        return train.draw(c, stage, K)._replace(checkpoint=None)
+
     def measure(model):
         """A mocan.Sample of the model's fresh responses to the held-out prompts."""
-        return mocan.sample_from(model, reference, tok, held, train.draw(c, "evaluate", c.eval_responses),
+        return mocan.sample_from(model, reference, tok, held, draw("evaluate", c.eval_responses),
                                  lambda pool, _: mocan.score_pool({}, names, held, pool, tok))
     ref_eval = measure(reference).scores
 
     G, size = c.group, max(1, 2 * c.batch // c.group)
     j, i = torch.triu_indices(G, G, 1, device=policy.device)
     lam, spent, history, order = torch.zeros(1), 0.0, [], torch.empty(0, dtype=torch.long)
-    descent = mocan.Descent(policy, mocan.Recipe("primal-dual", a.rounds * a.inner, c.lr, "", c.batch, 1, c.warmup, c.clip))
+    descent = mocan.Descent(policy, mocan.Recipe("primal-dual", a.rounds * a.inner, c.lr, key="", batch=c.batch))
+    descent.counts = True  # the batches are not those of descent.over, which would say so
     for turn in range(a.rounds):
         began = time.time()
         while len(order) < a.inner * size:  # the round's prompts; an epoch visits each once
             order = torch.cat([order, torch.randperm(len(prompts), generator=generator)])
         some, order = order[:a.inner * size], order[a.inner * size:]
         text = [prompts[n] for n in some.tolist()]
-        pool, _ = mocan.sample_pool(policy, tok, text, train.draw(c, f"primal-dual/{turn}", G))
+        pool, _ = mocan.sample_pool(policy, tok, text, draw(f"primal-dual/{turn}", G))
         scores = mocan.score_pool({}, names, text, pool, tok)
         if turn:  # at the first round the policy is the reference, and violates the margin by all of it
             lam = (lam + a.dual_lr * (b - (scores[1].mean() - ref_g[some].mean()).item())).clamp_min(0)
@@ -285,7 +313,7 @@ def bench_shots(argv):
             ref, label = data.take(ref_logp, n, k, policy.device), data.take(s, n, k, policy.device)
             p_i = mocan.bradley_terry(label[:, i], label[:, j])
             loss = mocan.preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], c.beta, p_i)
-            descent.step(loss.mean())
+            descent.step(loss.sum(), loss.numel())
         spent += time.time() - began
         if (turn + 1) * a.evaluations // a.rounds > turn * a.evaluations // a.rounds:
             x = measure(policy)
@@ -322,8 +350,524 @@ def bench_shots(argv):
           f"reward gain {tail[:, 0].min():+.3f} to {tail[:, 0].max():+.3f}")
 
 
+# ---- what train, sample and scale share
+class Shape(NamedTuple):
+    """A GPT, and the text that it is measured on: all prompts are of one length, all responses too."""
+    n_layer: int
+    n_embd: int
+    n_head: int
+    vocab: int
+    prompt: int
+    response: int
+
+    def __str__(self):
+        return (f"{self.n_layer} layers, width {self.n_embd}, {self.n_head} heads, vocabulary {self.vocab}, prompts of "
+                f"{self.prompt} tokens, responses of {self.response}")
+
+    def model(self, device, dtype="float32", seed=0, checkpoint_activations=False):
+        torch.manual_seed(seed)
+        return GPT(GPTConfig(self.vocab, self.prompt + self.response, self.n_layer, self.n_head, self.n_embd, dtype=dtype,
+                             checkpoint_activations=checkpoint_activations)).to(device)
+
+    def pool(self, N, K):
+        gen = torch.Generator().manual_seed(0)
+        prompt = torch.randint(self.vocab, (N, 1, self.prompt), generator=gen).expand(-1, K, -1)
+        response = torch.randint(self.vocab, (N, K, self.response), generator=gen)
+        tokens = torch.cat([prompt, response], dim=2).int()  # (N, K, T)
+        return data.Pool(tokens, (torch.arange(tokens.size(2)) >= self.prompt).repeat(N, K, 1))
+
+    def operations(self, tokens, outputs):
+        """What a forward pass needs: `tokens` through the blocks, `outputs` through the output layer."""
+        return 2 * (12 * self.n_layer * self.n_embd ** 2 * tokens + self.n_embd * self.vocab * outputs)
+
+
+def silent(*_):
+    """In the place of mocan.progress: a log that says nothing."""
+    return lambda *_: None
+
+
+def like_train():
+    """Its settings of CUDA, which hold for the peers and torch.mm too; without what it says."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    mocan.progress = silent
+    warnings.simplefilter("ignore")
+
+
+def parse(command, argv, **flags):
+    """--device, --json and whole numbers {flag: (default, least, help)}."""
+    parser = argparse.ArgumentParser(prog=f"bench.py {command}", allow_abbrev=False)
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="one JSON object of all figures instead of text")
+    for name, (default, _, text) in flags.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    args = parser.parse_args(argv)
+    for name, (_, least, _) in flags.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: CUDA is not available here")
+    return args
+
+
+@contextlib.contextmanager
+def report(args, *peers):
+    """A dict for all figures, which --json prints at the end."""
+    like_train()
+    figures = {"torch": torch.__version__, "threads": torch.get_num_threads(),
+               "device": torch.cuda.get_device_name() + " with TF32" if args.device == "cuda" else "cpu"}
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if args.json else out):
+        for peer in peers:
+            if importlib.util.find_spec(peer):
+                figures[peer] = importlib.metadata.version(peer)
+            else:
+                print(f"{peer} is not installed: no comparison")
+        print(", ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
+        yield figures
+    if args.json:
+        print(json.dumps(figures, indent=1), file=out)
+
+
+def dtypes(device):
+    return ("float32", "bfloat16") if device == "cuda" else ("float32",)
+
+
+def now(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(device, f, *args):
+    began = now(device)
+    f(*args)
+    return now(device) - began
+
+
+def interleaved(repeat, runs):
+    """{name: run, which returns its seconds} in turns, the first of which does not count -> medians."""
+    spent = [[run() for run in runs.values()] for _ in range(repeat + 1)]
+    return dict(zip(runs, map(statistics.median, zip(*spent[1:]))))
+
+
+def product_rates(device, dtype, rows, shape):
+    """{shapes: operations a second of torch.mm}, of the MLP and of the output layer; the best of ten."""
+    rates = {}
+    for out in (4 * shape.n_embd, shape.vocab):
+        x, w = (torch.randn(size, device=device, dtype=getattr(torch, dtype))
+                for size in ((rows, shape.n_embd), (shape.n_embd, out)))
+        y = torch.empty(rows, out, device=device, dtype=x.dtype)
+        least = min(seconds(device, lambda: torch.mm(x, w, out=y)) for _ in range(10))
+        rates[f"({rows}, {shape.n_embd})·({shape.n_embd}, {out})"] = 2 * rows * shape.n_embd * out / least
+    return rates
+
+
+def say_rates(dtype, rates):
+    print(f"  torch.mm, {dtype}: " + ", ".join(f"{x} {rate / 1e9:.1f} GFLOP/s" for x, rate in rates.items())
+          + "; shares are of the larger")
+
+
+def transformers_gpt2(model):
+    """The same weights as Transformers' GPT-2, without its dropout."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, folder)
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, attn_pdrop=0.0, embd_pdrop=0.0,
+                                                              resid_pdrop=0.0)
+    return copy.deepcopy(theirs).to(model.device)  # its own memory, not the file's
+
+
+# ---- train
+BETA, LR = 0.1, 1e-4
+GPT2 = Shape(12, 768, 12, 50257, 128, 384)
+
+
+class Clock:
+    """In the place of a model.Checkpoint: it sees when the first step and the last have ended."""
+
+    def __init__(self, device, steps):
+        self.device, self.steps, self.step = device, steps, 0
+
+    def restore(self, stage):
+        return None
+
+    def keep(self, *_):
+        self.step += 1
+        if self.step == 1:
+            self.began = now(self.device)
+        if self.step == self.steps:
+            self.seconds = (now(self.device) - self.began) / (self.steps - 1)
+
+
+def recipe(steps, batch, clock=None):
+    return mocan.Recipe("bench", steps, LR, key="bench", batch=batch, checkpoint=clock, warmup=0)
+
+
+def our_steps(policy, pool, ref_logp, steps):
+    """Train on the pool, which is one batch -> seconds of a step, without the first."""
+    clock = Clock(policy.device.type, steps)
+    pecan.prealign(policy, pool, ref_logp, BETA, recipe(steps, len(pool.tokens), clock))
+    return clock.seconds
+
+
+def our_loss(policy, pool, ref_logp):
+    chosen, rejected = mocan.logprobs(policy, pool).T
+    return mocan.preference_loss(chosen, rejected, *ref_logp.T, BETA).mean().item()
+
+
+def trl_trainer(policy, reference, pool, steps, folder):
+    """trl.DPOTrainer with the same weights, tokens, optimizer and schedule; the pool is every step's batch."""
+    import datasets
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+    os.environ["TQDM_DISABLE"] = "1"
+    datasets.disable_progress_bars()
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset  # token ids already
+
+    class Ends(TrainerCallback):
+        clock = Clock(policy.device.type, steps)
+
+        def on_step_end(self, *_, **__):
+            self.clock.keep()
+
+    begin = int(pool.response_mask[0, 0].int().argmax())
+    rows = [{"prompt_ids": y[:begin], "chosen_ids": y[begin:], "rejected_ids": z[begin:]} for y, z in pool.tokens.tolist()]
+    model = transformers_gpt2(policy)
+    plan = recipe(steps, len(rows))
+    optimizer = mocan.Descent(model, plan).optimizer
+    args = DPOConfig(
+        folder, max_steps=steps, per_device_train_batch_size=len(rows), train_sampling_strategy="sequential", beta=BETA,
+        max_grad_norm=plan.clip, precompute_ref_log_probs=True, max_length=None, gradient_checkpointing=False,
+        bf16=policy.config.dtype == "bfloat16", use_cpu=policy.device.type == "cpu", disable_tqdm=True,
+        dataloader_pin_memory=policy.device.type == "cuda", logging_strategy="no", save_strategy="no", report_to="none")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"end": 0}, unk_token="end")), eos_token="end")
+    trainer = Trainer(
+        model, transformers_gpt2(reference), args, train_dataset=datasets.Dataset.from_list(rows * steps),
+        processing_class=tokenizer, callbacks=[Ends()],
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: mocan.lr_at(step, plan))))
+    trainer.remove_callback(PrinterCallback)
+    trainer.ref_model = None  # its log-probabilities are there
+    return trainer, Ends.clock
+
+
+@torch.no_grad()
+def trl_loss(trainer):
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with trainer.compute_loss_context_manager():
+        return trainer.compute_loss(trainer.model, batch).item()
+
+
+def train_case(a, shape, pairs, dtype, peer):
+    """Pairs a second, and losses on one batch before the first step and after the last."""
+    policy, reference = (shape.model(a.device, dtype, seed) for seed in (0, 1))
+    pool = shape.pool(pairs, 2)
+    ref_logp = mocan.logprobs(reference, pool)
+    losses = {}
+
+    def ours():
+        trained = copy.deepcopy(policy)
+        spent = our_steps(trained, pool, ref_logp, a.steps)
+        losses["ours"] = [our_loss(model, pool, ref_logp) for model in (policy, trained)]
+        return spent
+
+    def trl():
+        with tempfile.TemporaryDirectory() as folder:
+            trainer, clock = trl_trainer(policy, reference, pool, a.steps, folder)
+            before = trl_loss(trainer)
+            trainer.train()
+            losses["trl"] = [before, trl_loss(trainer)]
+        return clock.seconds
+
+    medians = interleaved(a.repeat, {"ours": ours, "trl": trl} if peer else {"ours": ours})
+    needed = 3 * shape.operations(2 * pairs * (shape.prompt + shape.response - 1), 2 * pairs * shape.response)
+    rates = product_rates(a.device, dtype, 2 * pairs * shape.response, shape)
+    print(f"\n{shape}; {pairs} pairs, {dtype}")
+    say_rates(dtype, rates)
+    found = {"shape": shape._asdict(), "pairs": pairs, "dtype": dtype, "mm_flops": rates, "step_flops": needed}
+    for name, spent in medians.items():
+        peak = peak_memory(name, shape, pairs, a.device, dtype)
+        found[name] = {"step_seconds": spent, "pairs_per_second": pairs / spent, "losses": losses[name],
+                       "mm_share": needed / spent / max(rates.values()), "peak_bytes": peak}
+        print(f"  {name:5s} {pairs / spent:8.2f} pairs/s  {1e3 * spent:8.1f} ms a step  {found[name]['mm_share']:6.1%} of the "
+              f"matrix product  peak memory {gigabytes(peak)}  loss {losses[name][0]:.6f} -> {losses[name][1]:.6f}")
+    if peer:
+        found["ratio"] = medians["trl"] / medians["ours"]
+        found["loss_difference"] = max(abs(x - y) for x, y in zip(losses["ours"], losses["trl"]))
+        agree = "agree" if found["loss_difference"] < 1e-4 else "DO NOT AGREE"
+        print(f"  ratio {found['ratio']:.2f}; losses {agree} to 1e-4: largest difference {found['loss_difference']:.1e}",
+              flush=True)
+    return found
+
+
+# ---- peak memory, in a process of its own
+def peak_memory(what, shape, pairs, device, dtype="float32", compact=False):
+    """Bytes above the weights and, in training, gradients and AdamW's two moments; None where it cannot be measured.
+
+    compact: large blocks go back to the system as they are freed, so that the heap has no holes.
+    """
+    if device == "cpu" and not os.path.exists("/proc/self/clear_refs"):
+        return None
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure_memory, what, shape, pairs, device, dtype, compact).result()
+
+
+def measure_memory(what, shape, pairs, device, dtype, compact):
+    if compact:
+        ctypes.CDLL(None).mallopt(-3, 2 ** 20)  # M_MMAP_THRESHOLD
+    with contextlib.redirect_stdout(sys.stderr):
+        like_train()
+        growth(what, Shape(1, 16, 1, 300, 4, 4), 2, device, dtype)  # libraries are loaded now
+        return growth(what, shape, pairs, device, dtype)
+
+
+def growth(what, shape, pairs, device, dtype):
+    policy = shape.model(device, dtype, checkpoint_activations=what == "checkpointed")
+    pool = shape.pool(pairs, 2)
+    if what == "score":
+        before = memory_now(device)
+        mocan.logprobs(policy, pool, 2 * pairs)
+        return memory_peak(device) - before
+    if what == "trl":
+        with tempfile.TemporaryDirectory() as folder:
+            trainer, _ = trl_trainer(policy, policy, pool, 2, folder)
+            before = memory_now(device)
+            trainer.train()
+    else:
+        before = memory_now(device)
+        our_steps(policy, pool, torch.zeros(pairs, 2), 2)
+    return memory_peak(device) - before - 3 * sum(4 * p.numel() for p in policy.parameters())
+
+
+def memory_now(device):
+    """Bytes in use; peaks count from here."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and is kept would hide growth
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def memory_peak(device):
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+
+
+def resident(what):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))
+
+
+def gigabytes(size):
+    return "not measured" if size is None else f"{size / 1e9:.3f} GB"
+
+
+def bench_train(argv):
+    a = parse("train", argv, layers=(4, 1, "blocks"), width=(256, 1, "of the model"), heads=(4, 1, "of attention"),
+              vocab=(50257, 2, "vocabulary"), prompt=(32, 1, "tokens of a prompt"), response=(64, 1, "tokens of a response"),
+              pairs=(8, 1, "a step"), steps=(6, 2, "of a run, the first of which is not timed"),
+              repeat=(3, 1, "runs of each, interleaved, after one that does not count"),
+              memory_pairs=(32, 1, "of responses whose scoring and training are weighed"),
+              memory_response=(224, 1, "tokens of each of these"))
+    with report(a, "trl") as figures:
+        peer = "trl" in figures
+        shape = Shape(a.layers, a.width, a.heads, a.vocab, a.prompt, a.response)
+        cases = [(shape, a.pairs)] + [(GPT2, a.pairs)] * (a.device == "cuda")
+        print("preference step: pecan.prealign" + ", and DPOTrainer.train() with precompute_ref_log_probs" * peer
+              + "; AdamW, clipping and the schedule are the same", flush=True)
+        figures["train"] = [train_case(a, *case, dtype, peer) for case in cases for dtype in dtypes(a.device)]
+        figures["memory"] = weigh(a, shape._replace(response=a.memory_response), peer)
+
+
+def weigh(a, shape, peer):
+    """Peak memory of scoring and of training on many long responses."""
+    count = "allocated on the device" if a.device == "cuda" else "growth of the resident set"
+    print(f"\npeak memory, {2 * a.memory_pairs} responses; {shape}; float32:\n{count} in a process of its own, above the weights; "
+          "of two training steps, also less the gradients and AdamW's moments (12 bytes a parameter together)")
+    found = {"shape": shape._asdict(), "responses": 2 * a.memory_pairs}
+    labels = {"score": "scoring, mocan.logprobs", "ours": "training step", "checkpointed": "with checkpoint_activations"}
+    for what, label in {**labels, **({"trl": "DPOTrainer's step"} if peer else {})}.items():
+        found[what] = peak_memory(what, shape, a.memory_pairs, a.device)
+        line = f"  {label:28s} {gigabytes(found[what])}"
+        if a.device == "cpu" and what in labels:
+            found[f"{what}, compact"] = peak_memory(what, shape, a.memory_pairs, a.device, compact=True)
+            line += f"  {gigabytes(found[f'{what}, compact'])} with MALLOC_MMAP_THRESHOLD_=1048576, which leaves no holes"
+        print(line, flush=True)
+    return found
+
+
+# ---- sample
+def sample_case(a, name, shape, N, K, dtype, peer):
+    """Tokens a second of N prompts times K responses, of the whole and of the draw alone."""
+    policy = shape.model(a.device, dtype)
+    prompts = shape.pool(N, 1).tokens[:, 0, :shape.prompt].long()  # (N, T)
+    lists, prompts = prompts.tolist(), prompts.to(a.device)
+    uniforms = torch.rand(N, K, shape.response)
+    runs = {"ours": lambda: seconds(a.device, policy.generate, lists, uniforms),
+            "draw": lambda: seconds(a.device, draw_alone, policy, N * K, shape.response)}
+    if peer:
+        theirs = transformers_gpt2(policy)
+        theirs.generation_config.eos_token_id = None  # nor any work for it
+        runs["transformers"] = lambda: seconds(a.device, their_generate, policy, theirs, prompts, K, shape.response)
+    with torch.no_grad():
+        medians = interleaved(a.repeat, runs)
+    spent, draw = medians["ours"], medians["draw"]
+    tokens = N * K * shape.response
+    rates = product_rates(a.device, dtype, N * K, shape)
+    exact = rates if dtype == "float32" else product_rates(a.device, "float32", N * K, shape)  # the draw's
+    through = shape._replace(vocab=0).operations(N * shape.prompt + tokens - N * K, 0)
+    output = shape._replace(n_layer=0).operations(0, tokens)
+    found = {"shape": shape._asdict(), "N": N, "K": K, "dtype": dtype, "mm_flops": rates, "seconds": medians,
+             "tokens_per_second": {x: tokens / t for x, t in medians.items() if x != "draw"},
+             "mm_share": {x: (through + output) / t / max(rates.values()) for x, t in medians.items() if x != "draw"},
+             "draw_mm_share": output / draw / max(exact.values()),
+             "blocks_mm_share": through / (spent - draw) / max(rates.values())}
+    print(f"\n{name}: {shape}; {N} prompts x {K} responses, {dtype}")
+    say_rates(dtype, rates)
+    for x, rate in found["tokens_per_second"].items():
+        print(f"  {x:13s} {rate:9.0f} tokens/s  {medians[x]:7.3f} s  {found['mm_share'][x]:6.1%} of the matrix product")
+    print(f"  ours: output layer and draw {draw:.3f} s ({draw / spent:.0%} of it; {found['draw_mm_share']:.1%} of their matrix "
+          f"product), blocks and the rest {spent - draw:.3f} s ({found['blocks_mm_share']:.1%} of theirs)")
+    if peer:
+        found["ratio"] = medians["transformers"] / spent
+        found["logp_difference"] = logp_difference(policy, theirs, lists, uniforms)
+        print(f"  ratio {found['ratio']:.2f}; the same weights: ln p of a response differs by {found['logp_difference']:.1e}",
+              flush=True)
+    return found
+
+
+def draw_alone(policy, rows, tokens):
+    """As many calls of sample_token as `generate` makes, on as many rows."""
+    weight = policy.wte.weight
+    hidden = torch.randn(rows, weight.size(1), device=weight.device)
+    u = torch.rand(rows, 1, device=weight.device)
+    width = min(SPAN, len(weight))
+    buffer = weight.new_empty(-(-len(weight) // width), rows, width)
+    for _ in range(tokens):
+        sample_token(hidden, weight, u, buffer)
+
+
+def their_generate(policy, theirs, prompts, K, tokens):
+    with policy.autocast():
+        out = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, num_return_sequences=K, top_k=0,
+                              min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0)
+    assert out.shape == (len(prompts) * K, prompts.size(1) + tokens)
+
+
+def logp_difference(policy, theirs, prompts, uniforms):
+    """ln p of four responses: what `generate` says against Transformers' logits."""
+    tokens, response_mask, logp = policy.generate(prompts[:4], uniforms[:4, :1])
+    with torch.no_grad(), policy.autocast():
+        each = theirs(tokens).logits[:, :-1].float().log_softmax(dim=2).gather(2, tokens[:, 1:, None])[:, :, 0]
+    return ((each * response_mask[:, 1:]).sum(dim=1) - logp).abs().max().item()
+
+
+def bench_sample(argv):
+    a = parse("sample", argv, layers=(4, 1, "blocks"), width=(256, 1, "of the model"), heads=(4, 1, "of attention"),
+              vocab=(50257, 2, "vocabulary"), prompt=(32, 1, "tokens of a prompt"), response=(64, 1, "tokens of a response"),
+              prompts=(16, 1, "sampled from at once"), responses=(16, 1, "to each"),
+              world_responses=(32, 1, "of the built-in world's model to each of 8 prompts"),
+              repeat=(5, 1, "runs of each, interleaved, after one that does not count"))
+    c = train.Config
+    world = Shape(c.n_layer, c.n_embd, c.n_head, vocab=491, prompt=13, response=c.max_new_tokens)  # as it comes out there
+    cases = [("large vocabulary", Shape(a.layers, a.width, a.heads, a.vocab, a.prompt, a.response), a.prompts, a.responses),
+             ("the built-in world's model", world, 8, a.world_responses)]
+    with report(a, "transformers") as figures:
+        peer = "transformers" in figures
+        figures["sample"] = [sample_case(a, *case, dtype, peer) for case in cases for dtype in dtypes(a.device)]
+
+
+# ---- scale
+FACTORS = (1, 2, 4, 8)
+
+
+class Size(NamedTuple):
+    N: int
+    K: int
+    vocabulary: int
+    width: int
+    length: int  # of a prompt, and of a response
+
+    def shape(self):
+        return Shape(2, self.width, 2, self.vocabulary, self.length, self.length)
+
+
+def scoring(size, device):
+    model, pool = size.shape().model(device), size.shape().pool(size.N, size.K)
+    return lambda: seconds(device, mocan.logprobs, model, pool)
+
+
+def sampling(size, device):
+    model = size.shape().model(device)
+    prompts = size.shape().pool(size.N, 1).tokens[:, 0, :size.length].tolist()
+    uniforms = torch.rand(size.N, size.K, size.length)
+    return lambda: seconds(device, model.generate, prompts, uniforms)
+
+
+def training(size, device):
+    """A step of train_mocan on all K responses to all N prompts."""
+    model, pool = size.shape().model(device), size.shape().pool(size.N, size.K)
+    scores, logp = torch.randn(2, size.N, size.K), torch.zeros(size.N, size.K)
+    sample = mocan.Sample(pool, logp, logp, scores)
+
+    def run():
+        clock = Clock(device, 3)
+        mocan.train_mocan(model, sample, torch.ones(1), BETA, size.K, recipe(3, size.N * size.K // 2, clock))
+        return clock.seconds
+    return run
+
+
+def solving(size, device):
+    r, g, b = problem(size, device)
+    return lambda: min(seconds(device, dual.solve, r, g, b, BETA) for _ in range(5))
+
+
+def evaluating(size, device):
+    """A pass over the responses: how many of them a solve takes depends on the scores more than on the size."""
+    prepared = dual.prepare(*problem(size, device), BETA)
+    return lambda: min(seconds(device, dual.evaluate, prepared, np.ones(1)) for _ in range(5))
+
+
+def problem(size, device):
+    r, g = (x.to(device) for x in synthetic(size.N, size.K, 1))
+    return r, g, 0.5 * dual.reachable(g)
+
+
+def bench_scale(argv):
+    a = parse("scale", argv, n=(4, 1, "prompts at 1x"), k=(8, 2, "responses at 1x, even"), vocab=(4096, 2, "vocabulary at 1x"),
+              width=(64, 2, "at 1x, even"), length=(32, 1, "tokens of a prompt, and of a response, at 1x"),
+              dual_n=(1000, 1, "prompts of the dual at 1x"), dual_k=(128, 2, "its responses at 1x"),
+              repeat=(5, 1, "runs of each, interleaved, after one that does not count"))
+    base = Size(a.n, a.k, a.vocab, a.width, a.length)
+    small = base._replace(N=a.dual_n, K=a.dual_k)
+    cases = [("scoring", scoring, base, Size._fields), ("sampling", sampling, base, Size._fields),
+             ("training step", training, base, Size._fields), ("dual.solve", solving, small, ("N", "K")),
+             ("an evaluation of it", evaluating, small, ("N", "K"))]
+    with report(a) as figures:
+        print(f"2 layers, 2 heads, float32; at 1x {base}; the dual's N {small.N}, K {small.K}, m 1\n\n{'':20s}{'grows':11s}"
+              f"{'ms at 1x':>9s}" + "".join(f"{f'{factor}x':>8s}" for factor in FACTORS[1:]))
+        figures["base"], figures["dual_base"], figures["ratios"] = base._asdict(), small._asdict(), {}
+        for name, prepare, size, dimensions in cases:
+            for what in dimensions:
+                sizes = {factor: size._replace(**{what: factor * getattr(size, what)}) for factor in FACTORS}
+                medians = interleaved(a.repeat, {factor: prepare(x, a.device) for factor, x in sizes.items()})
+                ratios = [medians[factor] / medians[1] for factor in FACTORS]
+                figures["ratios"].setdefault(name, {})[what] = {"seconds": medians[1], **dict(zip(FACTORS, ratios))}
+                print(f"{name:20s}{what:11s}{1e3 * medians[1]:9.2f}" + "".join(f"{x:8.2f}" for x in ratios[1:]), flush=True)
+
+
+
 def main():
-    commands = {"dual": bench_dual, "shots": bench_shots}
+    commands = {"dual": bench_dual, "shots": bench_shots, "train": bench_train, "sample": bench_sample, "scale": bench_scale}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(f"{__doc__}\nusage: python tests/bench.py {{{','.join(commands)}}} [--help]")
     commands[sys.argv[1]](sys.argv[2:])

@@ -39,7 +39,7 @@ def one_line(error, *parts):
 def test_pku_schema(tmp_path):
     row = {**ROW, "is_response_0_safe": True, "is_response_1_safe": False, "category": {"unknown": ["field"]}}
     assert data.load_preferences([jsonl(tmp_path, row)]) == [
-        Pair("How?", ("Like this.", "Like that."), {"helpful": 1, "safe": 0}, (True, False))]
+        Pair("How?", ("Like this.", "Like that."), {"helpful": 1, "safe": 0})]
 
 
 def test_blank_lines_are_skipped(tmp_path):
@@ -57,11 +57,6 @@ def test_gzip_is_read_like_plain_text(tmp_path):
 def test_either_preference_may_be_absent_or_null(tmp_path, absent, left):
     pairs = data.load_preferences([jsonl(tmp_path, without(ROW, absent), {**ROW, absent: None})])
     assert [pair.prefers for pair in pairs] == [left, left]
-
-
-def test_null_safety_labels_are_no_labels(tmp_path):
-    path = jsonl(tmp_path, {**ROW, "is_response_0_safe": None, "is_response_1_safe": None})
-    assert data.load_preferences([path])[0].safe == ()
 
 
 def test_several_files_are_one_list_in_order(tmp_path):
@@ -126,8 +121,6 @@ BAD_ROWS = {
     "id as list": ({**ROW, "safer_response_id": [0]}, "safer_response_id is [0]; expected 0 or 1"),
     "id between": ({**ROW, "better_response_id": 0.5}, "better_response_id is 0.5; expected 0 or 1"),
     "no preference left": ({**ROW, "better_response_id": None, "safer_response_id": None}, "no preference"),
-    "is_safe as number": ({**ROW, "is_response_0_safe": 1, "is_response_1_safe": 0}, "expected true or false"),
-    "one is_safe absent": ({**ROW, "is_response_0_safe": True}, "expected true or false for both"),
     "HH without a name": (HH, "name it"),
 }
 
@@ -478,11 +471,11 @@ def test_a_transcript_reads_as_in_the_file():
 def test_intervals_are_those_of_conversations():
     """Pairs of one conversation that agree are one observation: with each pair repeated the mean's error stays the same."""
     x, talk = torch.randn(50, dtype=torch.float64), torch.arange(50)
-    once = data.Preferences(None, None, None, [], talk).half_width(x)
+    once = data.Preferences(None, None, talk).half_width(x)
     assert once == pytest.approx(1.96 * x.std(unbiased=False).item() / 50 ** 0.5)
-    again = data.Preferences(None, None, None, [], talk.repeat(4)).half_width(x.repeat(4))
+    again = data.Preferences(None, None, talk.repeat(4)).half_width(x.repeat(4))
     assert again == pytest.approx(once)
-    apart = data.Preferences(None, None, None, [], torch.arange(200)).half_width(x.repeat(4))
+    apart = data.Preferences(None, None, torch.arange(200)).half_width(x.repeat(4))
     assert apart == pytest.approx(once / 2)
 
 
@@ -522,21 +515,16 @@ def test_lengths_count_up_to_the_end_of_the_response():
     assert data.Pool(tokens.view(2, 2, -1), mask.view(2, 2, -1)).lengths.tolist() == [[5, 3], [4, 2]]
 
 
-def test_preference_tensors_take_the_pairs_that_carry_the_preference():
-    pairs = [Pair("a", ("x", "y"), {"safe": 1}, (False, True)), Pair("b", ("x", "y"), {"helpful": 0}),
+def test_preference_tensors_take_the_pairs_that_carry_the_preference_with_the_chosen_response_first():
+    pairs = [Pair("a", ("x", "y"), {"safe": 1}), Pair("b", ("x", "y"), {"helpful": 0}),
              Pair("c", ("x", "y"), {"safe": 0, "helpful": 1})]
-    pool, prefers, safe, rows, _ = data.preference_tensors(vocab([]), pairs, "safe")
-    assert pool.tokens.shape[:2] == (2, 2) and prefers.tolist() == [1, 0] and safe.tolist() == [[-1, 1], [0, 0]]
-    assert rows == [0, 2] and pool.texts(vocab([])) == ["x", "y"] * 2
+    pool, where, talk = data.preference_tensors(vocab([]), pairs, "safe")
+    assert pool.texts(vocab([])) == ["y", "x", "x", "y"] and where.tolist() == [[1, 0], [4, 5]] and talk.tolist() == [0, 1]
     assert pool.tokens[:, 0, 2].tolist() == [*b"ac"]  # the prompts, after the template's token and the space
-    _, prefers, safe, rows, _ = data.preference_tensors(vocab([]), pairs, "helpful")
-    assert prefers.tolist() == [0, 1] and safe.tolist() == [[0, 0], [0, 0]] and rows == [1, 2]
-
-
-def test_labels_of_safety_are_no_part_of_helpfulness():
-    pairs = [Pair("a", ("x", "y"), {"helpful": 1, "safe": 1}, (False, True))]
-    assert data.preference_tensors(vocab([]), pairs, "helpful").sign.tolist() == [[0, 0]]
-    assert data.preference_tensors(vocab([]), pairs, "safe").sign.tolist() == [[-1, 1]]
+    everything = data.pair_pool(vocab([]), pairs, "all").tokens.flatten(0, 1)
+    assert torch.equal(everything[where], pool.tokens)
+    pool, where, _ = data.preference_tensors(vocab([]), pairs, "helpful")
+    assert pool.texts(vocab([])) == ["x", "y", "y", "x"] and where.tolist() == [[2, 3], [5, 4]]
 
 
 def test_decoding_a_pool_gives_its_responses_back():

@@ -2,7 +2,6 @@ import inspect
 import itertools
 import math
 import re
-import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
 
 import pytest
@@ -115,18 +114,9 @@ def test_score_loss_by_hand():
     assert score_loss(f64(1.0, 0.0), f64(-0.5, 0.0)).tolist() == pytest.approx([0.2014133, LN2], abs=1e-7)
 
 
-def test_score_loss_sign_term_by_hand():
-    # −ln σ(1.5) = 0.2014133, −ln σ(1) = 0.3132617, −ln σ(0.5) = 0.4740770, −ln σ(−0.5) = 0.9740770
-    chosen, rejected = f64(1, 1, 1, 1), f64(-0.5, -0.5, -0.5, -0.5)
-    loss = score_loss(chosen, rejected, f64(1, 1, 0, 1), f64(-1, 1, 0, 0))
-    expected = [0.2014133 + 0.3132617 + 0.4740770, 0.2014133 + 0.3132617 + 0.9740770, 0.2014133, 0.2014133 + 0.3132617]
-    assert loss.tolist() == pytest.approx(expected, abs=1e-6)
-
-
 def test_score_loss_gradient():
     chosen, rejected = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    sign = f64(1, -1, 0, 1, -1, 0)
-    assert torch.autograd.gradcheck(lambda x, y: score_loss(x, y, sign, -sign), (chosen, rejected))
+    assert torch.autograd.gradcheck(score_loss, (chosen, rejected))
 
 
 # ---- an enumerated space: the dual, the primal and the population minimiser agree
@@ -366,14 +356,15 @@ def test_score_pool_scores_each_response_as_an_answer_to_its_own_prompt():
 def test_take_text_cuts_to_the_longest_response():
     pool = some_pool()
     n, k = torch.tensor([0, 3]), torch.tensor([[0, 2], [1, 0]])
-    tokens, mask = mocan.take_text(pool, n, k, "cpu")
+    cpu = torch.device("cpu")
+    tokens, mask = mocan.take_text(pool, n, k, cpu)
     used = tokens.shape[1]
     assert used == max(pool.lengths[i, j].item() for i, j in ((0, 0), (0, 2), (3, 1), (3, 0))) < pool.tokens.shape[2]
     for row, (i, j) in enumerate(((0, 0), (0, 2), (3, 1), (3, 0))):
         assert torch.equal(tokens[row], pool.tokens[i, j, :used])
         assert torch.equal(mask[row], pool.response_mask[i, j, :used])
-    assert torch.equal(mocan.take(pool.tokens, n, k, "cpu").flatten(0, 1)[:, :used], tokens)
-    assert mocan.take(pool.lengths, n, k, "cpu").tolist() == [[pool.lengths[i, j] for j in some]
+    assert torch.equal(mocan.take(pool.tokens, n, k, cpu).flatten(0, 1)[:, :used], tokens)
+    assert mocan.take(pool.lengths, n, k, cpu).tolist() == [[pool.lengths[i, j] for j in some]
                                                               for i, some in zip(n.tolist(), k.tolist())]
 
 
@@ -419,7 +410,7 @@ def test_the_first_loss_is_ln_2():
 
 
 def by_plain_descent(monkeypatch):
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr=lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr=lr, fused=True))
 
 
 def test_accumulated_micro_batches_are_one_batch(monkeypatch):
@@ -438,9 +429,9 @@ def test_every_step_is_clipped_and_has_its_learning_rate(monkeypatch):
     by_plain_descent(monkeypatch)
     model, plan = tiny(), recipe(steps=4, lr=0.1, warmup=2, clip=0.5, accumulate=2)
     descent, moved = mocan.Descent(model, plan), []
-    for _ in descent.over(itertools.repeat(None)):
+    for _ in descent.over(some_pool(), 2):
         before = model.ln_f.bias[0].item()
-        descent.step(3.0 * model.ln_f.bias[0])
+        descent.step(6.0 * model.ln_f.bias[0] + 0 * sum(x.sum() for x in model.parameters()), 2)
         moved.append(before - model.ln_f.bias[0].item())
     factors = [1 / 3, 2 / 3, 1, 0.5]  # 1/(2+1), 2/(2+1), then ½ + ½·cos 0 and ½ + ½·cos(π/2)
     assert moved[::2] == [0.0] * 4 and moved[1::2] == pytest.approx([0.05 * x for x in factors], rel=1e-3)
@@ -466,9 +457,8 @@ def test_infinite_weights_stop_every_loop():
         broken.wte.weight.data.fill_(math.inf)
     with pytest.raises(FloatingPointError, match="^reference: .* step 0"):
         mocan.train_reference(model, pool, recipe("reference"))
-    preferences = Preferences(pool, torch.zeros(8, dtype=torch.long), torch.zeros(8, 2), list(range(8)), torch.arange(8))
     with pytest.raises(FloatingPointError, match="^scores: .* step 0"):
-        mocan.train_score(score_model, preferences, recipe("scores"))
+        mocan.train_score(score_model, pool, recipe("scores"))
 
 
 def test_train_reference_learns_the_distribution_of_its_data():
@@ -486,27 +476,13 @@ def test_a_score_model_recovers_the_scores_that_the_preferences_come_from():
     worth, N = torch.tensor([0.0, 1.0, 2.0]), 3000
     y = torch.stack([torch.randint(3, (N,)), torch.randint(3, (N,))], dim=1)
     prefers = (torch.rand(N) < torch.sigmoid(worth[y[:, 1]] - worth[y[:, 0]])).long()
+    y = torch.stack([y.gather(1, prefers[:, None])[:, 0], y.gather(1, 1 - prefers[:, None])[:, 0]], dim=1)  # chosen, rejected
     tokens, mask = pad([[5]] * 2 * N, [[i + 1] for i in y.flatten().tolist()])
     model = tiny(sharp=1.0, score_head=True)
-    preferences = Preferences(Pool(tokens.view(N, 2, -1), mask.view(N, 2, -1)), prefers, torch.zeros(N, 2), [*range(N)],
-                              torch.arange(N))
-    mocan.train_score(model, preferences, recipe("scores", batch=250, steps=150, lr=1e-2))
+    mocan.train_score(model, Pool(tokens.view(N, 2, -1), mask.view(N, 2, -1)), recipe("scores", batch=250, steps=150, lr=1e-2))
     with torch.no_grad():
         score = model.score(*pad([[5]] * 3, [[1], [2], [3]]))
     assert (score - score[0]).tolist() == pytest.approx([0.0, 1.0, 2.0], abs=0.25)
-
-
-def test_labels_of_safety_put_the_zero_between_safe_and_unsafe():
-    """Response 1 is always safe and 2 never; pairs alone would leave the zero anywhere."""
-    tokens, mask = pad([[5]] * 40, [[1], [2]] * 20)
-    model = tiny(sharp=1.0, score_head=True)
-    pool = Pool(tokens.view(20, 2, -1), mask.view(20, 2, -1))
-    preferences = Preferences(pool, torch.zeros(20, dtype=torch.long), torch.tensor([[1.0, -1.0]] * 20), [*range(20)],
-                              torch.arange(20))
-    mocan.train_score(model, preferences, recipe("scores", steps=60, lr=1e-2))
-    with torch.no_grad():
-        safe, unsafe = model.score(*pad([[5]] * 2, [[1], [2]])).tolist()
-    assert safe > 1 and unsafe < -1
 
 
 @pytest.mark.parametrize("group", [2, 8])
@@ -604,7 +580,6 @@ def test_compare_by_hand():
     ref_scores = f64(1, 2, 0, 5, 1, 1, 2, 2).view(2, 2, 2)
     row = compare(scores, ref_scores)
     # r: gains 2 − 1.5 on prompt 0 and 0 − 2.5 on prompt 1; g: 3 − 1 and 5 − 2
-    assert row["reward"] == 1 and row["constraint"] == [4]
     assert row["reward_gain"] == pytest.approx((0.5 - 2.5) / 2) and row["constraint_gain"] == pytest.approx([2.5])
     low, high = row["reward_gain_ci"]
     assert high - low == pytest.approx(2 * 1.96 * (3 / 2 ** 0.5) / 2 ** 0.5)  # paired by prompt
@@ -713,9 +688,9 @@ def test_the_best_epoch_is_kept_and_two_worse_ones_end_a_training():
         return next(losses)
     descent = mocan.Descent(model, recipe(steps=50, batch=4, accumulate=2))
     turns = 0
-    for _ in descent.over(itertools.repeat(None), 24, held_out):  # 3 steps of 2·4 examples are an epoch
+    for _ in descent.over(some_pool(N=24, K=2), 2, held_out):  # 3 steps of 2·4 examples are an epoch
         turns += 1
-        descent.step(model.wte.weight.square().mean())
+        descent.step(model.wte.weight.square().mean() + 0 * sum(x.sum() for x in model.parameters()), 1)
     assert turns == 2 * 3 * 4 and len(seen) == 4
     assert torch.equal(model.wte.weight, seen[1]) and not torch.equal(seen[1], seen[2])
 
@@ -724,7 +699,8 @@ def test_the_best_epoch_is_kept_and_two_worse_ones_end_a_training():
 def test_calibration_is_asked_after_every_epoch_and_the_end_if_there_are_several(examples, steps, asked):
     calls = []
     descent = mocan.Descent(tiny(), recipe(steps=steps, batch=4))
-    assert len([*descent.over(itertools.repeat(None), examples, lambda: calls.append(1) or -len(calls))]) == steps and len(calls) == asked
+    batches = [*descent.over(some_pool(N=examples, K=2), 2, lambda: calls.append(1) or -len(calls))]
+    assert len(batches) == steps and len(calls) == asked
 
 
 def test_the_calibrated_loss_is_the_least_over_temperatures():
@@ -738,8 +714,9 @@ def learned(monkeypatch, seen):
     """learn_score on three groups of pairs, each of its own number of responses; says on which groups it did what."""
     def group(P):
         tokens, mask = pad([[1 + n % 5] for n in range(P) for _ in range(2)], [[1 + i % 5, i % 3] for i in range(2 * P)])
-        prefers = torch.tensor([n % 2 for n in range(P)])
-        return Preferences(Pool(tokens.view(P, 2, -1), mask.view(P, 2, -1)), prefers, torch.zeros(P, 2), [*range(P)],
+        order = torch.tensor([[n % 2, 1 - n % 2] for n in range(P)])
+        rows = torch.arange(P)[:, None]
+        return Preferences(Pool(tokens.view(P, 2, -1)[rows, order], mask.view(P, 2, -1)[rows, order]), 2 * rows + order,
                            torch.arange(P))
     for name in ("calibrate", "calibrated_loss"):
         real = getattr(mocan, name)
@@ -762,7 +739,7 @@ def test_temperature_and_stopping_are_the_calibration_pairs_and_what_is_said_the
 def test_a_judge_is_in_the_units_of_its_preference_on_the_calibration_pairs(monkeypatch):
     model, calibration = learned(monkeypatch, [])
     score = mocan.map_pool(GPT.score, model, calibration.pool, 64)
-    assert mocan.calibrate(*calibration.by_choice(score)).item() == pytest.approx(1.0, abs=1e-4)
+    assert mocan.calibrate(*score.T).item() == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("tau", [0.0, 100.0])
@@ -779,8 +756,8 @@ def test_what_is_said_of_a_score_by_hand(capsys):
     P = 3000
     score = torch.randn(P, 2, dtype=torch.float64)
     prefers = torch.bernoulli(torch.sigmoid(0.7 * (score[:, 1] - score[:, 0]))).long()
-    pairs = Preferences(None, prefers, None, [], torch.arange(P))
-    mocan.say_agreement("safe", score, pairs)
+    by_choice = torch.stack([score.gather(1, prefers[:, None])[:, 0], score.gather(1, 1 - prefers[:, None])[:, 0]], dim=1)
+    mocan.say_agreement("safe", by_choice, Preferences(None, None, torch.arange(P)))
     right, error, tau, tau_error = map(float, re.search(
         r"safe: ([\d.]+)% ± ([\d.]+)% of 3000 pairs right; τ = ([\d.]+) ± ([\d.]+);", capsys.readouterr().out).groups())
     share = (score.argmax(dim=1) == prefers).double().mean().item()
@@ -792,49 +769,3 @@ def test_what_is_said_of_a_score_by_hand(capsys):
     assert tau_error == pytest.approx(1.96 / (p * (1 - p) * lead ** 2).sum().item() ** 0.5, rel=0.1)  # Fisher's information
 
 
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-def marks(root, width):
-    """The end points of every path of that stroke width."""
-    paths = [node.get("d") for node in root.iter(SVG + "path") if node.get("stroke-width") == width]
-    return [[tuple(map(float, point.split())) for point in path[1:].removesuffix("h0").split("L")] for path in paths]
-
-
-def test_svg_draws_the_curve_and_every_row_within_the_frame():
-    text = mocan.svg("x in units", [(0.0, 1.0), (2.0, -3.0)],
-                     {"point": row(1.0, 0.5, 1.5, reward=0.5, reward_ci=(0.0, 1.0)),
-                      "worse": row(0.5, 0.0, 1.0, reward=-2.0, reward_ci=(-2.5, -1.5))})
-    root = ElementTree.fromstring(text)
-    texts = [node.text for node in root.iter(SVG + "text")]
-    assert {"x in units", "point", "worse", "0.00", "0.40", "2.00", "-3.00", "1.00"} <= set(texts)
-    width, height = (float(x) for x in root.get("viewBox").split()[2:])
-    ((x, y),), ((left, below),) = marks(root, "8")
-    assert 0 < left < x < width and 0 < y < below < height  # larger values stand higher
-    ((x0, y0), (x1, y1)), = marks(root, "2")
-    assert x0 < x == pytest.approx((x0 + x1) / 2) and x1 < width  # x = 1 is half-way
-    assert y0 < y == pytest.approx(y0 + (y1 - y0) / 8, abs=0.1) and y1 < height  # 0.5 is an eighth down from 1 to −3
-    crosses = [node.get("d") for node in root.iter(SVG + "path") if node.get("stroke") == "#e8590c"
-               and node.get("stroke-width") is None]
-    across, down = ([float(v) for v in part.replace("L", " ").split()] for part in crosses[0][1:].split("M"))
-    quarter, eighth = (x1 - x0) / 4, (y1 - y0) / 8
-    assert across == pytest.approx([x - quarter, y, x + quarter, y], abs=0.2)  # its intervals
-    assert down == pytest.approx([x, y + eighth, x, y - eighth], abs=0.2)
-
-
-def test_svg_of_a_single_point_is_still_a_picture():
-    text = mocan.svg("x", [(0.0, 0.0)], {"p": row(0.0, 0.0, 0.0, reward=0.0, reward_ci=(0.0, 0.0))})
-    assert "nan" not in text
-    ElementTree.fromstring(text)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_float16_training_scales_its_loss_and_moves_the_policy():
-    model, pool = tiny(dtype="float16").cuda(), some_pool()
-    ref_logp = mocan.logprobs(model, pool)
-    before = model.wte.weight.detach().clone()
-    assert mocan.Descent(model, recipe()).scaler.is_enabled()
-    assert not mocan.Descent(tiny().cuda(), recipe()).scaler.is_enabled()
-    sample = mocan.Sample(pool, None, ref_logp, torch.randn(2, 8, 4))
-    losses = mocan.train_mocan(model, sample, torch.ones(1), 1.0, 2, recipe(steps=5))
-    assert len(losses) == 5 and model.wte.weight.isfinite().all() and not torch.equal(before, model.wte.weight)

@@ -1,10 +1,15 @@
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from model import GPT, GPTConfig, sample_token, from_checkpoint, load, save, sequence_logprob, to_checkpoint
+from model import (ASK_EVERY, GPT, SPAN, Block, GPTConfig, TokenLogprob, export, from_checkpoint, invert_cdf, load,
+                   sample_token, save, sequence_logprob, to_checkpoint)
 
 PROMPTS = [[1 + (7 * i + 3 * t * t) % 10 for t in range(1 + i % 5)] for i in range(32)]  # 32 rows, lengths 1 to 5
 
@@ -20,8 +25,8 @@ def small(seed=0, sharp=12.0, **changes):
     return model.eval()
 
 
-def uniforms(B, T, seed=1):
-    return torch.rand(B, T, generator=torch.Generator().manual_seed(seed))
+def uniforms(N, T, seed=1, K=1):
+    return torch.rand(N, K, T, generator=torch.Generator().manual_seed(seed))
 
 
 def naive_generate(model, prompt, chance, eos):
@@ -47,7 +52,7 @@ def test_cached_batched_sampling_equals_uncached_one_by_one():
     lengths = []
     with torch.no_grad():
         for row, prompt in enumerate(PROMPTS):
-            expected, expected_logp = naive_generate(model, prompt, chance[row], 5)
+            expected, expected_logp = naive_generate(model, prompt, chance[row, 0], 5)
             lengths.append(len(expected) - len(prompt))
             assert tokens[row, :len(expected)].tolist() == expected
             assert mask[row].nonzero().flatten().tolist() == list(range(len(prompt), len(expected)))
@@ -64,6 +69,8 @@ def test_responses_that_end_free_their_rows_of_the_cache(monkeypatch):
     model.generate(PROMPTS, uniforms(len(PROMPTS), 12), eos=0)
     assert sizes[0] == len(PROMPTS) and sizes[-1] < 0.75 * len(PROMPTS)
     assert sizes == sorted(sizes, reverse=True) and len(sizes) <= 12
+    drops = [step for step in range(1, len(sizes)) if sizes[step] < sizes[step - 1]]
+    assert drops and all((b - a) % ASK_EVERY == 0 for a, b in zip(drops, drops[1:]))  # it seldom waits for the device
 
 
 @pytest.mark.parametrize("eos", [None, 0])
@@ -111,23 +118,218 @@ def test_sampling_frequencies_are_the_softmax_of_the_logits():
     assert chi_square < 18.5  # the 99.9 % point of 4 degrees of freedom
 
 
+def test_k_samples_of_a_prompt_are_those_of_k_calls():
+    model, K = small(), 3
+    chance = uniforms(len(PROMPTS), 9, K=K)
+    tokens, mask, logp = model.generate(PROMPTS, chance, eos=0)
+    assert tokens.shape[0] == mask.shape[0] == len(logp) == K * len(PROMPTS)
+    for k in range(K):
+        one, one_mask, one_logp = model.generate(PROMPTS, chance[:, k:k + 1], eos=0)
+        for n, prompt in enumerate(PROMPTS):
+            row = n * K + k
+            assert tokens[row, :len(prompt)].tolist() == prompt
+            assert tokens[row][mask[row]].tolist() == one[n][one_mask[n]].tolist()
+            assert logp[row].item() == pytest.approx(one_logp[n].item(), abs=1e-4)
+    assert not torch.equal(tokens[0::K], tokens[1::K])
+
+
+def test_generate_is_the_same_however_the_vocabulary_is_split(monkeypatch):
+    model, chance = small(), uniforms(len(PROMPTS), 8, K=2)
+    whole = model.generate(PROMPTS, chance, eos=0)
+    for span in (1, 3, 4, 10, 11, 12):
+        monkeypatch.setattr("model.SPAN", span)
+        parts = model.generate(PROMPTS, chance, eos=0)
+        assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+        assert torch.allclose(whole[2], parts[2], atol=1e-4, rtol=0)
+
+
+def draw(logits, u, span):
+    """sample_token on these logits (V,), which one channel hands through as they are, for each u."""
+    u = torch.as_tensor(u, dtype=torch.float32)[:, None]
+    buffer = torch.full((-(-len(logits) // span), len(u) + 2, span), math.nan)  # what it held before is nobody's matter
+    new, logp = sample_token(torch.ones(len(u), 1), logits[:, None].float(), u, buffer)
+    assert new.shape == logp.shape == u.shape and new.dtype == torch.long
+    return new[:, 0], logp[:, 0]
+
+
+def check_draw(logits, u, span):
+    """Against the inverse CDF in float64: u lies within the drawn token's interval, to float32's rounding of a CDF."""
+    new, logp = draw(logits, u, span)
+    exact = logits.double().log_softmax(dim=0)
+    cdf = exact.exp().cumsum(dim=0)
+    u = torch.as_tensor(u, dtype=torch.float64)
+    rounding = 2 ** -24 * (8 + 4 * logits.abs().max().item())  # of a CDF, and of logits this large
+    assert (u <= cdf[new] + rounding).all() and (u >= cdf[new] - exact[new].exp() - rounding).all()
+    assert (exact[new].exp() > 0).all()
+    assert torch.allclose(logp.double(), exact[new], atol=rounding, rtol=2 ** -22)  # and of a logarithm this large
+    return new
+
+
+LAST = 1 - 2 ** -24  # the largest float32 below one
+
+
+@pytest.mark.parametrize("size, span", [(5, 8), (8, 8), (9, 8), (16, 8), (23, 8), (1, 8), (6, 1), (100, SPAN),
+                                        (SPAN, SPAN), (SPAN + 1, SPAN), (2 * SPAN, SPAN), (50257, SPAN)])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
+def test_sample_token_is_the_inverse_cdf(size, span, scale):
+    chance = torch.Generator().manual_seed(size)
+    logits = scale * torch.randn(size, generator=chance)
+    u = torch.rand(200, generator=chance)
+    u[:2] = torch.tensor([0.0, LAST])
+    new = check_draw(logits, u, span)
+    assert new[1] == size - 1 or scale > 0
+    expected = torch.searchsorted(logits.double().softmax(dim=0).cumsum(dim=0), u.double(), right=True)
+    assert (new == expected.clamp(max=size - 1)).float().mean() > 0.98  # but for what falls on an edge
+
+
+@pytest.mark.parametrize("top", [1e4, -1e4])
+@pytest.mark.parametrize("span", [4, 11, 16])
+def test_sample_token_at_extreme_logits(top, span):
+    for logits in (torch.full((11,), top), torch.tensor([-1e4] * 3 + [1e4] * 2 + [-1e4] * 6),
+                   torch.tensor([top, -top] * 5 + [top]), top + torch.linspace(0, 1, 11)):
+        new = check_draw(logits, [0.0, 0.25, 0.5, 0.75, LAST], span)
+        assert logits[new].isfinite().all()
+
+
+@pytest.mark.parametrize("nothing", [-1e4, -200.0])
+@pytest.mark.parametrize("span", [3, 4, 12, 16])
+def test_a_token_without_probability_is_never_drawn(nothing, span):
+    for alive in ([0], [11], [3, 4], [5, 10], [2, 6, 9]):
+        logits = torch.full((12,), nothing)
+        logits[alive] = torch.linspace(-1, 1, len(alive))
+        new, logp = draw(logits, [0.0, 2 ** -24, 0.3, 0.7, LAST], span)
+        assert set(new.tolist()) <= set(alive) and logp.isfinite().all()
+        assert new[0] == alive[0] and new[-1] == alive[-1]
+
+
 def test_draw_inverts_the_cumulative_distribution():
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])
     for u, choice in ((0.0, 0), (0.09, 0), (0.11, 1), (0.29, 1), (0.31, 2), (0.59, 2), (0.61, 3), (1.0, 3)):
-        new, logp = sample_token(p.log()[None] + 5.0, torch.tensor([u]))
-        assert new.tolist() == [choice] and logp.item() == pytest.approx(p[choice].log().item(), abs=1e-6)
+        for span in (1, 2, 3, 4, 9):
+            new, logp = draw(p.log() + 5.0, [u], span)
+            assert new.tolist() == [choice]
+            assert logp.item() == pytest.approx(p[choice].log().item(), abs=2e-6)
+
+
+def test_invert_cdf_says_where_and_how_far():
+    p, u = torch.tensor([[2.0, 0.0, 6.0]]), torch.tensor([[0.125]])
+    for value, index, share in ((0.125, 0, 0.5), (0.25, 0, 1.0), (0.625, 2, 0.5), (1.0, 2, 1.0)):
+        i, rest = invert_cdf(p, torch.full_like(u, value))
+        assert i.tolist() == [[index]] and rest.item() == pytest.approx(share, abs=1e-6)
 
 
 def test_a_prefilled_cache_and_one_decoded_token_are_the_whole_sequence():
-    model, tokens = small(), torch.randint(11, (3, 8))
+    """Two prompts of lengths 5 and 3, and two responses to each."""
+    model, text = small(), torch.randint(11, (4, 8))
+    text[1, :5], text[3, :3] = text[0, :5], text[2, :3]
+    prompts = [text[0, :5].tolist(), text[2, :3].tolist()]
     with torch.no_grad():
-        expected = model(tokens)
-        hidden, cache = model.prefill(tokens[:, :5], 8)
-        assert torch.allclose(hidden, expected[:, :5], atol=1e-5, rtol=0)
-        for t in (5, 6, 7):
-            visible = torch.ones(3, t + 1, dtype=torch.bool)
-            hidden = model.decode(tokens[:, t], cache, torch.full((3,), t), visible)
-            assert torch.allclose(hidden, expected[:, t], atol=1e-4, rtol=0)
+        expected = model(text)
+        tokens, lengths, hidden, cache = model.prefill(prompts, 2, 3)
+        assert tokens.shape == (4, 8) and lengths.tolist() == [5, 5, 3, 3]
+        assert all(torch.equal(tokens[row, :n], text[row, :n]) for row, n in enumerate(lengths))
+        assert torch.allclose(hidden, expected[torch.arange(4), lengths - 1], atol=1e-5, rtol=0)
+        for step in range(3):
+            position = lengths + step
+            visible = torch.arange(6 + step) <= position[:, None]
+            hidden = model.decode(text[torch.arange(4), position], cache, position, visible)
+            assert torch.allclose(hidden, expected[torch.arange(4), position], atol=1e-4, rtol=0)
+
+
+def scored(hidden, weight, targets, upstream, chunk, monkeypatch):
+    """ln p and the gradients, by TokenLogprob or, chunk None, by PyTorch's cross entropy."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    if chunk is None:
+        logp = -F.cross_entropy(F.linear(hidden, weight), targets, reduction="none")
+    else:
+        monkeypatch.setattr("model.CHUNK", chunk)
+        logp = TokenLogprob.apply(hidden, weight, targets)
+    (logp * upstream).sum().backward()
+    return logp.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 15, 21, 10 ** 6])  # rows at a time: 1, 1, 2, 3, all
+def test_token_logprob_is_the_cross_entropy_and_so_are_its_gradients(chunk, monkeypatch):
+    hidden, weight = torch.randn(8, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    targets, upstream = torch.randint(7, (8,)), torch.randn(8, dtype=torch.float64)
+    expected = scored(hidden, weight, targets, upstream, None, monkeypatch)
+    for got, right in zip(scored(hidden, weight, targets, upstream, chunk, monkeypatch), expected):
+        assert torch.allclose(got, right, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(lambda h, w: TokenLogprob.apply(h, w, targets),
+                                    (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+def test_token_logprob_in_float32_at_large_logits(monkeypatch):
+    hidden, weight = 30 * torch.randn(40, 4), 30 * torch.randn(300, 4)  # logits to some thousands
+    targets, upstream = torch.randint(300, (40,)), torch.randn(40)
+    got = scored(hidden, weight, targets, upstream, 1000, monkeypatch)
+    right = scored(hidden.double(), weight.double(), targets, upstream.double(), None, monkeypatch)
+    top = (hidden @ weight.T).abs().max().item()
+    for a, b in zip(got, right):
+        assert a.isfinite().all()
+        assert torch.allclose(a.double(), b, atol=1e-6 * top, rtol=1e-5)
+
+
+def test_no_response_tokens_are_no_problem(monkeypatch):
+    monkeypatch.setattr("model.CHUNK", 1)
+    model = small()
+    logp = sequence_logprob(model, torch.randint(11, (2, 5)), torch.zeros(2, 5, dtype=torch.bool))
+    logp.sum().backward()
+    assert logp.tolist() == [0.0, 0.0] and model.wte.weight.grad.abs().max() == 0
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation returns."""
+    size = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.size = max(self.size, leaf.numel())
+        return result
+
+
+def test_the_logits_of_a_whole_batch_never_exist(monkeypatch):
+    model = small(vocab_size=200, sharp=3.0)
+    tokens, mask = torch.randint(200, (4, 17)), torch.ones(4, 17, dtype=torch.bool)
+    sizes, gradients = [], []
+    for chunk in (10 ** 6, 800):
+        monkeypatch.setattr("model.CHUNK", chunk)
+        model.zero_grad()
+        with Largest() as forward:
+            loss = sequence_logprob(model, tokens, mask).sum()
+        with Largest() as backward:
+            loss.backward()
+        sizes.append((forward.size, backward.size))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert sizes[0] == (64 * 200, 64 * 200)  # this test sees them where they do exist
+    assert max(sizes[1]) <= 64 * 4 * 16  # the MLP's; a chunk and the weights are smaller
+    assert torch.allclose(*gradients, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpointed_activations_change_neither_loss_nor_gradients(dtype, monkeypatch):
+    results, calls, forward = [], [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *a: calls.append(1) or forward(self, *a))
+    tokens, mask = torch.randint(11, (3, 12)), torch.zeros(3, 12, dtype=torch.bool)
+    mask[:, 4:10] = True
+    for checkpointed in (False, True):
+        model = small(sharp=3.0, dtype=dtype, checkpoint_activations=checkpointed)
+        calls.clear()
+        with model.autocast():
+            loss = sequence_logprob(model, tokens, mask).sum()
+        loss.backward()
+        assert len(calls) == (4 if checkpointed else 2)  # it did compute the two blocks again
+        results.append((loss.detach(), *[p.grad for p in model.parameters()]))
+        calls.clear()
+        with torch.no_grad():
+            model(tokens)
+        assert len(calls) == 2
+        assert torch.equal(model.generate(PROMPTS, uniforms(len(PROMPTS), 4))[0],
+                           small(sharp=3.0, dtype=dtype).generate(PROMPTS, uniforms(len(PROMPTS), 4))[0])
+    assert results[0][1].norm() > 0.1
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_sequence_logprob_equals_a_naive_loop():
@@ -168,8 +370,9 @@ def test_padding_never_changes_a_log_probability():
 
 
 def test_only_response_positions_reach_the_output_layer(monkeypatch):
-    model, shapes, logits = small(), [], GPT.logits
-    monkeypatch.setattr(GPT, "logits", lambda self, hidden: shapes.append(tuple(hidden.shape)) or logits(self, hidden))
+    model, shapes = small(), []
+    monkeypatch.setattr("model.TokenLogprob", SimpleNamespace(
+        apply=lambda hidden, *a: shapes.append(tuple(hidden.shape)) or TokenLogprob.apply(hidden, *a)))
     tokens, mask = torch.randint(11, (4, 20)), torch.zeros(4, 20, dtype=torch.bool)
     mask[0, 15:18] = mask[2, 19:] = True
     logp = sequence_logprob(model, tokens, mask)
@@ -314,23 +517,332 @@ def test_width_must_be_a_multiple_of_heads():
         GPT(GPTConfig(n_embd=10, n_head=3))
 
 
+def exact_logprob(model, hidden, tokens):
+    """The sum over all tokens but the first, in float64, from the hidden states as they are."""
+    logp = (hidden[:, :-1].double() @ model.wte.weight.double().T).log_softmax(dim=2)
+    return logp.gather(2, tokens[:, 1:, None]).sum(dim=(1, 2))
+
+
 def test_logits_stay_float32_under_autocast():
     model = small()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden = model.h[0].mlp(torch.randn(1, 3, 16))
-        assert hidden.dtype == torch.bfloat16  # the trunk is in half precision
-        assert model.logits(hidden).dtype == torch.float32
-        logp = sequence_logprob(model, torch.randint(11, (2, 6)), torch.ones(2, 6, dtype=torch.bool))
+    tokens, mask = torch.randint(11, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.h[0].mlp(torch.randn(1, 3, 16)).dtype == torch.bfloat16  # the trunk is in half precision
+        logp, hidden = sequence_logprob(model, tokens, mask), model(tokens)
     assert logp.dtype == torch.float32
+    assert torch.allclose(logp.double(), exact_logprob(model, hidden, tokens), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_models_own_autocast_is_the_arithmetic_of_its_blocks_alone(dtype):
     model, scorer = small(dtype=dtype), small(dtype=dtype, score_head=True)
     tokens, mask = torch.randint(11, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
-    with model.autocast():
+    with torch.no_grad(), model.autocast():
         assert model.h[0].mlp(torch.randn(1, 3, 16)).dtype == getattr(torch, dtype)
-        assert model.logits(model(tokens)).dtype == torch.float32
-        assert sequence_logprob(model, tokens, mask).dtype == torch.float32
+        logp, hidden = sequence_logprob(model, tokens, mask), model(tokens)
+        assert logp.dtype == torch.float32
+        assert torch.allclose(logp.double(), exact_logprob(model, hidden, tokens), atol=1e-4, rtol=0)
         assert scorer.score(tokens, mask).dtype == torch.float32
     assert model.h[0].mlp(torch.randn(1, 3, 16)).dtype == torch.float32
+
+
+def test_generate_in_bfloat16_samples_from_float32_logits():
+    """Its first token's log-probability is that of the hidden state which bfloat16 blocks gave."""
+    model, chance = small(dtype="bfloat16"), uniforms(len(PROMPTS), 1)
+    tokens, mask, logp = model.generate(PROMPTS, chance)
+    assert logp.dtype == torch.float32
+    with torch.no_grad(), model.autocast():
+        hidden = model.prefill(PROMPTS, 1, 1)[2]
+    exact = (hidden.double() @ model.wte.weight.double().T).log_softmax(dim=1)
+    assert torch.allclose(logp.double(), exact.gather(1, tokens[mask][:, None])[:, 0], atol=1e-4, rtol=0)
+
+
+# ---- GPT-2's published layout
+def random_model(dtypes={}, **changes):
+    """Random in every parameter, biases and gains too; `dtypes` rounds those whose name ends so."""
+    model = small(sharp=6.0, **changes)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += 0.1 * torch.randn_like(p)
+            for end, dtype in dtypes.items():
+                if name.endswith(end):
+                    p.copy_(p.to(dtype).float())
+    return model
+
+
+ROUNDED = {"c_fc.weight": torch.float16, "c_proj.weight": torch.bfloat16, "wte.weight": torch.float16,
+           "ln_1.bias": torch.bfloat16}
+THEIR_DTYPE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
+
+
+def published(model, prefix="", dtypes={}):
+    """{name: tensor} as GPT-2's files have them: projections (in, out), causal masks, the tied output layer."""
+    tensors = {}
+    for name, p in model.state_dict().items():
+        for end, dtype in dtypes.items():
+            if name.endswith(end):
+                p = p.to(dtype)
+        if p.dim() == 2 and not name.startswith(("wte", "wpe")):
+            p = p.T
+        tensors[prefix + name] = p.contiguous()
+    T = model.config.block_size
+    for i in range(model.config.n_layer):
+        tensors[f"{prefix}h.{i}.attn.bias"] = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+        tensors[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    tensors["lm_head.weight"] = tensors[prefix + "wte.weight"].clone()
+    return tensors
+
+
+def parts(tensors):
+    """A safetensors file's header, as an object, and its content."""
+    header, content = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": THEIR_DTYPE[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [len(content), len(content) + len(raw)]}
+        content += raw
+    return header, content
+
+
+def put(path, header, content, length=None):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    length = len(header) if length is None else length
+    path.write_bytes(length.to_bytes(8, "little", signed=True) + header + content)
+
+
+def put_config(folder, model, **changes):
+    c = model.config
+    config = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05,
+              "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_layer": c.n_layer,
+              "n_head": c.n_head, "n_embd": c.n_embd, "resid_pdrop": 0.1, "architectures": ["GPT2LMHeadModel"]}
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def same_model(a, b):
+    assert list(a.state_dict()) == list(b.state_dict())
+    for x, y in zip(a.state_dict().values(), b.state_dict().values()):
+        assert x.dtype == torch.float32 and x.is_contiguous() and torch.equal(x, y)
+    tokens, mask = torch.randint(a.config.vocab_size, (4, 12)), torch.ones(4, 12, dtype=torch.bool)
+    with torch.no_grad():
+        assert torch.equal(sequence_logprob(a, tokens, mask), sequence_logprob(b, tokens, mask))
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("dtypes", [{}, ROUNDED])
+@pytest.mark.parametrize("files", [["model.safetensors"], ["model-00001-of-00002.safetensors",
+                                                           "model-00002-of-00002.safetensors"], ["pytorch_model.bin"]])
+def test_a_folder_as_published_loads_and_is_the_model_whose_weights_it_holds(tmp_path, prefix, dtypes, files):
+    model = random_model(dtypes)
+    tensors = published(model, prefix, dtypes)
+    put_config(tmp_path, model)
+    for i, file in enumerate(files):
+        some = dict(list(tensors.items())[i::len(files)])
+        if file.endswith(".bin"):
+            torch.save(some, tmp_path / file)
+        else:
+            put(tmp_path / file, *parts(some))
+    loaded = GPT.from_pretrained(str(tmp_path))
+    same_model(loaded, model)
+    assert loaded.config == model.config
+    before = [(tmp_path / file).read_bytes() for file in files]
+    with torch.no_grad():
+        loaded.wte.weight += 1  # its own memory, not the file's
+    assert before == [(tmp_path / file).read_bytes() for file in files]
+
+
+@pytest.mark.parametrize("padding", range(8))
+def test_the_header_may_have_any_length(tmp_path, padding):
+    model = random_model()
+    header, content = parts(published(model))
+    put_config(tmp_path, model)
+    put(tmp_path / "model.safetensors", json.dumps(header).encode() + b" " * padding, content)
+    same_model(GPT.from_pretrained(str(tmp_path)), model)
+
+
+@pytest.mark.parametrize("name", ["with space", "[1]", "a*b", "ümlaut", "what?"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    model = random_model()
+    folder = tmp_path / name
+    folder.mkdir()
+    put_config(folder, model)
+    put(folder / "model.safetensors", *parts(published(model)))
+    same_model(GPT.from_pretrained(str(folder)), model)
+
+
+def test_export_and_from_pretrained_are_the_identity(tmp_path):
+    model = random_model(n_layer=3, n_head=4)
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    export(model, str(tmp_path / "new" / "folder"))
+    same_model(GPT.from_pretrained(str(tmp_path / "new" / "folder")), model)
+    assert all(torch.equal(weights[name], p) for name, p in model.state_dict().items())  # and leave the model alone
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "pytorch_model.bin"]
+
+
+def test_an_exported_model_is_what_its_folder_holds_whatever_it_held_before(tmp_path):
+    old, new = random_model(), random_model(seed=1)
+    put_config(tmp_path, old)
+    put(tmp_path / "model.safetensors", *parts(published(old)))
+    export(new, str(tmp_path))
+    same_model(GPT.from_pretrained(str(tmp_path)), new)
+
+
+class NotWeights:
+    def __reduce__(self):
+        return print, ("code of a pickle ran",)
+
+
+FILE = "model.safetensors"
+NESTED = b"[" * 200000 + b"]" * 200000
+
+
+def entry(**changes):
+    """Change what the header says of one tensor; `move` gets the offsets and the content's length."""
+    def spoil(folder, header, content):
+        one = dict(header["h.0.ln_1.weight"])
+        if "move" in changes:
+            one["data_offsets"] = changes["move"](*one["data_offsets"], len(content))
+        one |= {key: value for key, value in changes.items() if key != "move"}
+        put(folder / FILE, {**header, "h.0.ln_1.weight": one}, content)
+    return spoil
+
+
+def config(**changes):
+    return lambda folder, header, content: put_config(folder, small(), **changes)
+
+
+def length(n):
+    return lambda folder, header, content: put(folder / FILE, header, content, n)
+
+
+def head(raw):
+    return lambda folder, header, content: put(folder / FILE, raw, content)
+
+
+def cut(n):
+    return lambda folder, header, content: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:n])
+
+
+def text(raw):
+    return lambda folder, header, content: (folder / "config.json").write_bytes(raw)
+
+
+def pickled(thing):
+    def spoil(folder, header, content):
+        (folder / FILE).unlink()
+        path = folder / "pytorch_model.bin"
+        path.write_bytes(thing) if isinstance(thing, bytes) else torch.save(thing, path)
+    return spoil
+
+
+HOSTILE = {
+    "header length huge": length(2 ** 62), "header length largest": length(2 ** 63 - 1),
+    "header length -1": length(-1), "header length smallest": length(-2 ** 63), "header length 0": length(0),
+    "header length past the end": length(10 ** 6), "header length cut short": length(100),
+    "empty": cut(0), "3 bytes": cut(3), "8 bytes": cut(8), "in the header": cut(200), "in the content": cut(-1),
+    "not JSON": head(b"certainly not JSON"), "not UTF-8": head(b'{"\xff": 1}'), "a list": head(b"[1, 2]"),
+    "a number": head(b"1"), "entries are numbers": head(b'{"wte.weight": 1}'), "empty header": head(b"{}"),
+    "no offsets": head(b'{"wte.weight": {"dtype": "F32", "shape": [1]}}'), "deeply nested": head(NESTED),
+    "offsets past the end": entry(move=lambda a, b, n: [n, n + b - a]),
+    "offsets across the end": entry(move=lambda a, b, n: [n - 4, n - 4 + b - a]),
+    "offsets reversed": entry(move=lambda a, b, n: [b, a]),
+    "offsets beyond 64 bits": entry(move=lambda a, b, n: [10 ** 30, 10 ** 30 + b - a]),
+    "offsets are text": entry(data_offsets=["0", "64"]), "offsets are none": entry(data_offsets=None),
+    "three offsets": entry(data_offsets=[0, 64, 128]), "offsets are fractions": entry(data_offsets=[0.0, 64.0]),
+    "shape larger": entry(shape=[17]), "shape smaller": entry(shape=[15]), "shape of other rank": entry(shape=[4, 4]),
+    "shape beyond 64 bits": entry(shape=[10 ** 30]), "shape is text": entry(shape="16"), "no shape": entry(shape=None),
+    "shape negative": entry(shape=[-16]), "unknown dtype": entry(dtype="F64"), "dtype is a list": entry(dtype=["F32"]),
+    "tensor missing": lambda folder, header, content: put(
+        folder / FILE, {name: x for name, x in header.items() if name != "h.1.ln_2.bias"}, content),
+    "tensor too many": lambda folder, header, content: put(
+        folder / FILE, {**header, "h.2.ln_2.bias": header["h.1.ln_2.bias"]}, content),
+    "shard missing": lambda folder, header, content: put(
+        folder / FILE, *parts(dict(list(published(small()).items())[::2]))),
+    "a folder for a file": lambda folder, header, content: ((folder / FILE).unlink(), (folder / FILE).mkdir()),
+    "no weights": lambda folder, header, content: (folder / FILE).unlink(),
+    "no config": lambda folder, header, content: (folder / "config.json").unlink(),
+    "other activation": config(activation_function="relu"), "other model": config(model_type="gpt_neo"),
+    "other epsilon": config(layer_norm_epsilon=1e-6), "other width": config(n_inner=100),
+    "untied": config(tie_word_embeddings=False), "other vocabulary": config(vocab_size=12),
+    "other depth": config(n_layer=1), "other positions": config(n_positions=25), "no heads": config(n_head=0),
+    "three heads": config(n_head=3), "negative heads": config(n_head=-2), "heads are text": config(n_head="2"),
+    "heads are none": config(n_head=None),
+    "layers are a fraction": config(n_layer=2.0), "negative width": config(n_embd=-16),
+    "vocabulary beyond 64 bits": config(vocab_size=10 ** 30), "vocabulary huge": config(vocab_size=10 ** 15),
+    "config not JSON": text(b"certainly not JSON"), "config empty": text(b""), "config not UTF-8": text(b"\xff\xfe"),
+    "config a list": text(b"[]"), "config empty object": text(b"{}"), "config deeply nested": text(NESTED),
+    "pickle of code": pickled(NotWeights()), "pickle of a module": pickled(small()), "pickle empty": pickled(b""),
+    "pickle of junk": pickled(b"junk" * 100), "pickle of a list": pickled([torch.zeros(2)]),
+    "pickle of a number": pickled(3), "pickle of numbers": pickled({"wte.weight": 1}),
+    "pickle with other names": pickled({1: torch.zeros(2)}),
+    "pickle truncated": lambda folder, header, content: (
+        pickled(published(small()))(folder, header, content),
+        (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-1000])),
+}
+
+
+@pytest.mark.parametrize("spoil", HOSTILE.values(), ids=HOSTILE)
+def test_what_is_no_published_gpt2_is_refused_in_one_line(tmp_path, spoil, capfd):
+    model = small()
+    header, content = parts(published(model))
+    put_config(tmp_path, model)
+    put(tmp_path / FILE, header, content)
+    same_model(GPT.from_pretrained(str(tmp_path)), model)
+    spoil(tmp_path, header, content)
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(str(tmp_path))
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}: not a GPT-2 as published (") and "\n" not in message
+    assert "code of a pickle ran" not in capfd.readouterr().out
+
+
+def test_a_missing_folder_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: not a GPT-2 as published") as error:
+        GPT.from_pretrained(str(tmp_path / "nowhere"))
+    assert "\n" not in str(error.value)
+
+
+# ---- and Transformers' reading of it
+THEIR_SIZES = [dict(vocab_size=101, n_positions=32, n_layer=2, n_head=2, n_embd=32),
+               dict(vocab_size=503, n_positions=64, n_layer=4, n_head=5, n_embd=80)]
+
+
+def log_probabilities(logits):
+    """Of every token, at every position: a stricter comparison than those of one text."""
+    return logits.double().log_softmax(dim=-1)
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "200KB"}])
+@pytest.mark.parametrize("sizes", THEIR_SIZES)
+def test_what_transformers_saves_is_the_same_model_here(tmp_path, sizes, shards):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, initializer_range=0.2)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p += 0.05 * torch.randn_like(p)
+    theirs.save_pretrained(tmp_path, **shards)
+    files = list(tmp_path.glob("model*.safetensors"))
+    assert len(files) == 1 if not shards or sizes is THEIR_SIZES[0] else len(files) > 1
+    ours = GPT.from_pretrained(str(tmp_path))
+    tokens = torch.randint(sizes["vocab_size"], (3, sizes["n_positions"]))
+    with torch.no_grad():
+        expected = log_probabilities(theirs(tokens).logits)
+        got = log_probabilities(F.linear(ours(tokens), ours.wte.weight))
+        assert expected.std() > 0.5 and torch.allclose(got, expected, atol=1e-3, rtol=0)
+        text = expected[:, :-1].gather(2, tokens[:, 1:, None]).sum(dim=(1, 2))
+        logp = sequence_logprob(ours, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        assert torch.allclose(logp.double(), text, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("sizes", THEIR_SIZES)
+def test_what_is_exported_is_the_same_model_in_transformers(tmp_path, sizes):
+    transformers = pytest.importorskip("transformers")
+    ours = random_model(**{**{name: size for name, size in sizes.items() if name != "n_positions"},
+                           "block_size": sizes["n_positions"]})
+    export(ours, str(tmp_path))
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokens = torch.randint(sizes["vocab_size"], (3, sizes["n_positions"]))
+    with torch.no_grad():
+        expected = log_probabilities(theirs.eval()(tokens).logits)
+        got = log_probabilities(F.linear(ours(tokens), ours.wte.weight))
+    assert expected.std() > 0.5 and torch.allclose(got, expected, atol=1e-3, rtol=0)

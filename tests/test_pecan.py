@@ -189,8 +189,14 @@ def some_pool(N=8, K=4):
     return Pool(tokens.view(N, K, -1), mask.view(N, K, -1))
 
 
+def reordered(x, prefers):
+    """x (P, 2, …) with the preferred entry of each row first."""
+    return x[torch.arange(len(prefers))[:, None], torch.stack([prefers, 1 - prefers], dim=1)]
+
+
 def preferences(pool, prefers):
-    return Preferences(pool, prefers, torch.zeros(len(prefers), 2), list(range(len(prefers))), torch.arange(len(prefers)))
+    pool = Pool(reordered(pool.tokens, prefers), reordered(pool.response_mask, prefers))
+    return Preferences(pool, None, torch.arange(len(prefers)))
 
 
 @pytest.mark.parametrize("group, changes", [(2, {}), (3, {"accumulate": 2, "batch": 4}), (99, {})])
@@ -211,16 +217,17 @@ def test_the_policy_update_is_mocans_on_the_same_scores(group, changes):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_prealignment_is_dpo_with_the_preferred_response_first(monkeypatch, accumulate):
-    pool, prefers, calls = some_pool(K=2), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1]), []
+    prefers, calls = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1]), []
+    pool = preferences(some_pool(K=2), prefers).pool
     ref_logp, real = mocan.logprobs(tiny(), pool), pecan.preference_loss
     monkeypatch.setattr(pecan, "preference_loss", lambda *args: calls.append(args) or real(*args))
     plan = recipe(steps=4, batch=4, accumulate=accumulate)
-    pecan.prealign(tiny(), preferences(pool, prefers), ref_logp, 0.5, plan)
+    pecan.prealign(tiny(), pool, ref_logp, 0.5, plan)
     batches = mocan.group_batches(pool.lengths, 8, 2, "0")
     assert len(calls) == 4 * accumulate
     for call in calls:
         n, _ = next(batches)
-        chosen, rejected = ref_logp[n, prefers[n]], ref_logp[n, 1 - prefers[n]]
+        chosen, rejected = ref_logp[n].T
         assert call[2].flatten().tolist() == chosen.tolist() and call[3].flatten().tolist() == rejected.tolist()
         assert call[4:] == (0.5,)  # β, and no label: plain DPO
         if call is calls[0]:  # the policy is still the reference
@@ -231,8 +238,8 @@ def test_prealignment_is_dpo_with_the_preferred_response_first(monkeypatch, accu
 
 def test_prealignment_makes_the_preferred_response_more_likely():
     pool, prefers, policy, reference = some_pool(K=2), torch.tensor([0, 1] * 4), tiny(), tiny()
-    pecan.prealign(policy, preferences(pool, prefers), mocan.logprobs(reference, pool), 0.5,
-                   recipe(steps=30, lr=3e-3))
+    first = preferences(pool, prefers).pool
+    pecan.prealign(policy, first, mocan.logprobs(reference, first), 0.5, recipe(steps=30, lr=3e-3))
     lead = (mocan.logprobs(policy, pool) - mocan.logprobs(reference, pool)).diff(dim=1)[:, 0]
     assert (lead.sign() == 2 * prefers - 1).float().mean() >= 0.75
 
@@ -245,11 +252,11 @@ def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys):
     rejected = torch.where(prefers == 1, implicit[:, 0], implicit[:, 1])
     expected, right = calibrate(chosen, rejected).item(), (chosen > rejected).float().mean()
     assert 0.05 < expected < 2 and 0.5 < right < 1
-    training = preferences(some_pool(K=2), torch.zeros(8, dtype=torch.long))
+    training, held_out = preferences(some_pool(K=2), torch.zeros(8, dtype=torch.long)), preferences(pool, prefers)
     for batch in (7, 256):
         tau = pecan.prealign_and_calibrate(
-            policy, "safe", training, mocan.logprobs(reference, training.pool), preferences(pool, prefers),
-            mocan.logprobs(reference, pool), 0.5, recipe(steps=0), batch)
+            policy, "safe", training, mocan.logprobs(reference, training.pool), held_out,
+            mocan.logprobs(reference, held_out.pool), 0.5, recipe(steps=0), batch)
         assert tau == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
     assert f"safe, calibration: {right:.1%} ± " in said and f"of 60 pairs right; τ = {expected:.3f} ± " in said
@@ -259,8 +266,7 @@ def test_a_non_finite_loss_stops_and_names_the_stage():
     policy, pool = tiny(), some_pool(K=2)
     policy.wte.weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="^dpo-safe: .* step 0"):
-        pecan.prealign(policy, preferences(pool, torch.zeros(8, dtype=torch.long)), torch.zeros(8, 2), 0.5,
-                       recipe("dpo-safe"))
+        pecan.prealign(policy, pool, torch.zeros(8, 2), 0.5, recipe("dpo-safe"))
     with pytest.raises(FloatingPointError, match="^pecan: .* step 0"):
         pecan.train_pecan(policy, mocan.Sample(pool, None, torch.zeros(8, 2), torch.randn(2, 8, 2)), torch.ones(1), 0.5,
                           2, recipe())
@@ -299,9 +305,3 @@ def test_pecan_never_looks_at_a_score(monkeypatch, tmp_path, source):
         "--prompts 8 --responses 8 --steps 2 --prealign_steps 3").split()])
     with pytest.raises(SystemExit, match="evaluation"):
         train.main()
-
-
-def test_calibrated_log_probabilities_by_hand():
-    logp, ref = f64(-3.0, -1.0), f64(-2.0, -1.5)
-    assert pecan.calibrated(logp, ref, 0.5).tolist() == [-2.5, -1.25]
-    assert torch.equal(pecan.calibrated(logp, ref, 1.0), logp) and torch.equal(pecan.calibrated(logp, ref, 0.0), ref)

@@ -116,17 +116,17 @@ def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, mon
 
 
 def test_resume_continues_a_training_loop_bit_for_bit_wherever_it_stopped(tmp_path, monkeypatch, capsys):
-    """Also one with accumulation, calibration and float16's scaler state, at every step."""
+    """Also one with accumulation, and calibration, at every step."""
     job(*SMALL, "--accumulate", 2, "--out", tmp_path / "whole")
     real = mocan.Descent.step
     for stop in (1, 7, 13, 36, 43):
         calls = []
 
-        def step(self, loss):
+        def step(self, loss, count):
             calls.append(loss)
             if len(calls) == stop:
                 raise KeyboardInterrupt
-            real(self, loss)
+            real(self, loss, count)
         monkeypatch.setattr(mocan.Descent, "step", step)
         monkeypatch.setattr(train.Checkpoint, "keep", without_rest(KEEP))
         out = tmp_path / f"stopped{stop}"
@@ -141,7 +141,7 @@ KEEP = model.Checkpoint.keep
 
 
 def test_resume_continues_sampling_where_it_stopped(tmp_path, monkeypatch):
-    job(*SMALL, "--sample_batch", 7, "--out", tmp_path / "whole")
+    job(*SMALL, "--sample_batch", 16, "--out", tmp_path / "whole")
     real, calls = model.GPT.generate, []
 
     def generate(self, *args, **more):
@@ -152,9 +152,9 @@ def test_resume_continues_sampling_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(model.GPT, "generate", generate)
     monkeypatch.setattr(train.Checkpoint, "keep", without_rest(KEEP))
     with pytest.raises(KeyboardInterrupt):
-        job(*SMALL, "--sample_batch", 7, "--out", tmp_path / "out")
+        job(*SMALL, "--sample_batch", 16, "--out", tmp_path / "out")
     job("--resume", "--out", tmp_path / "out")
-    assert calls[4:11] == [7] * 6 + [1]  # 64 responses: three batches of 7 were kept, six and one more were left
+    assert calls[:6] == [2] * 5 + [4]  # 8 prompts of 8 responses: three batches of 2 were kept, one was left; then 4 responses
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
     same_run(tmp_path / "whole", tmp_path / "out")
 
@@ -317,8 +317,9 @@ def test_a_pre_alignment_that_was_cut_short_is_not_mixed_with_the_old_one(copied
     monkeypatch.setattr(train.pecan, "prealign_and_calibrate", once)
     with pytest.raises(KeyboardInterrupt):
         job("--from", "prealign", "--prealign_lr", 1e-3, "--out", copied)
+    other = shutil.copytree(copied, copied.parent / "other")
     with pytest.raises(ValueError, match=r"dpo-safe\.pt: made with prealign_lr 0\.003, not 0\.001; .* --from prealign$"):
-        job("--from", "dual", "--out", copied)
+        job("--from", "dual", "--out", other)
     job("--resume", "--out", copied)
     assert len(calls) == 3  # the one that was finished was not made again
 
@@ -349,20 +350,8 @@ def test_a_pecan_run_killed_before_its_judges_is_resumed(tmp_path, monkeypatch):
     same_run(tmp_path / "whole", tmp_path / "out")
 
 
-def test_samples_of_another_policy_are_noticed_before_training(copied, monkeypatch):
-    """Should fingerprints ever fail: the loss would not start at ln 2."""
-    saved = torch.load(copied / "reference.pt", weights_only=True)
-    saved["weights"]["wte.weight"] *= 1.5
-    for path in copied.glob("*.pt"):
-        torch.save({**torch.load(path, weights_only=True), "made_from": {}}, path)
-    saved["made_from"] = {}
-    torch.save(saved, copied / "reference.pt")
-    with pytest.raises(ValueError, match="mocan: its responses are another policy's .* ln 2"):
-        job("--from", "mocan", "--out", copied)
-
-
 def test_a_margin_that_makes_no_sense_costs_no_training(tmp_path):
-    for flags in (["--margin", "abc"], ["--margins", "10%,abc"], ["--margin", "1,2,3"]):
+    for flags in (["--margin", "abc"], ["--margin", "1,2,3"]):
         with pytest.raises(ValueError, match="expected a number in g's units"):
             job(*TINY, "--algo", "pecan", *flags, "--out", tmp_path)
     assert not list(tmp_path.glob("*.pt"))
@@ -370,41 +359,27 @@ def test_a_margin_that_makes_no_sense_costs_no_training(tmp_path):
 
 # ---- numbers that are none
 
-def test_an_infinite_gradient_stops_before_the_weights_are_touched(monkeypatch):
+def test_an_infinite_gradient_leaves_the_weights_and_stops_at_the_next_look(monkeypatch):
     policy = model.GPT(model.GPTConfig(11, 8, 1, 1, 8))
-    before = model.fingerprint(policy)
-    descent = mocan.Descent(policy, mocan.Recipe("mocan", 3, 1e-3, "0"))
-    policy.wte.weight.register_hook(lambda grad: grad * torch.inf)
-    with pytest.raises(FloatingPointError, match="^mocan: the gradient norm is (inf|nan) at step 0; earlier artifacts"):
-        descent.step(policy.wte.weight.square().sum())
-    assert model.fingerprint(policy) == before
-
-
-def test_float16_may_skip_steps_but_not_for_long(monkeypatch):
-    policy = model.GPT(model.GPTConfig(11, 8, 1, 1, 8))
-    descent = mocan.Descent(policy, mocan.Recipe("mocan", 99, 1e-3, "0"))
-    monkeypatch.setattr(descent, "scaler", torch.amp.GradScaler("cpu", enabled=True))
-    overflow = [True]
-    policy.wte.weight.register_hook(lambda grad: grad * torch.inf if overflow[0] else grad)
-    before = model.fingerprint(policy)
-    for _ in range(15):
-        descent.step(policy.wte.weight.square().sum())
-    assert model.fingerprint(policy) == before and descent.skipped == 15
-    overflow[0] = False
-    descent.step(policy.wte.weight.square().sum())
-    assert model.fingerprint(policy) != before and descent.skipped == 0
-    overflow[0] = True
-    with pytest.raises(FloatingPointError, match="gradient norm"):
-        for _ in range(30):
-            descent.step(policy.wte.weight.square().sum())
-    assert descent.skipped == 21
+    descent = mocan.Descent(policy, mocan.Recipe("mocan", 9, 1e-3, "0", warmup=0))
+    descent.counts = True
+    infinite = [False]
+    policy.wte.weight.register_hook(lambda grad: grad * torch.inf if infinite[0] else grad)
+    for bad in (False, True, True):
+        infinite[0] = bad
+        before = model.fingerprint(policy)
+        descent.step(policy.wte.weight.square().sum(), 1)
+        assert (model.fingerprint(policy) == before) is bad
+    for look in (descent.check, descent.state):
+        with pytest.raises(FloatingPointError, match="^mocan: the gradient norm is (inf|nan) and the loss .* at step 1; earlier"):
+            look()
 
 
 # ---- hostile input
 
 @pytest.mark.parametrize("line, said", [
     ("[" * 100000, "not a JSON object"), ('{"prompt": ' + "1" * 100000 + "}", "not a JSON object"),
-    ('{"prompt": "a", "prompt": "b"}', "twice"), ('{"prompt": 1e999}', "'prompt' is not a string"),
+    ('{"prompt": 1e999}', "'prompt' is not a string"),
     ('{"a": NaN}', "'prompt' is missing"), ("\ufeff\ufeff{}", "not a JSON object"), ("\x00", "not a JSON object"),
 ])
 def test_a_strange_line_is_named_by_file_and_number(tmp_path, line, said):
@@ -513,7 +488,7 @@ def test_mutated_inputs_are_read_or_refused_in_one_line(tmp_path, capsys):
         (1500, (tmp_path / "seed.pt").read_bytes(), "x.pt", lambda path: model.from_checkpoint(
             model.load(path, "remedy", {"seed": 0}))),
         (1000, (tmp_path / "seed.npz").read_bytes(), "x.npz", lambda path: dual.solve(
-            *dual.read_npz(path, 1.0)[:2], [0.01], 1.0)),
+            *map(dual.read_npz(path, 1.0).get, ("score", "constraint")), [0.01], 1.0)),
         (1000, (tmp_path / "seed.json").read_bytes(), "tokenizer.json", tokenizer),
     ]
     draw, read, slowest = random.Random(0), 0, 0.0

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from dataclasses import fields
 from pathlib import Path
 
@@ -28,7 +27,7 @@ POLICIES = ["reference", "dpo-helpful", "dpo-harmless", "mocan", "pecan"]
 TINY = ("--device cpu --dtype float32 --n_layer 1 --n_embd 32 --n_head 2 --world_pairs 300 --vocab_size 600 "
         "--max_new_tokens 24 --block_size 64 --sft_steps 80 --sft_lr 1e-2 --score_steps 4 --prompts 16 --responses 8 "
         "--batch 32 --steps 6 --prealign_steps 12 --prealign_lr 3e-3 --margin 10% --eval_prompts 8 "
-        "--eval_responses 4 --warmup 2").split()  # its λ* is positive, else there would be little to test
+        "--eval_responses 4").split()  # its λ* is positive, else there would be little to test
 
 
 def command(*flags, cwd=ROOT):
@@ -93,7 +92,7 @@ def test_the_quick_run_succeeds(quick):
 
 def test_results_hold_what_readers_rely_on(quick):
     results = json.loads((quick[1] / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"config", "policies"}
+    assert set(results) == {"config", "policies", "frontier"}
     assert set(results["config"]) == {f.name for f in fields(train.Config)} and results["config"]["quick"] is True
     b = results["policies"]["mocan"]["margin"]
     assert len(b) == 1
@@ -168,21 +167,14 @@ def test_progress_says_rate_loss_and_time_left_without_control_characters(quick)
     assert "\r" not in quick[0].stdout and quick[0].stdout.count("mocan ") < 40
 
 
-def test_the_picture_is_well_formed_and_titled(quick):
-    root = ElementTree.parse(quick[1] / "tradeoff.svg").getroot()
-    texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert root.tag.endswith("svg") and len(texts) > 8
-    assert "nan" not in (quick[1] / "tradeoff.svg").read_text(encoding="utf-8").lower()
-
-
 def test_every_stage_leaves_its_artifact(quick):
     tensors = {"reference.pt", "offline.pt", "offline_scores.pt", "dpo-helpful.pt", "dpo-harmless.pt",
                "mocan.pt", "pecan.pt"}
-    others = {"run.json", "tokenizer.json", "results.json", "samples.jsonl", "tradeoff.svg", "lock"}
+    others = {"run.json", "tokenizer.json", "results.json", "samples.jsonl", "lock"}
     assert set(os.listdir(quick[1])) == tensors | others
     saved = {name: load(quick[1] / name, "") for name in tensors}
     assert all(x["made_from"]["quick"] is True and x["seconds"] > 0 for x in saved.values())
-    assert all(saved[f"dpo-{name}.pt"]["logp"].shape == saved["offline.pt"]["ref_logp"].shape
+    assert all(saved[f"dpo-{name}.pt"]["implicit"].shape == saved["offline.pt"]["ref_logp"].shape
                for name in ("helpful", "harmless"))
     pieces = json.loads((quick[1] / "tokenizer.json").read_text(encoding="utf-8"))
     assert pieces and all(isinstance(piece, str) for piece in pieces)
@@ -205,7 +197,7 @@ def test_from_mocan_reuses_the_earlier_stages_and_repeats_the_later_ones(tiny, t
     before = {name: os.stat(tiny_copy / name).st_mtime_ns for name in os.listdir(tiny_copy)}
     job("--from", "mocan", "--out", tiny_copy)
     changed = {name for name, at in before.items() if os.stat(tiny_copy / name).st_mtime_ns != at}
-    assert changed == {"run.json", "mocan.pt", "pecan.pt", "results.json", "samples.jsonl", "tradeoff.svg"}
+    assert changed == {"run.json", "mocan.pt", "pecan.pt", "results.json", "samples.jsonl"}
     assert numbers(tiny_copy) == numbers(tiny)
 
 
@@ -272,19 +264,13 @@ def test_a_reference_of_ones_own_is_taken(tiny, tiny_copy):
 
 # ---- other ways through the job
 
-def test_two_constraints_and_a_trade_off_curve(tmp_path, capsys):
-    job(*TINY, "--out", tmp_path, "--constraints", "harmless,polite", "--margin", "5%,10%",
-        "--margins", "5%:5%,10%:20%")
+def test_two_constraints(tmp_path, capsys):
+    job(*TINY, "--out", tmp_path, "--constraints", "harmless,polite", "--margin", "5%,10%")
     rows = numbers(tmp_path)["policies"]
-    assert list(rows) == ["reference", "dpo-helpful", "dpo-harmless", "dpo-polite", "mocan", "mocan 5%:5%",
-                          "mocan 10%:20%", "pecan", "optimum", "optimum 5%:5%", "optimum 10%:20%"]
-    picture = (tmp_path / "tradeoff.svg").read_text(encoding="utf-8")
-    assert 'fill="none"' not in picture and picture.count('h0" stroke="#3b82f6"') == 3  # points, and no line between them
+    assert list(rows) == ["reference", "dpo-helpful", "dpo-harmless", "dpo-polite", "mocan", "pecan", "optimum"]
     assert all(len(row["constraint_gain"]) == 2 for row in rows.values())
-    assert all(len(rows[name]["lam"]) == 2 for name in ("mocan", "mocan 5%:5%", "pecan"))
+    assert all(len(rows[name]["lam"]) == 2 for name in ("mocan", "pecan"))
     assert "polite gain" in capsys.readouterr().out
-    ElementTree.parse(tmp_path / "tradeoff.svg")
-    assert (tmp_path / "mocan_5%:5%.pt").exists() and (tmp_path / "mocan_10%:20%.pt").exists()
 
 
 SHOTS = ["--shots", 2, "--shot_steps", 3, "--shot_responses", 4]
@@ -305,27 +291,20 @@ def test_a_second_shot_starts_from_the_first_and_has_a_row(tiny, tmp_path):
     assert numbers(tmp_path)["policies"] == rows and (tmp_path / "mocan_shot_2.pt").read_bytes() == before
 
 
-def test_shots_of_several_margins_and_constraints(tmp_path):
-    job(*TINY, "--out", tmp_path, *SHOTS, "--algo", "mocan", "--constraints", "harmless,polite", "--margin", "5%,5%",
-        "--margins", "2%:5%")
+def test_shots_of_several_constraints(tmp_path):
+    job(*TINY, "--out", tmp_path, *SHOTS, "--algo", "mocan", "--constraints", "harmless,polite", "--margin", "5%,5%")
     rows = numbers(tmp_path)["policies"]
-    assert list(rows) == ["reference", "mocan", "mocan shot 2", "mocan 2%:5%", "mocan 2%:5% shot 2",
-                          "optimum", "optimum 2%:5%"]
-    assert rows["mocan 2%:5% shot 2"]["margin"] == rows["mocan 2%:5%"]["margin"] != rows["mocan"]["margin"]
+    assert list(rows) == ["reference", "mocan", "mocan shot 2", "optimum"]
+    assert len(rows["mocan shot 2"]["lam"]) == 2
 
 
-def test_the_main_margin_among_the_margins_is_trained_once(tiny_copy):
-    job("--from", "mocan", "--out", tiny_copy, "--algo", "mocan", "--margins", "5%,10%")  # --margin is 10%
-    assert list(numbers(tiny_copy)["policies"]) == ["reference", "mocan", "mocan 5%", "optimum", "optimum 5%"]
-
-
-def test_the_frontier_is_one_line_from_left_to_right_through_the_optimum(quick):
-    text = (quick[1] / "tradeoff.svg").read_text(encoding="utf-8")
-    (line,) = re.findall(r'<path d="M([^"]*)" fill="none"', text)
-    x = [float(point.split()[0]) for point in line.split("L")]
-    assert len(x) == 31 and x == sorted(x)
-    middle = re.findall(r'<path d="M([^"]*)h0" stroke="#3b82f6"', text)
-    assert middle == [line.split("L")[15]] and x[0] < x[15] < x[30]  # λ from 0 to twice λ*
+def test_the_frontier_goes_from_no_constraint_through_the_optimum(quick):
+    results = numbers(quick[1])
+    gains = [row["constraint_gain"][0] for row in results["frontier"]]
+    rewards = [row["reward_gain"] for row in results["frontier"]]
+    assert len(gains) == 31 and gains == sorted(gains) and rewards == sorted(rewards, reverse=True)
+    middle = dict(results["policies"]["optimum"])
+    assert {name: middle[name] for name in results["frontier"][15]} == results["frontier"][15]
 
 
 def test_progress_has_a_line_every_ten_seconds_and_one_at_the_end(capsys, monkeypatch):
@@ -393,7 +372,7 @@ def test_a_safety_only_file_stands_next_to_one_with_both_preferences(read_shared
     safety = slice_of(read_shared("data/safety_pairs.jsonl.gz"), 60, tmp_path / "safety.jsonl")
     learned, real = [], mocan.train_score  # how many training pairs each score model gets
     monkeypatch.setattr(mocan, "train_score", lambda model, preferences, *rest: (
-        learned.append(len(preferences.prefers)), real(model, preferences, *rest)))
+        learned.append(len(preferences.tokens)), real(model, preferences, *rest)))
     job(*TINY, "--out", tmp_path / "out", "--algo", "mocan", "--data", both, safety)
     said = capsys.readouterr().out
     train_pairs, calibration, evaluation = map(int, re.search(
@@ -439,8 +418,8 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
     def on(what, pool):
         seen.setdefault(what, set()).add(owner[id(pool.tokens)][0])
     spy(mocan, "train_reference", lambda model, pool, *_: on("sft", pool))
-    spy(mocan, "train_score", lambda model, preferences, *_: on("judge", preferences.pool))
-    spy(train.pecan, "prealign", lambda policy, preferences, *_: on("prealign", preferences.pool))
+    spy(mocan, "train_score", lambda model, pool, *_: on("judge", pool))
+    spy(train.pecan, "prealign", lambda policy, pool, *_: on("prealign", pool))
     spy(mocan, "learn_score", lambda model, name, a, b, c, *_: [on(f"learn {i}", x.pool) for i, x in enumerate((a, b, c))])
     spy(train.pecan, "prealign_and_calibrate", lambda policy, name, a, _, b, *__: [on("pre 0", a.pool), on("pre 1", b.pool)])
     spy(train.mocan, "measure", lambda policies, reference, judges, names, tok, prompts, *_: seen.update(
@@ -475,7 +454,7 @@ def prealignments(monkeypatch, *flags):
     """What train.py hands to each pre-alignment: (its ln π_ref, the policy's own before training, its pairs)."""
     calls = []
     monkeypatch.setattr(train.pecan, "prealign", lambda policy, preferences, ref_logp, *rest: calls.append(
-        (ref_logp, mocan.logprobs(policy, preferences.pool), len(preferences.prefers))))
+        (ref_logp, mocan.logprobs(policy, preferences), len(preferences.tokens))))
     job(*TINY, "--algo", "pecan", "--margin", "0", *flags)
     return calls
 
@@ -506,7 +485,8 @@ def test_an_unreachable_margin_stops_before_training_and_names_the_largest(tiny_
     line = one_line_on_stderr(command("--from", "dual", "--margin", "99", "--out", tiny_copy))
     largest = dual.reachable(torch.load(tiny_copy / "offline_scores.pt", weights_only=True)["scores"][1:]).item()
     assert f"{largest:.3f}" in line or f"{largest}" in line
-    assert contents(tiny_copy) == before
+    after = contents(tiny_copy)
+    assert {name for name in after if after[name] != before[name]} <= {"run.json"}  # written when an artifact is begun
 
 
 def test_an_unreachable_margin_stops_before_pre_alignment(tiny_copy):
@@ -546,7 +526,7 @@ BAD_FLAGS = {
     "zero steps": (["--steps", "0"], "--steps is 0"),
     "negative": (["--beta", "-1"], "--beta is -1.0"),
     "not finite": (["--lr", "nan"], "--lr is nan"),
-    "infinite": (["--clip", "inf"], "--clip is inf"),
+    "infinite": (["--lr", "inf"], "--lr is inf"),
     "one response": (["--responses", "1"], "2"),
     "no training data": (["--held_out", "1.5"], "--held_out 1.5"),
     "no room for a prompt": (["--max_new_tokens", "190"], "--block_size 192"),
@@ -598,12 +578,6 @@ def test_defaults_of_real_data_give_way_to_the_command_line_and_to_quick():
     c = train.settings(["--data", "x.jsonl", "--lr", "1e-3"])
     assert (c.margin, c.prealign_steps, c.lr) == ("25%", 1575, 1e-3)
     assert train.settings(["--quick", "--data", "x.jsonl"]).prealign_steps == train.QUICK["prealign_steps"]
-
-
-def test_quick_from_the_reference_on_starts_afresh_in_quick_sizes(tiny):
-    c = train.settings(["--from", "reference", "--quick", "--steps", "7", "--out", str(tiny)])
-    assert (c.start, c.quick, c.steps, c.out) == ("reference", True, 7, str(tiny))
-    assert all(getattr(c, name) == value for name, value in train.QUICK.items() if name != "steps")
 
 
 def test_real_data_after_a_run_of_the_world_keeps_its_sizes(tiny):
@@ -663,7 +637,7 @@ def test_a_missing_or_damaged_artifact_is_named_with_the_stage_that_makes_it(tin
 def test_a_non_finite_loss_keeps_the_last_artifact(tiny_copy, monkeypatch):
     before, real = (tiny_copy / "mocan.pt").read_bytes(), mocan.preference_loss
     monkeypatch.setattr(mocan, "preference_loss", lambda *args: real(*args) * math.nan)
-    with pytest.raises(FloatingPointError, match="mocan: the loss is nan at step 0"):
+    with pytest.raises(FloatingPointError, match="mocan: the gradient norm is nan and the loss nan at step 0"):
         job("--from", "mocan", "--out", tiny_copy)
     assert (tiny_copy / "mocan.pt").read_bytes() == before
     assert not [x for x in os.listdir(tiny_copy) if x.endswith(".tmp")]
@@ -676,7 +650,7 @@ def test_margins_by_hand():
     assert dual.parse_margin("50%", reach).tolist() == [1.0, 0.25]
     assert dual.parse_margin("0.3", reach).tolist() == [0.3, 0.3]
     assert dual.parse_margin("0.3,10%", reach).tolist() == pytest.approx([0.3, 0.05])
-    assert dual.parse_margin("-1:0", reach, ":").tolist() == [-1.0, 0.0]
+    assert dual.parse_margin("-1,0", reach).tolist() == [-1.0, 0.0]
 
 
 @pytest.mark.parametrize("text", ["", "half", "50 percent", "1,2,3", "1,", "%"])
@@ -706,7 +680,7 @@ def test_help_names_every_setting(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for f in train.SETTINGS:
-        assert train.flag(f) in text and f.metadata["help"]
+        assert ("--from" if f.name == "start" else f"--{f.name}") in text and f.metadata["help"]
     assert [f.name for f in fields(train.Config) if f not in train.SETTINGS] == ["run"]
 
 
@@ -747,7 +721,7 @@ def test_importing_the_modules_does_nothing(tmp_path):
 # ---- with a GPU
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_mocan_run_on_cuda(tmp_path, dtype):
     job(*TINY, "--device", "cuda", "--dtype", dtype, "--algo", "mocan", "--out", tmp_path)
     row = numbers(tmp_path)["policies"]["mocan"]

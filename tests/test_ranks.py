@@ -1,0 +1,145 @@
+"""Several processes under torchrun (gloo): what they compute is what one process computes."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--world_pairs", "600", "--n_embd", "32", "--n_head", "2", "--n_layer", "1", "--sft_steps", "150", "--sft_lr", "1e-2",
+        "--prompts", "37", "--responses", "6", "--steps", "20", "--prealign_steps", "20", "--eval_prompts", "21",
+        "--eval_responses", "4", "--batch", "12", "--group", "4", "--sample_batch", "24", "--margin", "20%", "--shots", "2",
+        "--shot_steps", "10", "--shot_responses", "6"]
+
+# every loop and every pool of the project on fixed inputs; the first process writes what came of them
+WORKER = """
+import random, sys, torch, torch.distributed as dist
+sys.path.insert(0, {root!r})
+import data, mocan, model, pecan
+torch.set_num_threads(1)
+if dist.is_torchelastic_launched():
+    dist.init_process_group()
+pairs = data.world_preferences(40, random.Random(0))
+tok = data.vocab_tokenizer(data.frequent_pieces(pairs, 300), 40, 24)
+config = model.GPTConfig(tok.encoding.n_vocab, 64, 1, 2, 16)
+torch.manual_seed(0)
+reference = model.GPT(config)
+judge = model.GPT(model.GPTConfig(**{{**vars(config), "score_head": True}}))
+prompts = data.some_prompts(pairs, {prompts})
+pool, logp = mocan.sample_pool(reference, tok, prompts, mocan.Draw("draw", 3, "0/draw", batch=6))
+scores = torch.stack([logp, torch.arange(logp.numel()).view(logp.shape) / 7.0 % 1])
+sample = mocan.Sample(pool, logp, logp, scores)
+preferences = data.preference_tensors(tok, pairs, "helpful")
+ref = mocan.logprobs(reference, preferences.pool, 16)
+losses = {{}}
+held = {{}}
+step = mocan.Descent.step
+def note(self, loss, count):
+    step(self, loss, count)
+    losses.setdefault(self.recipe.stage, []).append(float(self.losses[-1]))
+mocan.Descent.step = note
+def recipe(stage, batch=6, accumulate=1):
+    return mocan.Recipe(stage, 10, 1e-3, "0/" + stage, batch, accumulate)
+def fresh():
+    return model.from_checkpoint(model.to_checkpoint(reference))
+lam = torch.tensor([0.7], dtype=torch.float64)
+mocan.train_reference(fresh(), preferences.pool, recipe("reference"))
+mocan.train_score(judge, preferences.pool, recipe("score"))
+pecan.prealign(fresh(), preferences.pool, ref, 0.5, recipe("prealign", 5))
+aligned = fresh()
+mocan.train_mocan(aligned, sample, lam, 0.5, 3, recipe("mocan", 5, 2))
+pecan.train_pecan(fresh(), sample, lam, 0.5, 3, recipe("pecan", 1))
+found = dict(tokens=pool.tokens, mask=pool.response_mask, logp=logp, ref=ref, losses=losses,
+             scored=mocan.map_pool(model.GPT.score, judge, pool, 4), weights=aligned.state_dict())
+if mocan.rank()[0] == 0:
+    torch.save(found, {out!r})
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def launch(ranks, *command, **options):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = torchrun if ranks > 1 else [sys.executable]
+    return subprocess.Popen([*start, *map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            cwd=ROOT, **options)
+
+
+def finish(process, seconds=240):
+    text, _ = process.communicate(timeout=seconds)
+    return process.returncode, text
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+
+    def run(ranks, prompts):
+        script, out = folder / f"worker{ranks}_{prompts}.py", folder / f"found{ranks}_{prompts}.pt"
+        script.write_text(WORKER.format(root=str(ROOT), prompts=prompts, out=str(out)))
+        code, text = finish(launch(ranks, script))
+        assert code == 0, text
+        return torch.load(out, weights_only=True)
+    return run
+
+
+@pytest.mark.parametrize("ranks, prompts", [(2, 8), (4, 5)])
+def test_processes_find_what_one_finds(worker, ranks, prompts):
+    """Also with less work than processes: 5 prompts in batches of 2 for 4 of them, one prompt a step, 5 pairs a step."""
+    one, many = worker(1, prompts), worker(ranks, prompts)
+    for name in ("tokens", "mask", "logp", "ref"):
+        assert torch.equal(one[name], many[name]), name
+    assert one["tokens"].shape[:2] == (prompts, 3)
+    torch.testing.assert_close(many["scored"], one["scored"], atol=1e-4, rtol=0)  # by a judge that they trained
+    assert set(one["losses"]) == {"reference", "score", "prealign", "mocan", "pecan"}
+    for stage, losses in one["losses"].items():
+        assert losses[0] != losses[-1]
+        assert many["losses"][stage] == pytest.approx(losses, abs=1e-5), stage
+
+
+def results(out):
+    import json
+    return json.loads((out / "results.json").read_text())["policies"]
+
+
+def test_the_job_under_torchrun_is_the_job(tmp_path):
+    outs = {ranks: tmp_path / f"out{ranks}" for ranks in (1, 2)}
+    texts = {}
+    for ranks, out in outs.items():
+        code, texts[ranks] = finish(launch(ranks, "train.py", *TINY, "--out", out))
+        assert code == 0, texts[ranks]
+    assert texts[2].count("settings:") == 1  # one process speaks
+    one, two = results(outs[1]), results(outs[2])
+    assert one.keys() == two.keys() and "mocan shot 2" in one
+    for name in ("mocan", "pecan"):
+        assert two[name]["lam"] == pytest.approx(one[name]["lam"], rel=1e-2)  # from samples of references equal to rounding
+    for name, row in one.items():
+        assert row["kl_ci"][0] - 0.05 <= two[name]["kl"] <= row["kl_ci"][1] + 0.05
+    assert not (outs[2] / "checkpoint.pt").exists()
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on_with_another_number(tmp_path):
+    out = tmp_path / "out"
+    settings = [*TINY, "--out", str(out), "--steps", "4000", "--checkpoint_every", "0.2", "--algo", "mocan", "--shots", "1"]
+    process = launch(2, "train.py", *settings, start_new_session=True)
+    deadline = time.time() + 120
+    while not ((out / "run.json").exists() and (out / "checkpoint.pt").exists() and (out / "offline_scores.pt").exists()):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)  # into the training loop
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    code, text = finish(process, 60)
+    assert code != 0
+    assert not (out / "mocan.pt").exists()
+    assert "error: another process of this run ended" in text or "Signal 9" in text
+    code, text = finish(launch(1, "train.py", "--resume", "--out", out))
+    assert code == 0, text
+    assert "goes on after" in text
+    assert "mocan" in results(out)
