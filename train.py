@@ -364,8 +364,8 @@ def checkpoint(c):
 
 # ---- what came of it
 def evaluate(c, reference, policies, judges, names, margin, split, tok):
-    """Fresh responses of every policy to evaluation prompts -> results.json, samples.jsonl, the
-    picture and the table."""
+    """Fresh responses of every policy to evaluation prompts -> results.json, samples.jsonl and the
+    table."""
     prompts = data.some_prompts(split.evaluation, c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} evaluation prompts")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import dual
 import mocan
 from data import WORLD_SCORES, Pool, Preferences, pad, vocab_tokenizer
-from model import GPT, GPTConfig, sequence_logprob
+from model import GPT, GPTConfig, sequence_logprob, to_checkpoint
 
 LN2 = math.log(2)
 
@@ -451,6 +451,25 @@ def test_a_non_finite_loss_stops_and_names_stage_and_step(monkeypatch, bad_step)
     assert "mocan" in str(error.value) and f"step {bad_step}" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_gradient_leaves_the_weights_and_the_check_names_it(value):
+    """Step 1 of 4 is bad: it changes no weight, nor Adam's moments; the end of the loop raises."""
+    model, plan = tiny(), recipe("bad", steps=4)
+    descent, states = mocan.Descent(model, plan), []
+    with pytest.raises(FloatingPointError) as error:
+        for _ in descent.over(some_pool(), 2):
+            slope = value if len(states) == 1 else 1.0
+            descent.step(slope * model.ln_f.bias[0] + sum(x.square().sum() for x in model.parameters()), 1)
+            assert isinstance(descent.losses[-1], torch.Tensor)  # the host has not waited for it
+            adam = descent.optimizer.state[model.ln_f.bias]
+            states.append([x.detach().clone() for x in (*model.parameters(), adam["exp_avg"], adam["exp_avg_sq"])])
+    assert len(states) == 4
+    changed = [any(not torch.equal(a, b) for a, b in zip(*pair)) for pair in itertools.pairwise(states)]
+    assert changed == [False, True, True] and all(x.isfinite().all() for state in states for x in state)
+    assert re.match(r"bad: the gradient norm is (nan|inf) and the loss (nan|inf|[\d.]+) at step 1;", str(error.value))
+    assert isinstance(descent.losses[0], float) and len(descent.losses) == len(descent.norms) == 4
+
+
 def test_infinite_weights_stop_every_loop():
     model, score_model, pool = tiny(), tiny(score_head=True), some_pool(K=2)
     for broken in (model, score_model):
@@ -676,6 +695,44 @@ def test_weights_of_responses_count(capsys):
     scores, ref = f64(1, 3, 0, 4).view(1, 2, 2), torch.zeros(1, 2, 2)
     row = mocan.compare(scores, f64(1, 2, 3, 5).view(2, 2), f64(1, 0, 0.25, 0.75).view(2, 2), ref)
     assert row["reward_gain"] == pytest.approx((1 + 3) / 2) and row["kl"] == pytest.approx((1 + 0.75 + 3.75) / 2)
+
+
+def test_measure_compares_every_policy_with_the_reference_on_its_own_responses():
+    reference, other, beta, names = tiny(1, sharp=3.0), tiny(2, sharp=3.0), 0.6, ["helpful", "harmless"]
+    judges = {name: tiny(seed, score_head=True) for seed, name in enumerate(names, start=5)}
+    tok = SimpleNamespace(**{**vars(DIGITS), "encoding": SimpleNamespace(
+        encode_ordinary=DIGITS.encoding.encode_ordinary, decode=lambda ids: "".join(map(str, ids)))})
+    prompts, draw, margin = ["1", "23", "4", "51"], mocan.Draw("evaluate", 64, "0", 100), f64(0.001)
+    policies = {"reference": to_checkpoint(reference), "other": {**to_checkpoint(other), "lam": [0.4], "seconds": 3.0}}
+    rows, texts, frontier = mocan.measure(policies, reference, judges, names, tok, prompts, draw, margin, beta)
+    assert list(rows) == ["reference", "other", "optimum"] and list(texts) == ["reference", "other"]
+
+    found = {}
+    for name, policy in (("reference", reference), ("other", other)):
+        pool, logp = mocan.sample_pool(policy, tok, prompts, draw)
+        scores = torch.stack([torch.stack([judges[x].score(t, m) for t, m in zip(*pool)]) for x in names]).detach().double()
+        ref_logp = torch.stack([sequence_logprob(reference, t, m) for t, m in zip(*pool)]).detach()
+        found[name] = scores, (logp - ref_logp).mean().item(), pool, logp, ref_logp
+        assert texts[name] == pool.texts(tok)
+    base, _, ref_pool, _, ref_logp = found["reference"]
+    for name, (scores, kl, *_) in found.items():
+        expected = (scores.mean(dim=(1, 2)) - base.mean(dim=(1, 2))).tolist()
+        assert [rows[name]["reward_gain"], *rows[name]["constraint_gain"]] == pytest.approx(expected, abs=1e-5)
+        assert rows[name]["kl"] == pytest.approx(kl, abs=1e-5) and rows[name]["margin"] == [0.001]
+    assert rows["other"]["lam"] == [0.4] and rows["other"]["seconds"] == 3.0 and rows["other"]["kl"] > 0.1
+
+    # the frontier: self-normalised importance sampling from both policies' responses, as weights by hand
+    scores, _, _, logp, own_ref = found["other"]
+    of_ref = torch.stack([sequence_logprob(other, t, m) for t, m in zip(*ref_pool)]).detach()
+    lp, lr = torch.cat([logp, of_ref], dim=1).double(), torch.cat([own_ref, ref_logp], dim=1).double()
+    both = torch.cat([scores, base], dim=2)
+    assert len(frontier) == 31 and frontier[0]["lam"] == [0.0]
+    assert frontier[15]["lam"] == pytest.approx(rows["optimum"]["lam"])
+    for at in frontier[::6]:
+        weight = lr.exp() / (0.5 * lp.exp() + 0.5 * lr.exp()) * ((both[0] + at["lam"][0] * both[1]) / beta).exp()
+        weight = weight / weight.sum(dim=1, keepdim=True)
+        expected = (weight * both).sum(dim=2).mean(dim=1) - base.mean(dim=(1, 2))
+        assert [at["reward_gain"], *at["constraint_gain"]] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 # ---- how long to train, and in which units

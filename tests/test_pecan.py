@@ -1,4 +1,5 @@
 import inspect
+import itertools
 import json
 import math
 import random
@@ -15,7 +16,7 @@ import mocan
 import pecan
 import train
 from data import Pool, Preferences, pad
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, to_checkpoint
 
 
 def alone(function):
@@ -260,6 +261,24 @@ def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys):
         assert tau == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
     assert f"safe, calibration: {right:.1%} ± " in said and f"of 60 pairs right; τ = {expected:.3f} ± " in said
+
+
+def test_implicit_scores_are_beta_tau_log_ratios_in_the_order_of_the_policies():
+    pool, reference, beta = some_pool(), tiny(1), 0.5
+    saved = {name: {**to_checkpoint(tiny(seed)), "tau": tau}
+             for name, seed, tau in (("helpful", 2, 1.7), ("harmless", 3, 0.4), ("polite", 4, 0.0))}
+    ref_logp = mocan.logprobs(reference, pool)
+    for batch in (5, 256):
+        scores = pecan.implicit_scores(saved, pool, ref_logp, beta, torch.device("cpu"), batch)
+        assert scores.shape == (3, 8, 4) and not scores.requires_grad
+        for got, (seed, tau) in zip(scores, ((2, 1.7), (3, 0.4), (4, 0.0))):
+            for n, k in itertools.product(range(8), range(4)):  # one response at a time, in double precision
+                y = [pool.tokens[n, k].long(), pool.response_mask[n, k]]
+                both = []
+                for model in (tiny(seed).double(), tiny(1).double()):
+                    logp = F.linear(model(y[0][None]), model.wte.weight).log_softmax(dim=2)[0]
+                    both.append(sum(logp[t - 1, y[0][t]].item() for t in range(1, len(y[0])) if y[1][t]))
+                assert got[n, k].item() == pytest.approx(beta * tau * (both[0] - both[1]), abs=1e-4)
 
 
 def test_a_non_finite_loss_stops_and_names_the_stage():
