@@ -312,7 +312,7 @@ def prepare(score, constraint, margin, beta):
     beta = float(beta)
     if not 0 < beta < np.inf:
         raise ValueError(f"beta is {beta}: it must be a finite number above 0")
-    margin = vector("margin", margin, len(constraint))
+    margin = one_each(margin, len(constraint))
 
     best_gain = mean_x(high - mean)  # (1+m,) like the next two
     width = mean_x(high - low)
@@ -347,13 +347,13 @@ def check_finite(mean):
         raise ValueError(f"{name}: NaN or inf at prompt {prompt}; drop or repair it")
 
 
-def vector(name, x, m):
+def one_each(margin, m):
     """One finite number, or m -> (m,) float64."""
-    x = torch.as_tensor(x, dtype=torch.float64).flatten().cpu().numpy()
-    if len(x) not in (1, m) or not np.isfinite(x).all():
-        raise ValueError(
-            f"{name} is {x.tolist()}: give one finite number, or one for each of {m} constraints")
-    return x * np.ones(m)
+    margin = torch.as_tensor(margin, dtype=torch.float64).flatten().cpu().numpy()
+    if len(margin) not in (1, m) or not np.isfinite(margin).all():
+        raise ValueError(f"margin is {margin.tolist()}: give one finite number, or one for each of "
+                         f"{m} constraints")
+    return margin * np.ones(m)
 
 
 def refuse_out_of_reach(problem):
@@ -423,20 +423,17 @@ LN_2 = 0.6931471805599453
 CHUNK = 2 ** 17  # responses per thread whose numbers stay in its cache
 
 
-def chunks(score):
-    """Slices of prompts, CHUNK responses per thread at a time."""
-    n = max(1, CHUNK * torch.get_num_threads() // score.shape[1])
-    return [slice(i, i + n) for i in range(0, len(score), n)]
-
-
 def expectations(problem, lam, detail=False):
     """The Policy at λ, in one pass over the responses: nearly all of the running time is here."""
     scale = problem.beta * LN_2  # exp(x/β) = 2^(x/scale), and exp2 is twice as fast as exp
     m = len(lam)
+    N, K = problem.score.shape
+    n = max(1, CHUNK * torch.get_num_threads() // K)
     gain = torch.empty_like(problem.mean)
     second = 0
-    log_sum, squares = gain.new_empty(2, len(gain[0]))
-    for some in chunks(problem.score):
+    log_sum, squares = gain.new_empty(2, N)
+    for begin in range(0, N, n):
+        some = slice(begin, begin + n)
         r = problem.score[some].double()  # (n, K)
         g = problem.constraint[:, some].double()  # (m, n, K)
         z = r * (1 / scale)
@@ -454,7 +451,7 @@ def expectations(problem, lam, detail=False):
             gain[0, some] = (p * r).sum(dim=1) / total - problem.mean[0, some]
             squares[some] = p.square_().sum(dim=1) / total.square()
         del z, p, pg  # the next chunk computes in their memory, which is in the cache
-    return Policy(log_sum, gain, second.view(m, m) / len(log_sum), squares)
+    return Policy(log_sum, gain, second.view(m, m) / N, squares)
 
 
 # ---- here the part to paste ends
@@ -496,6 +493,8 @@ def label(data, lam):
         return {"s": s}
     try:
         n, first, second = data["pairs"].T
+        if data["pairs"].min() < 0:
+            raise IndexError("one is below 0")
         lead = s[n, second] - s[n, first]
     except (ValueError, TypeError, IndexError) as error:
         raise ValueError("pairs must be whole numbers (P, 3): a prompt and two of its responses "

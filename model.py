@@ -124,18 +124,14 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         if config.score_head:
             self.score_head = nn.Linear(config.n_embd, 1, bias=False)
-        for name, parameter in self.named_parameters():
-            self._init(name, parameter)
-
-    def _init(self, name, parameter):
-        """GPT-2's: the two projections onto the residual stream shrink with depth."""
-        std = 0.02
-        if name.endswith("c_proj.weight"):
-            std /= math.sqrt(2 * self.config.n_layer)
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif parameter.dim() == 2:
-            nn.init.normal_(parameter, std=std)
+        for name, parameter in self.named_parameters():  # GPT-2's initialisation
+            std = 0.02
+            if name.endswith("c_proj.weight"):  # onto the residual stream
+                std /= math.sqrt(2 * config.n_layer)
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=std)
 
     @staticmethod
     def from_pretrained(folder):
@@ -144,10 +140,11 @@ class GPT(nn.Module):
         try:
             return assemble(*read_published(folder))
         except Exception as error:  # a damaged file raises a dozen kinds
-            reason = str(error).split("\n")[0]
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"{folder}: not a GPT-2 as published ({type(error).__name__}: {reason}); expected "
-                "config.json with model.safetensors, all of its shards, or pytorch_model.bin"
+                f"{folder}: not a GPT-2 as published ({type(error).__name__}: {reason:.300}); "
+                "expected config.json with model.safetensors, all of its shards, or "
+                "pytorch_model.bin"
             ) from None
 
     @property
@@ -378,10 +375,12 @@ def sequence_logprob(model, tokens, response_mask):
 SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
          "n_head": "n_head", "n_embd": "n_embd"}  # theirs: ours
 FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-         "n_inner": None, "tie_word_embeddings": True}
+         "n_inner": None, "tie_word_embeddings": True, "scale_attn_weights": True,
+         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there
 LEFT_OUT = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # masks; the tied output layer
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # masks: bytes
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "U8": torch.uint8, "BOOL": torch.bool}  # these two of the masks
 MAX_HEADER = 10 ** 8  # bytes
 
 
@@ -393,7 +392,7 @@ def read_published(folder):
         if theirs.get(what, value) != value:
             raise ValueError(f"{what} is {theirs[what]}, not {value}")
     weights = {}
-    shards = glob.glob(f"{glob.escape(folder)}/model*.safetensors")
+    shards = glob.glob(f"{glob.escape(folder)}/model[.-]*safetensors")
     for path in shards or [f"{folder}/pytorch_model.bin"]:
         for name, tensor in read_tensors(path).items():
             if name.endswith(TRANSPOSED):
@@ -417,23 +416,24 @@ def read_tensors(path):
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
+        if not 0 <= begin <= end:
+            raise ValueError(f"{name} lies from {begin} to {end}")
         content = raw[start:][begin:end].clone()  # aligned; the next line checks its size
-        content = content.view(DTYPES.get(entry["dtype"], torch.uint8))
-        tensors[name] = content.view(entry["shape"])
+        tensors[name] = content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 
 def export(model, folder):
     """Write a policy so that `from_pretrained`, ours and Transformers', loads it."""
     config = {theirs: getattr(model.config, ours) for theirs, ours in SIZES.items()}
-    config |= FIXED
-    config |= {"architectures": ["GPT2LMHeadModel"], "eos_token_id": model.config.vocab_size - 1}
+    config |= FIXED | {"architectures": ["GPT2LMHeadModel"],
+                       "eos_token_id": model.config.vocab_size - 1}
     weights = to_checkpoint(model)["weights"]
     for name in weights:
         if name.endswith(TRANSPOSED):
             weights[name] = weights[name].t().contiguous()
     os.makedirs(folder, exist_ok=True)
-    for other in glob.glob(f"{glob.escape(folder)}/model*.safetensors"):
+    for other in glob.glob(f"{glob.escape(folder)}/model[.-]*safetensors"):
         os.remove(other)  # it would be read instead
     replace_file(f"{folder}/config.json", lambda file: file.write(json.dumps(config).encode()))
     save(weights, f"{folder}/pytorch_model.bin")
@@ -463,9 +463,9 @@ def from_checkpoint(saved, device="cpu"):
     try:
         return assemble(saved["config"], saved["weights"]).to(device)
     except BAD_MODEL as error:
-        reason = str(error).split("\n")[0]
+        reason = " ".join(str(error).split())
         raise ValueError(f"{saved.get('path', 'checkpoint')}: not a model that this program saved "
-                         f"({reason}); make it again with --from its stage") from None
+                         f"({reason:.300}); make it again with --from its stage") from None
 
 
 def save(saved, path):

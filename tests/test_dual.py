@@ -523,6 +523,7 @@ def test_write_without_pairs_and_with_certain_ones(tmp_path, cli):
 
 
 @pytest.mark.parametrize("pairs", [
+    [[0, 0, -1]],
     [[0, 1]], [[0, 1, 2, 3]], 7, [[3, 0, 1]], [[0, 4, 1]], [[0, 1, 4]], [[0.0, 1.0, 2.0]], [["0", "1", "2"]]])
 def test_bad_pairs_are_one_line(tmp_path, cli, pairs):
     np.savez(tmp_path / "in.npz", score=rand(0, 3, 4).numpy(), constraint=rand(1, 3, 4).numpy(), pairs=np.array(pairs))

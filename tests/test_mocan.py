@@ -453,7 +453,7 @@ def test_a_non_finite_loss_stops_and_names_stage_and_step(monkeypatch, bad_step)
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_non_finite_gradient_leaves_the_weights_and_the_check_names_it(value):
-    """Step 1 of 4 is bad: it changes no weight, nor Adam's moments; the end of the loop raises."""
+    """Step 1 of 4 is bad: it changes no weight, nor Adam's moments; the last one, which says how far it is, raises."""
     model, plan = tiny(), recipe("bad", steps=4)
     descent, states = mocan.Descent(model, plan), []
     with pytest.raises(FloatingPointError) as error:
@@ -463,10 +463,10 @@ def test_a_non_finite_gradient_leaves_the_weights_and_the_check_names_it(value):
             assert isinstance(descent.losses[-1], torch.Tensor)  # the host has not waited for it
             adam = descent.optimizer.state[model.ln_f.bias]
             states.append([x.detach().clone() for x in (*model.parameters(), adam["exp_avg"], adam["exp_avg_sq"])])
-    assert len(states) == 4
+    assert len(states) == 3
     changed = [any(not torch.equal(a, b) for a, b in zip(*pair)) for pair in itertools.pairwise(states)]
-    assert changed == [False, True, True] and all(x.isfinite().all() for state in states for x in state)
-    assert re.match(r"bad: the gradient norm is (nan|inf) and the loss (nan|inf|[\d.]+) at step 1;", str(error.value))
+    assert changed == [False, True] and all(x.isfinite().all() for state in states for x in state)
+    assert re.match(r"bad: the gradient norm is (nan|inf) and the loss (nan|-?inf|[\d.]+) at step 1;", str(error.value))
     assert isinstance(descent.losses[0], float) and len(descent.losses) == len(descent.norms) == 4
 
 
@@ -698,7 +698,7 @@ def test_weights_of_responses_count(capsys):
 
 
 def test_measure_compares_every_policy_with_the_reference_on_its_own_responses():
-    reference, other, beta, names = tiny(1, sharp=3.0), tiny(2, sharp=3.0), 0.6, ["helpful", "harmless"]
+    reference, other, beta, names = tiny(1, sharp=6.0), tiny(2, sharp=6.0), 0.6, ["helpful", "harmless"]
     judges = {name: tiny(seed, score_head=True) for seed, name in enumerate(names, start=5)}
     tok = SimpleNamespace(**{**vars(DIGITS), "encoding": SimpleNamespace(
         encode_ordinary=DIGITS.encoding.encode_ordinary, decode=lambda ids: "".join(map(str, ids)))})

@@ -19,7 +19,7 @@ import data
 import dual
 import mocan
 import train
-from model import load
+from model import GPT, GPTConfig, export, load
 
 ROOT = Path(train.__file__).resolve().parent
 MODULES = ("model", "data", "dual", "mocan", "pecan", "train")
@@ -439,6 +439,115 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
     assert seen["measure"] == seen["evaluate mocan"] == {"evaluation"}
     assert set(seen["calibrated_loss"]) == {"calibration"} and set(seen["calibrate"]) == {"calibration", "evaluation"}
     assert seen["calibrate"].count("evaluation") == 2  # what is said of the two judges, and used for nothing
+
+
+# ---- GPT-2's weights in and out
+
+@pytest.fixture
+def small_gpt2(tmp_path, monkeypatch, read_shared):
+    """A folder with a random GPT-2 of width 16 in the published layout, and its model."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(read_shared("tiktoken_cache")))
+    torch.manual_seed(5)
+    small = GPT(GPTConfig(vocab_size=50257, block_size=96, n_layer=1, n_head=2, n_embd=16))
+    with torch.no_grad():
+        for p in small.parameters():
+            p += 0.05 * torch.randn_like(p)  # biases and gains too
+    export(small, str(tmp_path / "gpt2"))
+    return tmp_path / "gpt2", small
+
+
+def pku_file(path, count=80):
+    path.write_text("".join(json.dumps({
+        "prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
+        "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]}) + "\n"
+        for pair in data.world_preferences(count, random.Random(0))))
+    return path
+
+
+BRIEF = ("--device cpu --dtype float32 --max_new_tokens 12 --block_size 48 --sft_steps 4 --score_steps 4 --prompts 8 "
+         "--responses 8 --batch 8 --steps 3 --prealign_steps 3 --margin 5% --eval_prompts 4 --eval_responses 2").split()
+
+
+def test_the_whole_job_from_published_weights_to_exported_ones(small_gpt2, tmp_path):
+    folder, start = small_gpt2
+    job(*BRIEF, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--algo", "all", "--shots", 2,
+        "--shot_steps", 2, "--shot_responses", 4, "--out", tmp_path / "out", "--export", tmp_path / "export")
+    policies = ["dpo-helpful", "dpo-safe", "mocan", "mocan shot 2", "pecan", "pecan shot 2"]
+    assert list(numbers(tmp_path / "out")["policies"]) == ["reference", *policies, "optimum"]
+    assert sorted(os.listdir(tmp_path / "export")) == [name.replace(" ", "_") for name in policies]
+    for name in policies:
+        exported = GPT.from_pretrained(str(tmp_path / "export" / name.replace(" ", "_")))
+        sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")  # the folder's: --n_embd etc. count for nothing
+        assert [getattr(exported.config, size) for size in sizes] == [getattr(start.config, size) for size in sizes]
+        kept = weights(tmp_path / "out", f"{name.replace(' ', '_')}.pt")
+        assert kept.keys() == exported.state_dict().keys()
+        assert all(torch.equal(kept[what], x) for what, x in exported.state_dict().items())
+        assert not torch.equal(exported.wte.weight, start.wte.weight)
+    moved = weights(tmp_path / "out", "reference.pt")["wte.weight"] - start.wte.weight
+    assert 0 < moved.abs().max() < 4 * 5e-5 + 1e-6  # four of Adam's steps away from the folder's weights
+    job("--from", "mocan", "--algo", "mocan", "--lr", 1e-4, "--out", tmp_path / "out")  # its settings are kept
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["config"]["init"] == str(folder)
+
+
+def test_the_reference_starts_from_the_folders_weights(small_gpt2, tmp_path):
+    """At a learning rate of next to nothing, the reference is what the folder holds."""
+    folder, start = small_gpt2
+    path = pku_file(tmp_path / "pairs.jsonl", 30)
+    c = train.settings([*BRIEF, "--init", str(folder), "--data", str(path), "--sft_lr", "1e-30", "--out", str(tmp_path)])
+    split, _ = data.load_pairs(c.data, c.world_pairs, random.Random(0), c.held_out, c.calibration, c.constraints)
+    reference = train.reference_policy(c, train.tokenizer_of_run(c, split.train), split)
+    for a, b in zip(reference.state_dict().values(), start.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-20, rtol=0)
+
+
+def test_defaults_of_published_weights_give_way_to_the_command_line():
+    c = train.settings(["--init", "folder"])
+    assert (c.tokenizer, c.sft_lr, c.score_lr, c.prealign_lr, c.lr, c.shot_lr, c.margin) == (
+        "gpt2", 5e-5, 5e-5, 2e-5, 2e-5, 2e-5, "50%")
+    c = train.settings(["--init", "folder", "--data", "x.jsonl", "--lr", "1e-3"])
+    assert (c.tokenizer, c.lr, c.shot_lr, c.margin) == ("gpt2", 1e-3, 2e-5, "25%")  # data's margin
+    c = train.settings(["--init", "folder", "--quick"])
+    assert (c.tokenizer, c.lr, c.sft_lr, c.prompts) == ("gpt2", 2e-5, 5e-5, train.QUICK["prompts"])
+
+
+BAD_INIT = {
+    "more positions than the folder's": (["--block_size", "97"], "96 positions; .* --block_size is 97$"),
+    "another vocabulary": (["--tokenizer", "vocab"], r"50257 tokens and 96 positions; --tokenizer vocab has \d+ tokens"),
+    "no folder": (["--init", "nowhere"], "nowhere: not a GPT-2 as published"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INIT)
+def test_published_weights_that_do_not_fit_are_one_line_and_cost_no_training(small_gpt2, tmp_path, case):
+    flags, said = BAD_INIT[case]
+    with pytest.raises(ValueError, match=said) as error:
+        job(*BRIEF, "--init", small_gpt2[0], "--data", pku_file(tmp_path / "pairs.jsonl"), "--out", tmp_path / "out", *flags)
+    assert "\n" not in str(error.value) and not list((tmp_path / "out").glob("*.pt"))
+
+
+def test_a_damaged_folder_of_weights_ends_the_command_in_one_line(small_gpt2, tmp_path):
+    folder, _ = small_gpt2
+    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:1000])
+    done = command(*BRIEF, "--init", folder, "--world_pairs", 60, "--out", tmp_path / "out")
+    assert done.returncode == 1 and one_line_on_stderr(done).startswith(f"error: {folder}: not a GPT-2 as published")
+
+
+def test_an_export_that_cannot_be_written_keeps_the_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        job(*TINY, "--sft_steps", 5, "--algo", "mocan", "--margin", "0", "--out", tmp_path / "out", "--export",
+            tmp_path / "file")
+    assert (tmp_path / "out" / "results.json").exists()
+    job("--from", "evaluate", "--out", tmp_path / "out", "--export", tmp_path / "folder")
+    kept = weights(tmp_path / "out", "mocan.pt")
+    assert torch.equal(GPT.from_pretrained(str(tmp_path / "folder" / "mocan")).wte.weight, kept["wte.weight"])
+
+
+def test_checkpointed_activations_change_no_number(tiny, tmp_path):
+    job(*TINY, "--out", tmp_path, "--checkpoint_activations")
+    assert numbers(tmp_path) == numbers(tiny)
+    assert all(same_weights(tmp_path, tiny, f"{name}.pt") for name in POLICIES)
+    assert torch.load(tmp_path / "mocan.pt", weights_only=True)["config"]["checkpoint_activations"] is True
 
 
 # ---- bad input
