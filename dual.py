@@ -428,7 +428,7 @@ def expectations(problem, lam, detail=False):
     scale = problem.beta * LN_2  # exp(x/β) = 2^(x/scale), and exp2 is twice as fast as exp
     m = len(lam)
     N, K = problem.score.shape
-    n = max(1, CHUNK * torch.get_num_threads() // K)
+    n = max(1, CHUNK * torch.get_num_threads() // K)  # prompts at a time
     gain = torch.empty_like(problem.mean)
     second = 0
     log_sum, squares = gain.new_empty(2, N)

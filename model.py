@@ -126,7 +126,7 @@ class GPT(nn.Module):
             self.score_head = nn.Linear(config.n_embd, 1, bias=False)
         for name, parameter in self.named_parameters():  # GPT-2's initialisation
             std = 0.02
-            if name.endswith("c_proj.weight"):  # onto the residual stream
+            if name.endswith("c_proj.weight"):  # onto the residual stream: n_layer of each
                 std /= math.sqrt(2 * config.n_layer)
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
