@@ -272,7 +272,7 @@ class GPT(nn.Module):
 
 
 ASK_EVERY = 4  # tokens
-SPAN = 4096  # tokens of the vocabulary whose logits stay in cache
+SPAN = 2048  # tokens of the vocabulary whose logits stay in cache
 LEAST = 1e-30  # u = 0 must not draw a token whose probability underflowed
 
 
@@ -313,50 +313,47 @@ def invert_cdf(p, u):
 
 
 # ---- scoring text
-CHUNK = 2 ** 24  # logits in memory at a time
+TILE = 2 ** (24 if torch.cuda.is_available() else 21)  # logits at a time; a CPU's stay in cache
 
 
-def logit_chunks(hidden, weight):
-    """Yield slices of the rows of hidden (R, C) and their logits (n, V), in the same memory."""
-    n = max(1, CHUNK // len(weight))
-    buffer = hidden.new_empty(min(n, len(hidden)), len(weight))
-    for start in range(0, len(hidden), n):
-        some = slice(start, start + n)
-        rows = hidden[some]
-        yield some, torch.mm(rows, weight.T, out=buffer[:len(rows)])
+def logit_tiles(hidden, weight):
+    """Yield slices of the rows of hidden (R, C) and of the vocabulary, and their logits."""
+    size = TILE // SPAN
+    for first in range(0, len(weight), SPAN):
+        span = slice(first, first + SPAN)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            yield rows, span, hidden[rows] @ weight[span].T
 
 
 class TokenLogprob(torch.autograd.Function):
     """ln p(target) (R,) under softmax(hidden·weightᵀ): hidden (R, C), weight (V, C), targets (R,).
 
-    No more than CHUNK logits exist at a time; the backward pass computes them again, which is
+    No more than TILE logits exist at a time; the backward pass computes them again, which is
     faster than fresh memory for all.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        logp = hidden.new_empty(len(hidden))
-        log_z = torch.empty_like(logp)
-        for some, logits in logit_chunks(hidden, weight):
-            at_target = logits.gather(1, targets[some, None])[:, 0]
+        log_z = hidden.new_full(targets.shape, float("-inf"))
+        for rows, _, logits in logit_tiles(hidden, weight):
             top = logits.amax(dim=1)
-            log_z[some] = top + logits.sub_(top[:, None]).exp_().sum(dim=1).log()
-            logp[some] = at_target - log_z[some]
+            mass = logits.sub_(top[:, None]).exp_().sum(dim=1)
+            log_z[rows] = log_z[rows].logaddexp(top + mass.log())
         ctx.save_for_backward(hidden, weight, targets, log_z)
-        return logp
+        return (hidden * weight[targets]).sum(dim=1) - log_z
 
     @staticmethod
-    def backward(ctx, grad):  # (R,)
+    def backward(ctx, grad):  # (R,); ∂ ln p(target)/∂ logits = onehot − p
         hidden, weight, targets, log_z = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight)
-        for some, logits in logit_chunks(hidden, weight):
-            p = logits.sub_(log_z[some, None]).exp_()
-            d_logits = p.mul_(-grad[some, None])  # ∂ ln p(target)/∂ logits = onehot − p
-            d_logits.scatter_add_(1, targets[some, None], grad[some, None])
-            torch.mm(d_logits, weight, out=d_hidden[some])
-            d_weight.addmm_(d_logits.T, hidden[some])
-        return d_hidden, d_weight, None
+        scaled = grad[:, None] * hidden
+        d_hidden = weight[targets]
+        d_weight = torch.zeros_like(weight).index_add_(0, targets, scaled)
+        for rows, span, logits in logit_tiles(hidden, weight):
+            p = logits.sub_(log_z[rows, None]).exp_()
+            d_hidden[rows].addmm_(p, weight[span], alpha=-1)
+            d_weight[span].addmm_(p.T, scaled[rows], alpha=-1)
+        return grad[:, None] * d_hidden, d_weight, None
 
 
 def sequence_logprob(model, tokens, response_mask):

@@ -236,24 +236,34 @@ def test_a_prefilled_cache_and_one_decoded_token_are_the_whole_sequence():
             assert torch.allclose(hidden, expected[torch.arange(4), position], atol=1e-4, rtol=0)
 
 
-def scored(hidden, weight, targets, upstream, chunk, monkeypatch):
-    """ln p and the gradients, by TokenLogprob or, chunk None, by PyTorch's cross entropy."""
+def tiles(monkeypatch, rows, span):
+    monkeypatch.setattr("model.TILE", rows * span)
+    monkeypatch.setattr("model.SPAN", span)
+
+
+def scored(hidden, weight, targets, upstream):
+    """ln p by TokenLogprob, and its gradients."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    if chunk is None:
-        logp = -F.cross_entropy(F.linear(hidden, weight), targets, reduction="none")
-    else:
-        monkeypatch.setattr("model.CHUNK", chunk)
-        logp = TokenLogprob.apply(hidden, weight, targets)
+    logp = TokenLogprob.apply(hidden, weight, targets)
     (logp * upstream).sum().backward()
     return logp.detach(), hidden.grad, weight.grad
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 15, 21, 10 ** 6])  # rows at a time: 1, 1, 2, 3, all
-def test_token_logprob_is_the_cross_entropy_and_so_are_its_gradients(chunk, monkeypatch):
+def cross_entropy(hidden, weight, targets, upstream):
+    """The same by PyTorch's own function."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logp = -F.cross_entropy(F.linear(hidden, weight), targets, reduction="none")
+    (logp * upstream).sum().backward()
+    return logp.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("rows, span", [(1, 1), (1, 7), (2, 3), (3, 2), (8, 4), (5, 6), (1000, 1000)])
+def test_token_logprob_is_the_cross_entropy_and_so_are_its_gradients(rows, span, monkeypatch):
+    tiles(monkeypatch, rows, span)
     hidden, weight = torch.randn(8, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
     targets, upstream = torch.randint(7, (8,)), torch.randn(8, dtype=torch.float64)
-    expected = scored(hidden, weight, targets, upstream, None, monkeypatch)
-    for got, right in zip(scored(hidden, weight, targets, upstream, chunk, monkeypatch), expected):
+    for got, right in zip(scored(hidden, weight, targets, upstream),
+                          cross_entropy(hidden, weight, targets, upstream)):
         assert torch.allclose(got, right, atol=1e-12, rtol=0)
     assert torch.autograd.gradcheck(lambda h, w: TokenLogprob.apply(h, w, targets),
                                     (hidden.requires_grad_(), weight.requires_grad_()))
@@ -262,8 +272,9 @@ def test_token_logprob_is_the_cross_entropy_and_so_are_its_gradients(chunk, monk
 def test_token_logprob_in_float32_at_large_logits(monkeypatch):
     hidden, weight = 30 * torch.randn(40, 4), 30 * torch.randn(300, 4)  # logits to some thousands
     targets, upstream = torch.randint(300, (40,)), torch.randn(40)
-    got = scored(hidden, weight, targets, upstream, 1000, monkeypatch)
-    right = scored(hidden.double(), weight.double(), targets, upstream.double(), None, monkeypatch)
+    tiles(monkeypatch, 7, 90)
+    got = scored(hidden, weight, targets, upstream)
+    right = cross_entropy(hidden.double(), weight.double(), targets, upstream.double())
     top = (hidden @ weight.T).abs().max().item()
     for a, b in zip(got, right):
         assert a.isfinite().all()
@@ -271,7 +282,7 @@ def test_token_logprob_in_float32_at_large_logits(monkeypatch):
 
 
 def test_no_response_tokens_are_no_problem(monkeypatch):
-    monkeypatch.setattr("model.CHUNK", 1)
+    tiles(monkeypatch, 1, 1)
     model = small()
     logp = sequence_logprob(model, torch.randint(11, (2, 5)), torch.zeros(2, 5, dtype=torch.bool))
     logp.sum().backward()
@@ -294,8 +305,8 @@ def test_the_logits_of_a_whole_batch_never_exist(monkeypatch):
     model = small(vocab_size=200, sharp=3.0)
     tokens, mask = torch.randint(200, (4, 17)), torch.ones(4, 17, dtype=torch.bool)
     sizes, gradients = [], []
-    for chunk in (10 ** 6, 800):
-        monkeypatch.setattr("model.CHUNK", chunk)
+    for rows, span in ((5000, 200), (5, 150)):
+        tiles(monkeypatch, rows, span)
         model.zero_grad()
         with Largest() as forward:
             loss = sequence_logprob(model, tokens, mask).sum()
@@ -304,7 +315,7 @@ def test_the_logits_of_a_whole_batch_never_exist(monkeypatch):
         sizes.append((forward.size, backward.size))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert sizes[0] == (64 * 200, 64 * 200)  # this test sees them where they do exist
-    assert max(sizes[1]) <= 64 * 4 * 16  # the MLP's; a chunk and the weights are smaller
+    assert max(sizes[1]) <= 64 * 4 * 16  # the MLP's; a tile and the weights are smaller
     assert torch.allclose(*gradients, atol=1e-4, rtol=1e-5)
 
 
