@@ -12,6 +12,7 @@ data.py: where text comes from, and how it becomes tensors.
 Read next: dual.py.
 """
 
+import functools
 import gzip
 import itertools
 import json
@@ -336,15 +337,6 @@ def encode_responses(tok, responses):
     return [x[:tok.response_limit] for x in ids], too_long
 
 
-def decode(tok, tokens, response_mask):
-    """(B, T), (B, T) -> B response texts, without the end token."""
-    texts = []
-    for row, mask in zip(tokens.cpu(), response_mask.cpu()):
-        ids = [i for i in row[mask].tolist() if i != tok.end]
-        texts.append(tok.encoding.decode(ids).strip())
-    return texts
-
-
 # ---- 4. pools
 class Pool(NamedTuple):
     """K responses to each of N prompts, as tokens, on the CPU."""
@@ -354,12 +346,16 @@ class Pool(NamedTuple):
     @property
     def lengths(self):
         """(N, K): the tokens of each row up to the response's end."""
-        padding = self.response_mask.flip(2).int().argmax(dim=2)
+        padding = self.response_mask.flip(2).int().argmax(2)
         return self.response_mask.size(2) - padding
 
     def texts(self, tok):
-        """N·K response texts, those of a prompt one after the other."""
-        return decode(tok, self.tokens.flatten(0, 1), self.response_mask.flatten(0, 1))
+        """N·K response texts, without the end token, those of a prompt one after the other."""
+        texts = []
+        for row, mask in zip(self.tokens.flatten(0, 1), self.response_mask.flatten(0, 1)):
+            ids = [i for i in row[mask].tolist() if i != tok.end]
+            texts.append(tok.encoding.decode(ids).strip())
+        return texts
 
 
 def pad(prompts, responses):
@@ -382,6 +378,12 @@ def pair_pool(tok, pairs, what):
     return Pool(tokens.view(len(pairs), 2, -1), response_mask.view(len(pairs), 2, -1))
 
 
+def pools(tok, split):
+    """pool(part) of the pairs of "train", "calibration" or "evaluation": made when it is asked for,
+    and once."""
+    return functools.cache(lambda part: pair_pool(tok, getattr(split, part), f"{part} pairs"))
+
+
 class Preferences(NamedTuple):
     """The pairs that hold one preference, as tensors."""
     pool: Pool           # (P, 2, T) chosen, rejected
@@ -394,21 +396,19 @@ class Preferences(NamedTuple):
         return 1.96 * sums.norm().item() / len(x)
 
 
-def preference_tensors(tok, pairs, name):
-    """Preferences of `name`."""
+def preference_tensors(pool, pairs, name):
+    """Preferences of `name`; pool: the pairs', of `pair_pool`."""
     where = []
     talks = {}
     talk = []
-    chosen_first = []
     for i, pair in enumerate(pairs):
         if name in pair.prefers:
             chosen = pair.prefers[name]
             where.append([2 * i + chosen, 2 * i + 1 - chosen])
             talk.append(talks.setdefault(conversation(pair.prompt), len(talks)))
-            responses = (pair.responses[chosen], pair.responses[1 - chosen])
-            chosen_first.append(pair._replace(responses=responses))
-    pool = pair_pool(tok, chosen_first, name)
-    return Preferences(pool, torch.tensor(where), torch.tensor(talk))
+    where = torch.tensor(where)  # (P, 2)
+    chosen_first = Pool(*[x.flatten(0, 1)[where] for x in pool])
+    return Preferences(chosen_first, where, torch.tensor(talk))
 
 
 # ---- 5. batches
@@ -428,8 +428,8 @@ def group_batches(lengths, responses, group, key):
     size = max(1, responses // group)
     for epoch in itertools.count():
         generator = stream(key, epoch)
-        k = torch.rand(lengths.shape, generator=generator).argsort(dim=1)[:, :group]  # (N, G)
-        longest = lengths.gather(1, k).amax(dim=1)  # (N,)
+        k = torch.rand(lengths.shape, generator=generator).argsort(1)[:, :group]  # (N, G)
+        longest = lengths.gather(1, k).amax(1)  # (N,)
         batches = []
         for stretch in torch.randperm(len(lengths), generator=generator).split(32 * size):
             batches += stretch[longest[stretch].argsort()].split(size)
@@ -454,9 +454,8 @@ def take(x, n, k, device):
 def take_text(pool, n, k, device):
     """Responses k (B, G) to prompts n (B,) -> tokens, response_mask (B·G, T), T of the longest.
     The mask stays on the CPU, so that no one waits for the device to know how many it picks."""
-    tokens = pool.tokens[n[:, None], k].flatten(0, 1)
-    response_mask = pool.response_mask[n[:, None], k].flatten(0, 1)
-    used = int(response_mask.any(dim=0).nonzero().max()) + 1
+    tokens, response_mask = [x[n[:, None], k].flatten(0, 1) for x in pool]
+    used = int(response_mask.any(0).nonzero().max()) + 1
     return to_device(tokens[:, :used], device), response_mask[:, :used]
 
 

@@ -98,7 +98,7 @@ class Point(NamedTuple):
 
 def mean_x(rows):
     """Mean over prompts (k,) of rows (k, N)."""
-    return rows.mean(dim=1).cpu().numpy()
+    return rows.mean(1).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -254,8 +254,8 @@ def predict(problem, point, evaluations):
 
 def clustered(psi):
     """Mean over prompts of each row of ψ (k, N), and its standard error: (k,), (k,)."""
-    mean = psi.mean(dim=1)
-    variance = (psi - mean[:, None]).square().mean(dim=1) / (psi.size(1) - 1)  # NaN for one prompt
+    mean = psi.mean(1)
+    variance = (psi - mean[:, None]).square().mean(1) / (psi.size(1) - 1)  # NaN for one prompt
     return mean, variance.sqrt()
 
 
@@ -316,7 +316,7 @@ def prepare(score, constraint, margin, beta):
 
     best_gain = mean_x(high - mean)  # (1+m,) like the next two
     width = mean_x(high - low)
-    size = mean.abs().amax(dim=1).cpu().numpy() + width
+    size = mean.abs().amax(1).cpu().numpy() + width
     return Problem(
         score=score,
         constraint=constraint,
@@ -334,8 +334,8 @@ def prepare(score, constraint, margin, beta):
 
 def over_responses(x):
     """Mean, least and largest over the responses of x (N, K): (3, N) float64."""
-    mean = x.mean(dim=1, dtype=torch.float64)
-    return torch.stack([mean, x.amin(dim=1).double(), x.amax(dim=1).double()])
+    mean = x.mean(1, dtype=torch.float64)
+    return torch.stack([mean, x.amin(1).double(), x.amax(1).double()])
 
 
 def check_finite(mean):
@@ -439,17 +439,17 @@ def expectations(problem, lam, detail=False):
         z = r * (1 / scale)
         for slope, plane in zip((lam / scale).tolist(), g):
             z.add_(plane, alpha=slope)
-        highest = z.amax(dim=1, keepdim=True)  # (n, 1) of z = (r + ⟨λ,g⟩)/scale
+        highest = z.amax(1, keepdim=True)  # (n, 1) of z = (r + ⟨λ,g⟩)/scale
         p = z.sub_(highest).exp2_()  # (n, K) π_λ·total, whose largest is 1; takes z's memory
-        total = p.sum(dim=1)  # (n,)
+        total = p.sum(1)  # (n,)
         pg = (g - problem.mean[1:, some, None]).mul_(p)  # (m, n, K)
         outer = torch.bmm(pg.transpose(0, 1), g.permute(1, 2, 0))  # (n, m, m)
-        gain[1:, some] = pg.sum(dim=2) / total
+        gain[1:, some] = pg.sum(2) / total
         log_sum[some] = torch.add(total.log(), highest[:, 0], alpha=LN_2)
         second += (1 / total) @ outer.flatten(1)
         if detail:
-            gain[0, some] = (p * r).sum(dim=1) / total - problem.mean[0, some]
-            squares[some] = p.square_().sum(dim=1) / total.square()
+            gain[0, some] = (p * r).sum(1) / total - problem.mean[0, some]
+            squares[some] = p.square_().sum(1) / total.square()
         del z, p, pg  # the next chunk computes in their memory, which is in the cache
     return Policy(log_sum, gain, second.view(m, m) / N, squares)
 
@@ -463,7 +463,7 @@ def reachable(constraint):
     """The largest margin (m,) of each constraint (N, K) or (m, N, K) alone: mean_x max_y g_j −
     E_ref[g_j]."""
     g = torch.as_tensor(constraint).double()
-    reach = (g.amax(dim=-1) - g.mean(dim=-1)).mean(dim=-1)
+    reach = (g.amax(-1) - g.mean(-1)).mean(-1)
     return reach.view(-1)
 
 

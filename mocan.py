@@ -30,8 +30,10 @@ Read next: pecan.py, the same without score models.
 
 import itertools
 import math
+import os
 import time
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -41,9 +43,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 
 import dual
-from data import (WORLD_SCORES, Pool, encode_prompts, group_batches, stream, take, take_text,
-                  to_device)
-from model import GPT, Checkpoint, from_checkpoint, sequence_logprob
+from data import WORLD_SCORES, Pool, encode_prompts, group_batches, stream, take, take_text
+from model import GPT, from_checkpoint, load, save, sequence_logprob
 
 
 # ---- the losses: tensors in, tensors out
@@ -112,6 +113,36 @@ def gather(x):
 # ---- what the training loops share
 STATEFUL = ("model", "optimizer")  # what a training loop carries from step to step
 PLAIN = ("losses", "norms", "best", "least", "worse")
+
+
+class Checkpoint:
+    """The state of the loop that is under way, in a file that is written anew every so many
+    seconds, but for no more than 2 % of the time; with `resume` the loop of a killed run, if `run`
+    is its name, finds its state there."""
+
+    def __init__(self, path, seconds, run, resume):
+        self.path = path
+        self.seconds = seconds
+        self.run = run
+        self.saved = {}
+        if resume and os.path.exists(path):
+            self.saved = load(path, "remove it, which begins the last stage anew")
+        self.due = time.monotonic() + seconds
+
+    def restore(self, stage):
+        """The state last kept in that stage of this run, or None."""
+        if self.saved.get("loop") == [self.run, stage]:
+            return self.saved["state"]
+
+    def keep(self, stage, state):
+        began = time.monotonic()
+        if began >= self.due:
+            save({"loop": [self.run, stage], "state": state()}, self.path)
+            now = time.monotonic()
+            self.due = now + max(self.seconds, 50 * (now - began))
+
+    def remove(self):
+        Path(self.path).unlink(missing_ok=True)
 
 
 class Recipe(NamedTuple):
@@ -282,7 +313,7 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
     for n, k in descent.over(pool, group):  # (B,) prompts, (B, G) some of the K responses to each
         tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
         with policy.autocast():
-            logp = sequence_logprob(policy, tokens, response_mask).view(k.shape)  # (B, G)
+            logp = sequence_logprob(policy, tokens, response_mask, group).view(k.shape)  # (B, G)
         ref = take(ref_logp, n, k, policy.device)  # (B, G)
         s_k = take(s, n, k, policy.device)  # (B, G)
         p_i = bradley_terry(s_k[:, i], s_k[:, j])  # s is in the units of r: no β here
@@ -325,7 +356,7 @@ class Draw(NamedTuple):
     stage: str  # what progress calls it, and the checkpoint: unique in a run
     K: int  # responses to each prompt
     key: str  # of the random streams
-    batch: int = 256  # responses sampled or scored at once
+    batch: int = 256  # responses sampled at once
     checkpoint: Checkpoint | None = None
 
 
@@ -333,8 +364,7 @@ def sample_pool(policy, tok, prompts, draw):
     """K responses y ~ π(·|x) to each of N prompts -> Pool, logp (N, K) in nats."""
     ids, cut = encode_prompts(tok, prompts)
     if cut:
-        print(f"  {cut} of {len(prompts)} prompts lost their beginning (longer than "
-              f"{tok.prompt_limit} tokens)")
+        print(f"  {cut} of {len(prompts)} prompts begin late: more than {tok.prompt_limit} tokens")
 
     def responses(some):
         uniforms = [torch.rand(tok.response_limit, generator=stream(draw.key, n, k))
@@ -360,41 +390,42 @@ def sample_pool(policy, tok, prompts, draw):
     pool = Pool(tokens.int(), response_mask)
     if policy.config.dtype == "float32":
         return pool, torch.stack(logp).view(len(prompts), draw.K)
-    return pool, logprobs(policy, pool, draw.batch)  # by autocast, as in training
+    return pool, logprobs(policy, pool)  # by autocast, as in training
 
 
 def sample_from(policy, reference, tok, prompts, draw, score_of):
     """K responses of a policy to each prompt -> Sample; score_of(pool, ref_logp): (1+m, N, K)."""
     pool, logp = sample_pool(policy, tok, prompts, draw)
-    ref_logp = logprobs(reference, pool, draw.batch)
+    ref_logp = logprobs(reference, pool)
     return Sample(pool, logp, ref_logp, score_of(pool, ref_logp))
 
 
+SCORED = 64  # responses at once; what more of them need does not stay in a CPU's cache
+
+
 @torch.no_grad()
-def map_pool(function, model, pool, batch):
-    """function(model, tokens (B, T), response_mask (B, T)) -> (B,) on every response -> (N, K).
+def map_pool(function, model, pool):
+    """function(model, tokens (B, T), response_mask (B, T), K) -> (B,) on every response -> (N, K).
 
     Float32, on the CPU: log-probabilities and the score models' scores.
     """
-    lengths = pool.lengths.flatten()
-    tokens = pool.tokens.flatten(0, 1)
-    response_mask = pool.response_mask.flatten(0, 1)
-    out = torch.zeros(len(lengths))
+    N, K, _ = pool.tokens.shape
+    out = torch.zeros(N, K)
     me, ranks = rank()
-    for rows in lengths.argsort(stable=True).split(batch)[me::ranks]:
-        used = int(lengths[rows].max())
-        some = to_device(tokens[rows, :used], model.device)
+    order = pool.lengths.amax(1).argsort(stable=True)
+    for n in order.split(max(1, SCORED // K))[me::ranks]:
+        tokens, response_mask = take_text(pool, n, torch.arange(K), model.device)
         with model.autocast():
-            out[rows] = function(model, some, response_mask[rows, :used]).float().cpu()
-    return add_up(out).view(pool.tokens.shape[:2])
+            out[n] = function(model, tokens, response_mask, K).view(-1, K).cpu()
+    return add_up(out)
 
 
-def logprobs(policy, pool, batch=256):
+def logprobs(policy, pool):
     """ln π(y|x) of every response of the pool -> (N, K)."""
-    return map_pool(sequence_logprob, policy, pool, batch)
+    return map_pool(sequence_logprob, policy, pool)
 
 
-def score_pool(judges, names, prompts, pool, tok, batch=256):
+def score_pool(judges, names, prompts, pool, tok):
     """r, g_1 … g_m of every response -> (1+m, N, K): by the judges {preference: score model}, or by
     the built-in world's functions where there are none. names: "helpful", then the constraints;
     prompts: N strings.
@@ -402,8 +433,7 @@ def score_pool(judges, names, prompts, pool, tok, batch=256):
     Offline samples and evaluation both pass here, so that the two cannot differ.
     """
     if judges:
-        return torch.stack(
-            [map_pool(GPT.score, judges[name], pool, batch) for name in names])
+        return torch.stack([map_pool(GPT.score, judges[name], pool) for name in names])
     K = pool.tokens.size(1)
     texts = pool.texts(tok)
     scores = [WORLD_SCORES[name](prompts[i // K], text)
@@ -419,7 +449,7 @@ def train_reference(model, pool, recipe, held_out=None):
     for n, k in descent.over(pool, 2, held_out):
         tokens, response_mask = take_text(pool, n, k, model.device)
         with model.autocast():
-            logp = sequence_logprob(model, tokens, response_mask)  # (B·2,)
+            logp = sequence_logprob(model, tokens, response_mask, 2)  # (B·2,)
         descent.step(-logp.sum(), response_mask.sum())
 
 
@@ -428,17 +458,17 @@ def train_score(model, pool, recipe, held_out=None):
     -> calibration loss."""
     descent = Descent(model, recipe)
     for n, k in descent.over(pool, 2, held_out):
-        tokens, response_mask = take_text(pool, n, k.sort(dim=1).values, model.device)
+        tokens, response_mask = take_text(pool, n, k.sort(1).values, model.device)
         with model.autocast():
-            score = model.score(tokens, response_mask).view(k.shape)  # (B, 2) chosen, rejected
+            score = model.score(tokens, response_mask, 2).view(k.shape)  # (B, 2) chosen, rejected
         descent.step(score_loss(score[:, 0], score[:, 1]).sum(), len(n))
 
 
-def learn_score(model, name, training, calibration, evaluation, recipe, batch):
+def learn_score(model, name, training, calibration, evaluation, recipe):
     """Train a score model on `data.Preferences` and divide its temperature out, so that r or g is
     in log-odds of the preference."""
     def score(preferences):
-        return map_pool(GPT.score, model, preferences.pool, batch)  # (P, 2)
+        return map_pool(GPT.score, model, preferences.pool)  # (P, 2)
     train_score(model, training.pool, recipe, lambda: calibrated_loss(*score(calibration).T))
     tau = calibrate(*score(calibration).T)
     if not 0 < tau < 100:
@@ -482,7 +512,7 @@ def measure(policies, reference, judges, names, tok, prompts, draw, margin, beta
         policy = from_checkpoint(saved, reference.device)
         sample = sample_from(  # the same key: the same noise for all
             policy, reference, tok, prompts, draw._replace(stage=f"evaluate {name}"),
-            lambda pool, _: score_pool(judges, names, prompts, pool, tok, draw.batch))
+            lambda pool, _: score_pool(judges, names, prompts, pool, tok))
         if not rows:
             ref = sample
         texts[name] = sample.pool.texts(tok)
@@ -490,7 +520,7 @@ def measure(policies, reference, judges, names, tok, prompts, draw, margin, beta
         rows[name] = {**compare(sample.scores, sample.logp - sample.ref_logp, even, ref.scores),
                       "margin": margin.tolist(), "lam": saved.get("lam", []),
                       "predicted": saved.get("predicted"), "seconds": saved.get("seconds", 0.0)}
-    mixed = mixture(sample, ref, logprobs(policy, ref.pool, draw.batch))  # the last one's
+    mixed = mixture(sample, ref, logprobs(policy, ref.pool))  # the last one's
     ref_mean = ref.scores[1:].double().mean(dim=(1, 2))  # (m,)
     try:
         lam = solve_from(mixed, ref_mean, margin, beta).lam
@@ -506,11 +536,11 @@ def compare(scores, log_ratio, weight, ref_scores):
     """Responses with scores (1+m, N, K), ln π/π_ref (N, K) and weights (N, K), each row's sum 1,
     against the reference's scores on the same prompts -> gains, KL(π‖π_ref) and their 95 %
     intervals over prompts (taken as independent), as results.json has them."""
-    gain = (weight * scores.double()).sum(dim=2) - ref_scores.double().mean(dim=2)  # (1+m, N)
-    kl = (weight * log_ratio).sum(dim=1)  # (N,)
+    gain = (weight * scores.double()).sum(2) - ref_scores.double().mean(2)  # (1+m, N)
+    kl = (weight * log_ratio).sum(1)  # (N,)
     found = torch.cat([gain, kl[None]])  # (2+m, N)
-    error = 1.96 * found.std(dim=1) / math.sqrt(found.size(1))
-    found = found.mean(dim=1)
+    error = 1.96 * found.std(1) / math.sqrt(found.size(1))
+    found = found.mean(1)
     reward_gain, *constraint_gain, kl = found.tolist()
     reward_ci, *constraint_ci, kl_ci = torch.stack([found - error, found + error], dim=1).tolist()
     return {"reward_gain": reward_gain, "reward_gain_ci": reward_ci,
@@ -531,8 +561,8 @@ def optimum(sample, lam, beta, ref_scores):
     """π_λ ∝ π_ref·exp((r + ⟨λ,g⟩)/β) itself, which nobody trained, as a row."""
     tilt = (sample.scores[0] + torch.einsum("m,mnk->nk", lam, sample.scores[1:].double())) / beta
     log_weight = tilt - (sample.logp - sample.ref_logp)  # (N, K) ln π_λ/π₁ + ln Z
-    log_z = log_weight.logsumexp(dim=1, keepdim=True) - math.log(log_weight.size(1))
-    weight = log_weight.softmax(dim=1)
+    log_z = log_weight.logsumexp(1, keepdim=True) - math.log(log_weight.size(1))
+    weight = log_weight.softmax(1)
     return {**compare(sample.scores, tilt - log_z, weight, ref_scores), "lam": lam.tolist()}
 
 

@@ -20,14 +20,11 @@ Read next: data.py (what the text is), then dual.py (the constraint's price), th
 """
 
 import copy
-import fcntl
 import glob
 import hashlib
 import json
 import math
 import os
-import pathlib
-import time
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -61,6 +58,12 @@ class Cache(NamedTuple):
     visible: torch.Tensor   # (A, 1, 1, S) which of the first S positions a row may look at
 
 
+class Packing(NamedTuple):
+    """Which positions of a batch of text (B, T) are worth computing; see `pack`."""
+    first: torch.Tensor  # (M,) where each of them stands in the flattened batch
+    where: torch.Tensor  # (B, T) which of them holds a position's state
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -68,12 +71,15 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, packing=None):
         """(B, T, C) -> (B, T, C), and the keys and values (B, H, T, C/H): of whole sequences, or,
-        with a Cache, of one new token a row, T = 1."""
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(dim=0)  # (B, H, T, C/H)
+        with a Cache, of one new token a row, T = 1. With a Packing (M, C) -> (M, C)."""
+        qkv = self.c_attn(x)
+        if packing:
+            qkv = F.embedding(packing.where, qkv)  # (B, T, 3C)
+        B, T, _ = qkv.shape
+        qkv = qkv.view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, C/H)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -83,7 +89,10 @@ class CausalSelfAttention(nn.Module):
             seen = cache.visible.size(-1)
             y = F.scaled_dot_product_attention(
                 q, cache.keys[:, :, :seen], cache.values[:, :, :seen], attn_mask=cache.visible)
-        return self.c_proj(y.transpose(1, 2).flatten(2)), k, v
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
+        if packing:
+            y = F.embedding(packing.first, y.flatten(0, 1))  # (M, C)
+        return self.c_proj(y), k, v
 
 
 class MLP(nn.Module):
@@ -104,9 +113,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        """(B, T, C) -> (B, T, C), keys, values: as in attention."""
-        y, keys, values = self.attn(self.ln_1(x), cache)
+    def forward(self, x, **how):
+        """As in attention."""
+        y, keys, values = self.attn(self.ln_1(x), **how)
         x = x + y
         return x + self.mlp(self.ln_2(x)), keys, values
 
@@ -157,31 +166,41 @@ class GPT(nn.Module):
         dtype = getattr(torch, self.config.dtype)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def forward(self, tokens, keep=None):
-        """Training and scoring: tokens (B, T) -> hidden states (B, T, C). keep: a list that takes
-        each block's keys and values, (B, H, T, C/H)."""
+    def forward(self, tokens, keep=None, packing=None):
+        """tokens (B, T) -> hidden states (B, T, C), or those of a Packing (M, C). keep: a list that
+        takes each block's keys and values, (B, H, T, C/H)."""
         T = tokens.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}: "
                              "truncate the text or build a larger model")
-        x = self.wte(tokens) + self.wpe.weight[:T]
+        position = torch.arange(T, device=tokens.device)
+        if packing:
+            tokens = tokens.flatten()[packing.first]  # (M,)
+            position = packing.first % T
+        x = self.wte(tokens) + self.wpe(position)
         for block in self.h:
             if self.config.checkpoint_activations and torch.is_grad_enabled():
-                x, keys, values = checkpoint(block, x, use_reentrant=False)
+                x, keys, values = checkpoint(
+                    block, x, packing=packing, use_reentrant=False)
             else:
-                x, keys, values = block(x)
+                x, keys, values = block(x, packing=packing)
             if keep is not None:
                 keep.append((keys, values))
         return self.ln_f(x)
 
-    def score(self, tokens, response_mask):
+    def read(self, tokens, response_mask, asked, group):
+        """Hidden states (R, C), float32, at the positions of `asked` (B, T): Training and scoring.
+        Rows come in groups of `group` responses to one prompt, which is computed once."""
+        packing = Packing(*[x.to(self.device) for x in pack(response_mask, asked, group)])
+        hidden = self(tokens, packing=packing)  # (M, C)
+        return F.embedding(packing.where[asked], hidden).float()
+
+    def score(self, tokens, response_mask, group=1):
         """(B, T), (B, T) -> (B,): the scalar at each response's last token, float32."""
-        B, T = tokens.shape
-        last = (response_mask * torch.arange(T, device=response_mask.device)).amax(dim=1)  # (B,)
-        hidden = self(tokens)
-        hidden = hidden[torch.arange(B), last]  # (B, C)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.score_head(hidden.float())[:, 0]
+        later = response_mask.flip(1).cumsum(1).flip(1)  # (B, T) response tokens from here on
+        last = response_mask & (later == 1)
+        hidden = self.read(tokens, response_mask, last, group)  # (B, C)
+        return (hidden * self.score_head.weight).sum(1)
 
     # ---- sampling
     def prefill(self, prompts, K, max_new_tokens):
@@ -218,7 +237,7 @@ class GPT(nn.Module):
         """
         x = (self.wte(tokens) + self.wpe(position))[:, None]  # (A, 1, C)
         for block, past in zip(self.h, cache):
-            x, _, _ = block(x, Cache(*past, position, visible[:, None, None]))
+            x, _, _ = block(x, cache=Cache(*past, position, visible[:, None, None]))
         return self.ln_f(x)[:, 0].float()
 
     @torch.no_grad()
@@ -267,7 +286,7 @@ class GPT(nn.Module):
             with self.autocast():
                 hidden = self.decode(new, cache, position, visible)
             position = position + 1
-        used = int(response_mask.any(dim=0).nonzero().max()) + 1
+        used = int(response_mask.any(0).nonzero().max()) + 1
         return tokens[:, :used], response_mask[:, :used], logp
 
 
@@ -285,34 +304,41 @@ def sample_token(hidden, weight, u, buffer):
     sums, and a token within the span.
     """
     A = len(hidden)
-    tops = []
-    sums = []
+    log_mass = []
     for p, w in zip(buffer[:, :A], weight.split(buffer.size(2))):
         torch.mm(hidden, w.T, out=p[:, :len(w)])
         p[:, len(w):] = -math.inf
-        top = p.amax(dim=1, keepdim=True)  # (A, 1)
-        tops.append(top)
-        sums.append(p.sub_(top).exp_().sum(dim=1, keepdim=True))
-    top = torch.cat(tops, dim=1)  # (A, V/SPAN)
-    log_mass = top + torch.cat(sums, dim=1).log()  # (A, V/SPAN) ln Σ exp(logits of the span)
-    span, rest = invert_cdf(log_mass.softmax(dim=1), u)
+        top = p.amax(1, keepdim=True)  # (A, 1)
+        log_mass.append(top + p.sub_(top).exp_().sum(1, keepdim=True).log())
+    log_mass = torch.cat(log_mass, dim=1)  # (A, V/SPAN) ln Σ exp(logits of the span)
+    span, rest, log_p = invert_cdf(log_mass.softmax(1), u)
     p = buffer[span[:, 0], torch.arange(A)]  # (A, SPAN) exp(logit − top) of the span
-    i, _ = invert_cdf(p, rest)
-    log_z = log_mass.logsumexp(dim=1, keepdim=True)
-    return span * buffer.size(2) + i, p.gather(1, i).log() + top.gather(1, span) - log_z
+    i, _, log_p_in_span = invert_cdf(p, rest)
+    return span * buffer.size(2) + i, log_p + log_p_in_span
 
 
 def invert_cdf(p, u):
     """Where u (A, 1) from 0 to 1 falls in the CDF of p (A, n), whose sums are any: the index
-    (A, 1), and how much of its p lies below u, from 0 to 1."""
-    cdf = p.cumsum(dim=1)
-    goal = (u * cdf[:, -1:]).clamp(min=LEAST)
+    (A, 1), how much of its p lies below u, from 0 to 1, and ln of its share of the sum."""
+    cdf = p.cumsum(1)
+    total = cdf[:, -1:]
+    goal = (u * total).clamp(min=LEAST)
     i = torch.searchsorted(cdf, goal)
-    share = p.gather(1, i)
-    return i, (goal - cdf.gather(1, i)) / share + 1
+    mass = p.gather(1, i)
+    return i, (goal - cdf.gather(1, i)) / mass + 1, (mass / total).log()
 
 
 # ---- scoring text
+def pack(response_mask, asked, group):
+    """Packing of all that the states at `asked` (B, T) depend on, without padding, and with a
+    prompt, what is before the response, once in `group` rows. The masks are on the CPU."""
+    here = torch.arange(asked.numel()).view(asked.shape)  # (B, T)
+    in_lead = here[::group].repeat_interleave(group, dim=0)  # the same place in the first such row
+    place = torch.where(response_mask.cumsum(1) > 0, here, in_lead)
+    needed = asked.flip(1).cumsum(1).flip(1) > 0  # up to the last one asked
+    return Packing(*torch.unique(place * needed, return_inverse=True))
+
+
 TILE = 2 ** (24 if torch.cuda.is_available() else 21)  # logits at a time; a CPU's stay in cache
 
 
@@ -337,11 +363,11 @@ class TokenLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets):
         log_z = hidden.new_full(targets.shape, float("-inf"))
         for rows, _, logits in logit_tiles(hidden, weight):
-            top = logits.amax(dim=1)
-            mass = logits.sub_(top[:, None]).exp_().sum(dim=1)
+            top = logits.amax(1)
+            mass = logits.sub_(top[:, None]).exp_().sum(1)
             log_z[rows] = log_z[rows].logaddexp(top + mass.log())
         ctx.save_for_backward(hidden, weight, targets, log_z)
-        return (hidden * weight[targets]).sum(dim=1) - log_z
+        return (hidden * weight[targets]).sum(1) - log_z
 
     @staticmethod
     def backward(ctx, grad):  # (R,); ∂ ln p(target)/∂ logits = onehot − p
@@ -356,15 +382,17 @@ class TokenLogprob(torch.autograd.Function):
         return grad[:, None] * d_hidden, d_weight, None
 
 
-def sequence_logprob(model, tokens, response_mask):
-    """ln π(y|x) of each response: (B, T), (B, T) -> (B,), in nats, float32.
+def sequence_logprob(model, tokens, response_mask, group=1):
+    """ln π(y|x) of each response: (B, T), (B, T) -> (B,), in nats, float32. group: so many rows
+    each have one prompt.
 
     Σ over response tokens only: prompt and padding positions never reach the output layer.
     """
-    row, column = response_mask[:, 1:].nonzero(as_tuple=True)  # (R,) position t predicts t+1
-    hidden = model(tokens[:, :-1])[row, column]  # (R, C)
+    asked = F.pad(response_mask[:, 1:], (0, 1))  # position t predicts t+1
+    hidden = model.read(tokens, response_mask, asked, group)  # (R, C)
+    row, column = asked.nonzero(as_tuple=True)  # (R,)
     with torch.autocast(hidden.device.type, enabled=False):
-        logp = TokenLogprob.apply(hidden.float(), model.wte.weight, tokens[row, column + 1])  # (R,)
+        logp = TokenLogprob.apply(hidden, model.wte.weight, tokens[row, column + 1])  # (R,)
     return logp.new_zeros(len(tokens)).index_add(0, row.to(logp.device), logp)
 
 
@@ -503,47 +531,6 @@ def load(path, remedy, made_from={}):
             raise ValueError(f"{path}: made with {what} {value}, not {made_from[what]}; {remedy}")
     saved["path"] = str(path)  # for errors
     return saved
-
-
-def lock(folder):
-    """A file that one process at a time can hold, until it ends; ValueError for a second one."""
-    file = open(f"{folder}/lock", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{folder}: another run is under way there; wait for it, or choose "
-                         "another --out") from None
-    return file
-
-
-class Checkpoint:
-    """The state of the loop that is under way, in a file that is written anew every so many
-    seconds, but for no more than 2 % of the time; with `resume` the loop of a killed run, if `run`
-    is its name, finds its state there."""
-
-    def __init__(self, path, seconds, run, resume):
-        self.path = path
-        self.seconds = seconds
-        self.run = run
-        self.saved = {}
-        if resume and os.path.exists(path):
-            self.saved = load(path, "remove it, which begins the last stage anew")
-        self.due = time.monotonic() + seconds
-
-    def restore(self, stage):
-        """The state last kept in that stage of this run, or None."""
-        if self.saved.get("loop") == [self.run, stage]:
-            return self.saved["state"]
-
-    def keep(self, stage, state):
-        began = time.monotonic()
-        if began >= self.due:
-            save({"loop": [self.run, stage], "state": state()}, self.path)
-            now = time.monotonic()
-            self.due = now + max(self.seconds, 50 * (now - began))
-
-    def remove(self):
-        pathlib.Path(self.path).unlink(missing_ok=True)
 
 
 def fingerprint(x):

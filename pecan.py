@@ -44,15 +44,15 @@ def implicit_score(logp_r, logp_g, ref_logp, lam, beta):
     reward = logp_r - ref_logp  # (…)
     safety = logp_g - ref_logp  # (m, …)
     lam = lam.to(safety).view(-1, *[1] * reward.dim())  # (m, 1, …)
-    return beta * (reward + (lam * safety).sum(dim=0))
+    return beta * (reward + (lam * safety).sum(0))
 
 
-def implicit_scores(prealigned, pool, ref_logp, beta, device, batch=256):
+def implicit_scores(prealigned, pool, ref_logp, beta, device):
     """β·τ·ln(π/π_ref) of every pre-aligned policy, {name: checkpoint with tau}, on a pool (N, K, T)
     -> (1+m, N, K)."""
     scores = []
     for saved in prealigned.values():
-        logp = logprobs(from_checkpoint(saved, device), pool, batch)
+        logp = logprobs(from_checkpoint(saved, device), pool)
         scores.append(saved["tau"] * (logp - ref_logp))
     return beta * torch.stack(scores)
 
@@ -73,7 +73,7 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
     for n, k in descent.over(pool, group):  # (B,) prompts, (B, G) some of the K responses to each
         tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
         with policy.autocast():
-            logp = sequence_logprob(policy, tokens, response_mask).view(k.shape)  # (B, G)
+            logp = sequence_logprob(policy, tokens, response_mask, group).view(k.shape)  # (B, G)
         ref = take(ref_logp, n, k, policy.device)  # (B, G)
         s_k = take(s, n, k, policy.device)  # (B, G)
         p_i = bradley_terry(s_k[:, i], s_k[:, j])  # s is in the units of r: no β here
@@ -95,10 +95,10 @@ def prealign(policy, pool, ref_logp, beta, recipe, held_out=None):
     """
     descent = Descent(policy, recipe)
     for n, k in descent.over(pool, 2, held_out):
-        k = k.sort(dim=1).values  # (B, 2) chosen, rejected
+        k = k.sort(1).values  # (B, 2) chosen, rejected
         tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·2, T)
         with policy.autocast():
-            logp = sequence_logprob(policy, tokens, response_mask).view(k.shape)  # (B, 2)
+            logp = sequence_logprob(policy, tokens, response_mask, 2).view(k.shape)  # (B, 2)
         ref = take(ref_logp, n, k, policy.device)  # (B, 2)
         loss = preference_loss(
             logp[:, 0], logp[:, 1],
@@ -108,11 +108,11 @@ def prealign(policy, pool, ref_logp, beta, recipe, held_out=None):
 
 
 def prealign_and_calibrate(policy, name, training, ref_training, calibration, ref_calibration,
-                           beta, recipe, batch=256):
+                           beta, recipe):
     """Pre-align a policy on one preference, for as many epochs as help on the calibration pairs,
     and fit τ on these -> τ. `data.Preferences` and their ln π_ref (P, 2)."""
     def implicit():
-        return beta * (logprobs(policy, calibration.pool, batch) - ref_calibration)  # (P, 2)
+        return beta * (logprobs(policy, calibration.pool) - ref_calibration)  # (P, 2)
     prealign(policy, training.pool, ref_training, beta, recipe,
              lambda: calibrated_loss(*implicit().T))
     score = implicit()

@@ -23,6 +23,7 @@ The stages, and the artifact that each leaves in --out:
 
 import argparse
 import copy
+import fcntl
 import functools
 import inspect
 import json
@@ -42,8 +43,8 @@ import data
 import dual
 import mocan
 import pecan
-from model import (GPT, Checkpoint, GPTConfig, export, fingerprint, from_checkpoint, load, lock,
-                   replace_file, save, to_checkpoint)
+from model import (GPT, GPTConfig, export, fingerprint, from_checkpoint, load, replace_file, save,
+                   to_checkpoint)
 
 STAGES = ("reference", "scores", "offline", "prealign", "dual", "mocan", "pecan", "evaluate")
 
@@ -61,13 +62,12 @@ def setting(default, stage, help, choices=None, least=ABOVE_0):
 
 @dataclass(frozen=True)
 class Config:
-    start: str = setting("reference", None, "(--from) reuse the artifacts of earlier stages and "
-                         "run from this one", STAGES)
+    start: str = setting("reference", None, "(--from) keep what earlier stages made, run from here",
+                         STAGES)
     out: str = setting("out", None, "folder of all artifacts")
     resume: bool = setting(False, None, "go on with the run in --out that was interrupted")
     checkpoint_every: float = setting(60.0, None, "seconds between checkpoints of a loop")
-    quick: bool = setting(False, "reference", "shrink the stages: a run of seconds, to see that "
-                          "everything works")
+    quick: bool = setting(False, "reference", "a run of seconds, to see that everything works")
     algo: str = setting("all", None, "which policies to train", ("mocan", "pecan", "all"))
     seed: int = setting(0, "reference", "seeds every random stream", least=0)
     device: str = setting("cuda" if CUDA else "cpu", None, "cpu, cuda, cuda:1, …")
@@ -75,17 +75,15 @@ class Config:
                          "reference", "arithmetic of the blocks under autocast; logits and losses "
                          "stay float32", ("float32", "bfloat16"))
     # text
-    data: tuple = setting((), "reference", "preference files, FILE or NAME=FILE, one or more; none:"
-                          " the built-in world")
+    data: tuple = setting((), "reference",
+                          "preference files, [NAME=]FILE; none: the built-in world")
     world_pairs: int = setting(36000, "reference", "preference pairs that the world writes")
     held_out: float = setting(0.2, "reference", "share of the conversations kept for evaluation")
     calibration: float = setting(0.1, "reference", "share kept for temperatures and early stopping")
-    tokenizer: str = setting("vocab", "reference", "vocab: built from the training text; gpt2: "
-                             "GPT-2's", ("vocab", "gpt2"))
-    vocab_size: int = setting(4096, "reference", "largest size of the vocab tokenizer",
-                              least=300)
-    max_new_tokens: int = setting(96, "reference", "longest response; a prompt may fill the rest "
-                                  "of block_size")
+    tokenizer: str = setting("vocab", "reference", "vocab: of the training text; gpt2: GPT-2's",
+                             ("vocab", "gpt2"))
+    vocab_size: int = setting(4096, "reference", "largest size of that vocab", least=300)
+    max_new_tokens: int = setting(96, "reference", "longest response, in tokens")
     # model
     n_layer: int = setting(2, "reference", "blocks")
     n_head: int = setting(4, "reference", "attention heads")
@@ -93,27 +91,25 @@ class Config:
     block_size: int = setting(192, "reference", "longest prompt and response together, in tokens")
     init: str = setting("", "reference", "folder of GPT-2 weights, as published, from which the "
                         "reference starts; its sizes and --tokenizer gpt2 follow from it")
-    checkpoint_activations: bool = setting(False, "reference", "less memory: compute each block "
-                                           "again in the backward pass")
+    checkpoint_activations: bool = setting(False, "reference",
+                                           "less memory: blocks are computed again in backward")
     export: str = setting("", None, "folder for the policies in GPT-2's published layout")
     # training
     batch: int = setting(16, None, "pairs per micro-batch; a policy update: 2·batch responses")
     accumulate: int = setting(1, None, "micro-batches per step")
     sft_steps: int = setting(1000, "reference", "gradient steps of the reference policy, at most")
     sft_lr: float = setting(3e-3, "reference", "its learning rate")
-    score_steps: int = setting(1000, "scores", "gradient steps of each learned score model, at "
-                               "most")
+    score_steps: int = setting(1000, "scores", "gradient steps of each score model, at most")
     score_lr: float = setting(1e-3, "scores", "its learning rate")
     # offline samples and the dual
     prompts: int = setting(512, "offline", "N, training prompts that the reference answers")
     responses: int = setting(32, "offline", "K, responses to each", least=2)
-    sample_batch: int = setting(256, None, "responses sampled or scored at once")
+    sample_batch: int = setting(256, None, "responses sampled at once")
     beta: float = setting(1.0, "prealign", "β, weight of the KL divergence to the reference")
     margin: str = setting("50%", "dual", "b, required safety gain over the reference: a number in "
                           "g's units or a share of the largest reachable one, 50%; comma separated "
                           "for several constraints")
-    constraints: str = setting("", "scores", "safety preferences to constrain, comma separated "
-                               "(default: harmless; data: all)")
+    constraints: str = setting("", "scores", "safety preferences (default: harmless; data: all)")
     # policy
     lr: float = setting(4e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
     steps: int = setting(1200, "mocan", "its gradient steps")
@@ -122,10 +118,10 @@ class Config:
     shot_steps: int = setting(400, "mocan", "gradient steps of each further shot")
     shot_lr: float = setting(2e-4, "mocan", "their learning rate")
     shot_responses: int = setting(32, "mocan", "K of each further shot", least=2)
-    group: int = setting(8, "mocan", "G, reference samples of a prompt that a step compares in all "
-                         "their pairs", least=2)
-    prealign_steps: int = setting(1575, "prealign", "gradient steps of each of PeCAN's pre-aligned "
-                                  "policies, at most")
+    group: int = setting(8, "mocan", "G, samples of a prompt that a step compares in all pairs",
+                         least=2)
+    prealign_steps: int = setting(1575, "prealign",
+                                  "gradient steps of each pre-aligned policy, at most")
     prealign_lr: float = setting(6e-5, "prealign", "their learning rate; see pecan.prealign")
     # evaluation
     eval_prompts: int = setting(240, None, "evaluation prompts, at most", least=2)
@@ -151,23 +147,23 @@ def main():
         c.constraints)
     dual.parse_margin(c.margin, torch.ones(len(names) - 1))  # a bad one costs no training
     tok = tokenizer_of_run(c, split.train)
-    reference = reference_policy(c, tok, split)
+    pools = data.pools(tok, split)
+    reference = reference_policy(c, tok, split, pools)
     prompts = data.some_prompts(split.train, c.prompts)
     pool, ref_logp = sample_reference(c, reference, tok, prompts)  # (N, K, T), (N, K)
     judges = {}  # preference -> score model, where no exact function exists
     policies = {}  # name -> its artifact
 
     if c.algo != "pecan":
-        judges = learn_judges(c, reference, tok, split, names)
+        judges = learn_judges(c, reference, split, pools, names)
         scores = artifact(c, "offline", "offline_scores.pt", make_scores, judges, names, prompts,
                           pool, tok)["scores"]  # (1+m, N, K)
         offline = mocan.Sample(pool, ref_logp, ref_logp, scores)
         margin = dual.parse_margin(c.margin, dual.reachable(scores[1:]))  # (m,)
         policies |= shoot(c, reference, tok, prompts, "mocan", offline, margin, mocan.train_mocan,
-                          lambda pool, _: mocan.score_pool(judges, names, prompts, pool, tok,
-                                                           c.sample_batch))
+                          lambda pool, _: mocan.score_pool(judges, names, prompts, pool, tok))
     if c.algo != "mocan":
-        dpo = prealigned(c, reference, tok, split, names, pool, ref_logp)
+        dpo = prealigned(c, reference, split, pools, names, pool, ref_logp)
         implicit = torch.stack([saved["implicit"] for saved in dpo.values()])  # (1+m, N, K)
         offline = mocan.Sample(pool, ref_logp, ref_logp, implicit)
         if c.algo == "pecan":
@@ -175,14 +171,14 @@ def main():
         try:
             policies |= shoot(c, reference, tok, prompts, "pecan", offline, margin,
                               pecan.train_pecan, lambda pool, ref_logp: pecan.implicit_scores(
-                                  dpo, pool, ref_logp, c.beta, c.device, c.sample_batch))
+                                  dpo, pool, ref_logp, c.beta, c.device))
         except dual.Infeasible as error:
             if c.algo == "pecan":
                 raise
             print(f"  no PeCAN policy, by its implicit scores: {error}")
         policies = dpo | policies
     if c.algo == "pecan":  # PeCAN needs no score model; the table does
-        judges = learn_judges(c, reference, tok, split, names)
+        judges = learn_judges(c, reference, split, pools, names)
     evaluate(c, reference, policies, judges, names, margin, split, tok)
     export_policies(c, policies)
     checkpoint(c).remove()
@@ -216,18 +212,16 @@ def tokenizer_of_run(c, train):
                                c.block_size - c.max_new_tokens, c.max_new_tokens)
 
 
-def reference_policy(c, tok, split):
-    saved = artifact(c, "reference", "reference.pt", make_reference, tok, split)
+def reference_policy(c, tok, split, pools):
+    saved = artifact(c, "reference", "reference.pt", make_reference, tok, split, pools)
     return from_checkpoint(saved, c.device)
 
 
-def make_reference(c, tok, split):
+def make_reference(c, tok, split, pools):
     model = first_model(c, tok)
-    pool = data.pair_pool(tok, split.train, "training data")
-    calibration = data.pair_pool(tok, split.calibration, "calibration data")
     mocan.train_reference(
-        model, pool, recipe(c, "reference", c.sft_steps, c.sft_lr),
-        lambda: -mocan.logprobs(model, calibration, c.sample_batch).mean().item())
+        model, pools("train"), recipe(c, "reference", c.sft_steps, c.sft_lr),
+        lambda: -mocan.logprobs(model, pools("calibration")).mean().item())
     return to_checkpoint(model)
 
 
@@ -257,48 +251,47 @@ def make_offline(c, reference, tok, prompts):
     return {**pool._asdict(), "ref_logp": ref_logp}
 
 
-def learn_judges(c, reference, tok, split, names):
+def learn_judges(c, reference, split, pools, names):
     """{preference: score model}; empty where the world's exact functions serve."""
     judges = {}
     for name in names if c.data else ():
-        saved = artifact(c, "scores", f"score_{name}.pt", make_judge, reference, tok, split, name)
+        saved = artifact(c, "scores", f"score_{name}.pt", make_judge, reference, split, pools, name)
         judges[name] = from_checkpoint(saved, c.device)
     return judges
 
 
-def make_judge(c, reference, tok, split, name):
+def make_judge(c, reference, split, pools, name):
     model = new_model(c, replace(reference.config, score_head=True), f"scores/{name}")
     model.load_state_dict(reference.state_dict(), strict=False)  # all but the head
     plan = recipe(c, f"score {name}", c.score_steps, c.score_lr)
-    mocan.learn_score(model, name, *[data.preference_tensors(tok, part, name) for part in split],
-                      plan, c.sample_batch)
+    mocan.learn_score(model, name, *[
+        data.preference_tensors(pools(part), getattr(split, part), name)
+        for part in split._fields], plan)
     return to_checkpoint(model)
 
 
 def make_scores(c, judges, names, prompts, pool, tok):
-    return {"scores": mocan.score_pool(judges, names, prompts, pool, tok, c.sample_batch)}
+    return {"scores": mocan.score_pool(judges, names, prompts, pool, tok)}
 
 
-def prealigned(c, reference, tok, split, names, pool, ref_logp):
+def prealigned(c, reference, split, pools, names, pool, ref_logp):
     """PeCAN, steps 1 and 2 -> {dpo-NAME: artifact}."""
-    @functools.cache
-    def ref_of(part):  # ln π_ref of all its responses, once for all preferences
-        of_part = data.pair_pool(tok, getattr(split, part), f"{part} pairs")
-        return mocan.logprobs(reference, of_part, c.sample_batch).flatten()
+    ref_of = functools.cache(  # ln π_ref of all its responses, once for all preferences
+        lambda part: mocan.logprobs(reference, pools(part)).flatten())
     return {f"dpo-{name}": artifact(c, "prealign", f"dpo-{name}.pt", make_prealigned, reference,
-                                    tok, name, split, pool, ref_logp, ref_of) for name in names}
+                                    name, split, pools, pool, ref_logp, ref_of) for name in names}
 
 
-def make_prealigned(c, reference, tok, name, split, pool, ref_logp, ref_of):
+def make_prealigned(c, reference, name, split, pools, pool, ref_logp, ref_of):
     """A pre-aligned policy, its temperature, and its implicit scores of the offline pool (N, K)."""
     policy = copy.deepcopy(reference)
-    training = data.preference_tensors(tok, split.train, name)
-    calibration = data.preference_tensors(tok, split.calibration, name)
+    training = data.preference_tensors(pools("train"), split.train, name)
+    calibration = data.preference_tensors(pools("calibration"), split.calibration, name)
     plan = recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr)
     tau = pecan.prealign_and_calibrate(
         policy, name, training, ref_of("train")[training.where], calibration,
-        ref_of("calibration")[calibration.where], c.beta, plan, c.sample_batch)
-    logp = mocan.logprobs(policy, pool, c.sample_batch)
+        ref_of("calibration")[calibration.where], c.beta, plan)
+    logp = mocan.logprobs(policy, pool)
     return {**to_checkpoint(policy), "tau": tau, "implicit": c.beta * tau * (logp - ref_logp)}
 
 
@@ -359,7 +352,7 @@ def draw(c, stage, K):
 
 def checkpoint(c):
     """Where the loop that is under way keeps its state."""
-    return Checkpoint(f"{c.out}/checkpoint.pt", c.checkpoint_every, c.run, c.resume)
+    return mocan.Checkpoint(f"{c.out}/checkpoint.pt", c.checkpoint_every, c.run, c.resume)
 
 
 # ---- what came of it
@@ -393,6 +386,17 @@ def export_policies(c, policies):
 
 
 # ---- the run's folder
+def lock(folder):
+    """A file that one process at a time can hold, until it ends; ValueError for a second one."""
+    file = open(f"{folder}/lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{folder}: another run is under way there; wait for it, or choose "
+                         "another --out") from None
+    return file
+
+
 def write(c, name, text):
     replace_file(f"{c.out}/{name}", lambda file: file.write(text.encode()))
     mocan.gather(name)  # no rank goes on before it is there

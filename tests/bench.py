@@ -304,7 +304,7 @@ def bench_shots(argv):
         scores = mocan.score_pool({}, names, text, pool, tok)
         if turn:  # at the first round the policy is the reference, and violates the margin by all of it
             lam = (lam + a.dual_lr * (b - (scores[1].mean() - ref_g[some].mean()).item())).clamp_min(0)
-        s, ref_logp = scores[0] + lam * scores[1], mocan.logprobs(reference, pool, c.sample_batch)
+        s, ref_logp = scores[0] + lam * scores[1], mocan.logprobs(reference, pool)
         batches = data.group_batches(pool.lengths, 2 * c.batch, G, f"{c.seed}/primal-dual/{turn}")
         for _ in range(a.inner):
             n, k = next(batches)
@@ -487,7 +487,7 @@ GPT2 = Shape(12, 768, 12, 50257, 128, 384)
 
 
 class Clock:
-    """In the place of a model.Checkpoint: it sees when the first step and the last have ended."""
+    """In the place of a mocan.Checkpoint: it sees when the first step and the last have ended."""
 
     def __init__(self, device, steps):
         self.device, self.steps, self.step = device, steps, 0

@@ -481,7 +481,7 @@ def test_intervals_are_those_of_conversations():
 
 def test_pairs_of_a_conversation_are_numbered_alike():
     pairs = [Pair(prompt, ("x", "y"), {"safe": 1}) for prompt in ("A?", ("a?", "b", "c"), "d", "a?")]
-    assert data.preference_tensors(vocab([]), pairs, "safe").talk.tolist() == [0, 0, 1, 0]
+    assert data.preference_tensors(data.pair_pool(vocab([]), pairs, "all"), pairs, "safe").talk.tolist() == [0, 0, 1, 0]
 
 
 def test_a_long_response_loses_its_end_and_its_end_token():
@@ -518,12 +518,12 @@ def test_lengths_count_up_to_the_end_of_the_response():
 def test_preference_tensors_take_the_pairs_that_carry_the_preference_with_the_chosen_response_first():
     pairs = [Pair("a", ("x", "y"), {"safe": 1}), Pair("b", ("x", "y"), {"helpful": 0}),
              Pair("c", ("x", "y"), {"safe": 0, "helpful": 1})]
-    pool, where, talk = data.preference_tensors(vocab([]), pairs, "safe")
+    pool, where, talk = data.preference_tensors(data.pair_pool(vocab([]), pairs, "all"), pairs, "safe")
     assert pool.texts(vocab([])) == ["y", "x", "x", "y"] and where.tolist() == [[1, 0], [4, 5]] and talk.tolist() == [0, 1]
     assert pool.tokens[:, 0, 2].tolist() == [*b"ac"]  # the prompts, after the template's token and the space
     everything = data.pair_pool(vocab([]), pairs, "all").tokens.flatten(0, 1)
     assert torch.equal(everything[where], pool.tokens)
-    pool, where, _ = data.preference_tensors(vocab([]), pairs, "helpful")
+    pool, where, _ = data.preference_tensors(data.pair_pool(vocab([]), pairs, "all"), pairs, "helpful")
     assert pool.texts(vocab([])) == ["x", "y", "y", "x"] and where.tolist() == [[2, 3], [5, 4]]
 
 
@@ -531,7 +531,6 @@ def test_decoding_a_pool_gives_its_responses_back():
     texts = ("It's 3 o'clock.", "日本 🎉", "<|end|> is text")
     tok = vocab(prompt_limit=99, response_limit=99)
     tokens, mask = data.pad(data.encode_prompts(tok, texts)[0], data.encode_responses(tok, texts)[0])
-    assert data.decode(tok, tokens, mask) == list(texts)
     assert data.Pool(tokens.view(1, 3, -1), mask.view(1, 3, -1)).texts(tok) == list(texts)
 
 

@@ -310,17 +310,18 @@ DIGITS = SimpleNamespace(encoding=SimpleNamespace(encode_ordinary=lambda text: [
 
 def some_pool(N=8, K=4, vocab=6):
     """Random prompts of 1 to 3 tokens and responses of 1 to 4."""
-    prompts = [torch.randint(vocab, (1 + n % 3,)).tolist() for n in range(N) for _ in range(K)]
+    prompts = [prompt for n in range(N) for prompt in [torch.randint(vocab, (1 + n % 3,)).tolist()] * K]
     responses = [torch.randint(vocab, (1 + i % 4,)).tolist() for i in range(N * K)]
     tokens, mask = pad(prompts, responses)
     return Pool(tokens.view(N, K, -1), mask.view(N, K, -1))
 
 
-def test_map_pool_equals_direct_calls_in_any_batch_size():
+def test_map_pool_equals_direct_calls_in_any_batch_size(monkeypatch):
     model, pool = tiny(), some_pool()
     expected = torch.stack([sequence_logprob(model, t, m) for t, m in zip(*pool)])
-    for size in (1, 5, 64):
-        got = mocan.logprobs(model, pool, size)
+    for size in (1, 5, 8, 64):
+        monkeypatch.setattr(mocan, "SCORED", size)
+        got = mocan.logprobs(model, pool)
         assert got.shape == (8, 4) and torch.allclose(got, expected, atol=1e-5, rtol=0) and not got.requires_grad
 
 
@@ -347,7 +348,7 @@ def test_score_pool_scores_each_response_as_an_answer_to_its_own_prompt():
     assert torch.equal(scores[0, 1, 1], torch.tensor(WORLD_SCORES["helpful"](prompts[1], answers[1])))
 
     pool, judges = some_pool(), {name: tiny(seed, score_head=True) for seed, name in enumerate(reversed(names))}
-    scores = mocan.score_pool(judges, names, None, pool, None, 5)
+    scores = mocan.score_pool(judges, names, None, pool, None)
     for name, got in zip(names, scores, strict=True):
         expected = torch.stack([judges[name].score(t, m) for t, m in zip(*pool)])
         assert torch.allclose(got, expected, atol=1e-5, rtol=0) and not got.requires_grad
@@ -577,7 +578,7 @@ def test_sample_from_scores_what_the_policy_samples():
     sample = mocan.sample_from(policy, reference, DIGITS, ["123", "4"], mocan.Draw("shot", 3, "0", 4),
                                lambda pool, ref_logp: torch.stack([pool.lengths.float(), ref_logp]))
     assert torch.allclose(sample.logp, mocan.logprobs(policy, sample.pool), atol=1e-4, rtol=0)
-    assert torch.equal(sample.ref_logp, mocan.logprobs(reference, sample.pool, 4))
+    assert torch.equal(sample.ref_logp, mocan.logprobs(reference, sample.pool))
     assert torch.equal(sample.scores[1], sample.ref_logp) and torch.equal(sample.scores[0], sample.pool.lengths.float())
 
 
@@ -780,7 +781,7 @@ def learned(monkeypatch, seen):
         monkeypatch.setattr(mocan, name, lambda a, b, name=name, real=real: seen.append((name, len(a))) or real(a, b))
     model = tiny(score_head=True)
     torch.nn.init.normal_(model.score_head.weight)
-    mocan.learn_score(model, "safe", group(40), group(15), group(22), recipe(steps=12, batch=8), 64)
+    mocan.learn_score(model, "safe", group(40), group(15), group(22), recipe(steps=12, batch=8))
     return model, group(15)
 
 
@@ -795,7 +796,7 @@ def test_temperature_and_stopping_are_the_calibration_pairs_and_what_is_said_the
 
 def test_a_judge_is_in_the_units_of_its_preference_on_the_calibration_pairs(monkeypatch):
     model, calibration = learned(monkeypatch, [])
-    score = mocan.map_pool(GPT.score, model, calibration.pool, 64)
+    score = mocan.map_pool(GPT.score, model, calibration.pool)
     assert mocan.calibrate(*score.T).item() == pytest.approx(1.0, abs=1e-4)
 
 

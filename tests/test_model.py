@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import (ASK_EVERY, GPT, SPAN, Block, GPTConfig, TokenLogprob, export, from_checkpoint, invert_cdf, load,
+from model import (ASK_EVERY, GPT, SPAN, Block, GPTConfig, TokenLogprob, export, from_checkpoint, invert_cdf, load, pack,
                    sample_token, save, sequence_logprob, to_checkpoint)
 
 PROMPTS = [[1 + (7 * i + 3 * t * t) % 10 for t in range(1 + i % 5)] for i in range(32)]  # 32 rows, lengths 1 to 5
@@ -214,8 +214,9 @@ def test_draw_inverts_the_cumulative_distribution():
 def test_invert_cdf_says_where_and_how_far():
     p, u = torch.tensor([[2.0, 0.0, 6.0]]), torch.tensor([[0.125]])
     for value, index, share in ((0.125, 0, 0.5), (0.25, 0, 1.0), (0.625, 2, 0.5), (1.0, 2, 1.0)):
-        i, rest = invert_cdf(p, torch.full_like(u, value))
+        i, rest, log_share = invert_cdf(p, torch.full_like(u, value))
         assert i.tolist() == [[index]] and rest.item() == pytest.approx(share, abs=1e-6)
+        assert log_share.exp().item() == pytest.approx(p[0, index].item() / 8)
 
 
 def test_a_prefilled_cache_and_one_decoded_token_are_the_whole_sequence():
@@ -322,7 +323,7 @@ def test_the_logits_of_a_whole_batch_never_exist(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_checkpointed_activations_change_neither_loss_nor_gradients(dtype, monkeypatch):
     results, calls, forward = [], [], Block.forward
-    monkeypatch.setattr(Block, "forward", lambda self, *a: calls.append(1) or forward(self, *a))
+    monkeypatch.setattr(Block, "forward", lambda self, *a, **how: calls.append(1) or forward(self, *a, **how))
     tokens, mask = torch.randint(11, (3, 12)), torch.zeros(3, 12, dtype=torch.bool)
     mask[:, 4:10] = True
     for checkpointed in (False, True):
@@ -341,6 +342,69 @@ def test_checkpointed_activations_change_neither_loss_nor_gradients(dtype, monke
                            small(sharp=3.0, dtype=dtype).generate(PROMPTS, uniforms(len(PROMPTS), 4))[0])
     assert results[0][1].norm() > 0.1
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def grouped(group=3):
+    """Groups of three rows that share a prompt of 1 to 4 tokens; junk after each response, which may have a hole."""
+    tokens, mask = torch.randint(11, (12, 13)), torch.zeros(12, 13, dtype=torch.bool)
+    for row in range(12):
+        start = 1 + row // 3
+        tokens[row, :start] = tokens[row // 3 * 3, :start]
+        mask[row, start:start + 2 + 3 * row % 7] = True
+    mask[0] = False  # the first of its group has no response at all
+    mask[4, 4] = False  # a position in the middle of a response that does not count
+    return tokens, mask
+
+
+@pytest.mark.parametrize("dtype, checkpointed", [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_a_prompt_that_rows_share_is_computed_once_and_nothing_else_changes(dtype, checkpointed):
+    """Log-probabilities and all gradients against the whole batch, row by row and position by position, by PyTorch's own
+    cross entropy."""
+    tokens, mask = grouped()
+    upstream = torch.randn(12)
+    model = small(sharp=2.0, dtype=dtype, checkpoint_activations=checkpointed)
+    with model.autocast():
+        logp = sequence_logprob(model, tokens, mask, 3)
+    (logp * upstream).sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    plain = small(sharp=2.0, dtype=dtype)
+    with plain.autocast():
+        hidden = plain(tokens)
+    logits = F.linear(hidden.float(), plain.wte.weight)[:, :-1]
+    every = -F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    expected = (every * mask[:, 1:]).sum(dim=1)
+    (expected * upstream).sum().backward()
+    right = torch.cat([p.grad.flatten() for p in plain.parameters()])
+    close = 1e-5 if dtype == "float32" else 0.05
+    assert expected.abs().max() > 5 and right.norm() > 1
+    assert torch.allclose(logp, expected, atol=close * 10, rtol=close)
+    assert (gradients - right).norm() < close * right.norm()
+
+
+def test_what_is_computed_is_each_prompt_once_and_what_a_response_token_follows():
+    tokens, mask = grouped()
+    asked = F.pad(mask[:, 1:], (0, 1))
+    first, where = pack(mask, asked, 3)
+    places = set()
+    for row in range(12):
+        positions = asked[row].nonzero().flatten().tolist()
+        for t in range(positions[-1] + 1 if positions else 0):
+            lead = row // 3 * 3 if not mask[row, :t + 1].any() else row
+            places.add((lead, t))
+            assert divmod(first[where[row, t]].item(), 13) == (lead, t)
+    assert {divmod(place, 13) for place in first.tolist()} - {(0, 0)} == places - {(0, 0)}
+    assert len(first) < 0.5 * tokens.numel()
+
+
+def test_a_shared_prompt_does_not_change_a_score():
+    tokens, mask = grouped()
+    mask[0, 1] = mask[4, 4] = True  # a score is read at a response's last token
+    model = small(score_head=True)
+    with torch.no_grad():
+        last = (mask * torch.arange(13)).amax(dim=1)
+        expected = model(tokens)[torch.arange(12), last] @ model.score_head.weight[0]
+        assert torch.allclose(model.score(tokens, mask, 3), expected, atol=1e-5, rtol=0)
+        assert torch.allclose(model.score(tokens, mask), expected, atol=1e-5, rtol=0)
 
 
 def test_sequence_logprob_equals_a_naive_loop():

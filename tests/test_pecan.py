@@ -185,7 +185,7 @@ def recipe(stage="pecan", **changes):
 
 
 def some_pool(N=8, K=4):
-    prompts = [torch.randint(6, (1 + n % 3,)).tolist() for n in range(N) for _ in range(K)]
+    prompts = [prompt for n in range(N) for prompt in [torch.randint(6, (1 + n % 3,)).tolist()] * K]
     tokens, mask = pad(prompts, [torch.randint(6, (1 + i % 4,)).tolist() for i in range(N * K)])
     return Pool(tokens.view(N, K, -1), mask.view(N, K, -1))
 
@@ -245,7 +245,7 @@ def test_prealignment_makes_the_preferred_response_more_likely():
     assert (lead.sign() == 2 * prefers - 1).float().mean() >= 0.75
 
 
-def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys):
+def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys, monkeypatch):
     policy, reference, pool = tiny(2), tiny(1), some_pool(N=60, K=2)
     implicit = 0.5 * (mocan.logprobs(policy, pool) - mocan.logprobs(reference, pool))
     prefers = torch.bernoulli(torch.sigmoid(0.3 * (implicit[:, 1] - implicit[:, 0]))).long()
@@ -255,21 +255,23 @@ def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys):
     assert 0.05 < expected < 2 and 0.5 < right < 1
     training, held_out = preferences(some_pool(K=2), torch.zeros(8, dtype=torch.long)), preferences(pool, prefers)
     for batch in (7, 256):
+        monkeypatch.setattr(mocan, "SCORED", batch)
         tau = pecan.prealign_and_calibrate(
             policy, "safe", training, mocan.logprobs(reference, training.pool), held_out,
-            mocan.logprobs(reference, held_out.pool), 0.5, recipe(steps=0), batch)
+            mocan.logprobs(reference, held_out.pool), 0.5, recipe(steps=0))
         assert tau == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
     assert f"safe, calibration: {right:.1%} ± " in said and f"of 60 pairs right; τ = {expected:.3f} ± " in said
 
 
-def test_implicit_scores_are_beta_tau_log_ratios_in_the_order_of_the_policies():
+def test_implicit_scores_are_beta_tau_log_ratios_in_the_order_of_the_policies(monkeypatch):
     pool, reference, beta = some_pool(), tiny(1), 0.5
     saved = {name: {**to_checkpoint(tiny(seed)), "tau": tau}
              for name, seed, tau in (("helpful", 2, 1.7), ("harmless", 3, 0.4), ("polite", 4, 0.0))}
     ref_logp = mocan.logprobs(reference, pool)
     for batch in (5, 256):
-        scores = pecan.implicit_scores(saved, pool, ref_logp, beta, torch.device("cpu"), batch)
+        monkeypatch.setattr(mocan, "SCORED", batch)
+        scores = pecan.implicit_scores(saved, pool, ref_logp, beta, torch.device("cpu"))
         assert scores.shape == (3, 8, 4) and not scores.requires_grad
         for got, (seed, tau) in zip(scores, ((2, 1.7), (3, 0.4), (4, 0.0))):
             for n, k in itertools.product(range(8), range(4)):  # one response at a time, in double precision

@@ -20,6 +20,7 @@ WORKER = """
 import random, sys, torch, torch.distributed as dist
 sys.path.insert(0, {root!r})
 import data, mocan, model, pecan
+mocan.SCORED = 6
 torch.set_num_threads(1)
 if dist.is_torchelastic_launched():
     dist.init_process_group()
@@ -33,8 +34,8 @@ prompts = data.some_prompts(pairs, {prompts})
 pool, logp = mocan.sample_pool(reference, tok, prompts, mocan.Draw("draw", 3, "0/draw", batch=6))
 scores = torch.stack([logp, torch.arange(logp.numel()).view(logp.shape) / 7.0 % 1])
 sample = mocan.Sample(pool, logp, logp, scores)
-preferences = data.preference_tensors(tok, pairs, "helpful")
-ref = mocan.logprobs(reference, preferences.pool, 16)
+preferences = data.preference_tensors(data.pair_pool(tok, pairs, "pairs"), pairs, "helpful")
+ref = mocan.logprobs(reference, preferences.pool)
 losses = {{}}
 held = {{}}
 step = mocan.Descent.step
@@ -54,7 +55,7 @@ aligned = fresh()
 mocan.train_mocan(aligned, sample, lam, 0.5, 3, recipe("mocan", 5, 2))
 pecan.train_pecan(fresh(), sample, lam, 0.5, 3, recipe("pecan", 1))
 found = dict(tokens=pool.tokens, mask=pool.response_mask, logp=logp, ref=ref, losses=losses,
-             scored=mocan.map_pool(model.GPT.score, judge, pool, 4), weights=aligned.state_dict())
+             scored=mocan.map_pool(model.GPT.score, judge, pool), weights=aligned.state_dict())
 if mocan.rank()[0] == 0:
     torch.save(found, {out!r})
 if dist.is_initialized():

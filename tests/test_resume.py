@@ -62,7 +62,7 @@ def child(argv, log):
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
-    model.Checkpoint.keep = without_rest(model.Checkpoint.keep)
+    mocan.Checkpoint.keep = without_rest(mocan.Checkpoint.keep)
     sys.argv = ["train.py", *map(str, argv)]
     train.main()
 
@@ -131,7 +131,7 @@ def test_resume_continues_a_training_loop_bit_for_bit_wherever_it_stopped(tmp_pa
                 raise KeyboardInterrupt
             real(self, loss, count)
         monkeypatch.setattr(mocan.Descent, "step", step)
-        monkeypatch.setattr(train.Checkpoint, "keep", without_rest(KEEP))
+        monkeypatch.setattr(mocan.Checkpoint, "keep", without_rest(KEEP))
         out = tmp_path / f"stopped{stop}"
         with pytest.raises(KeyboardInterrupt):
             job(*SMALL, "--accumulate", 2, "--out", out)
@@ -140,7 +140,7 @@ def test_resume_continues_a_training_loop_bit_for_bit_wherever_it_stopped(tmp_pa
         same_run(tmp_path / "whole", out)
 
 
-KEEP = model.Checkpoint.keep
+KEEP = mocan.Checkpoint.keep
 
 
 def test_resume_continues_sampling_where_it_stopped(tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_resume_continues_sampling_where_it_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, *args, **more)
     monkeypatch.setattr(model.GPT, "generate", generate)
-    monkeypatch.setattr(train.Checkpoint, "keep", without_rest(KEEP))
+    monkeypatch.setattr(mocan.Checkpoint, "keep", without_rest(KEEP))
     with pytest.raises(KeyboardInterrupt):
         job(*SMALL, "--sample_batch", 16, "--out", tmp_path / "out")
     job("--resume", "--out", tmp_path / "out")
@@ -164,13 +164,13 @@ def test_resume_continues_sampling_where_it_stopped(tmp_path, monkeypatch):
 
 def test_checkpoints_take_two_per_cent_of_the_time_at_most(tmp_path, monkeypatch):
     now, saves = [0.0], []
-    monkeypatch.setattr(model.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(mocan.time, "monotonic", lambda: now[0])
 
     def save(saved, path):
         saves.append(now[0])
         now[0] += 3.0  # a large model on a slow disk
-    monkeypatch.setattr(model, "save", save)
-    checkpoint = model.Checkpoint(tmp_path / "checkpoint.pt", 60.0, "run", False)
+    monkeypatch.setattr(mocan, "save", save)
+    checkpoint = mocan.Checkpoint(tmp_path / "checkpoint.pt", 60.0, "run", False)
     for _ in range(10000):
         now[0] += 1.0
         checkpoint.keep("stage", dict)
@@ -179,11 +179,11 @@ def test_checkpoints_take_two_per_cent_of_the_time_at_most(tmp_path, monkeypatch
 
 def test_a_checkpoint_of_another_run_or_stage_is_not_taken(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    model.Checkpoint(path, 0.0, "this", False).keep("mocan", lambda: {"x": 1})
-    assert model.Checkpoint(path, 0.0, "this", True).restore("mocan") == {"x": 1}
-    assert model.Checkpoint(path, 0.0, "this", True).restore("pecan") is None
-    assert model.Checkpoint(path, 0.0, "other", True).restore("mocan") is None
-    assert model.Checkpoint(path, 0.0, "this", False).restore("mocan") is None
+    mocan.Checkpoint(path, 0.0, "this", False).keep("mocan", lambda: {"x": 1})
+    assert mocan.Checkpoint(path, 0.0, "this", True).restore("mocan") == {"x": 1}
+    assert mocan.Checkpoint(path, 0.0, "this", True).restore("pecan") is None
+    assert mocan.Checkpoint(path, 0.0, "other", True).restore("mocan") is None
+    assert mocan.Checkpoint(path, 0.0, "this", False).restore("mocan") is None
 
 
 # ---- a full disk
@@ -248,11 +248,11 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
 # ---- one run at a time, one that is stopped
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    held = model.lock(tmp_path)
+    held = train.lock(tmp_path)
     line = one_line_on_stderr(command("--quick", "--out", tmp_path))
     assert "another run is under way" in line and list(tmp_path.iterdir()) == [tmp_path / "lock"]
     held.close()
-    model.lock(tmp_path).close()
+    train.lock(tmp_path).close()
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path):

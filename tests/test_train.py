@@ -414,6 +414,13 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
         owner[id(pool.tokens)] = group_of(pair.prompt for pair in pairs), pool  # kept, so that the id stays its own
         return pool
     monkeypatch.setattr(data, "pair_pool", pair_pool)
+    real_tensors = data.preference_tensors
+
+    def preference_tensors(pool, pairs, name):
+        preferences = real_tensors(pool, pairs, name)
+        owner[id(preferences.pool.tokens)] = group_of(pair.prompt for pair in pairs), preferences
+        return preferences
+    monkeypatch.setattr(data, "preference_tensors", preference_tensors)
 
     def on(what, pool):
         seen.setdefault(what, set()).add(owner[id(pool.tokens)][0])
@@ -495,7 +502,8 @@ def test_the_reference_starts_from_the_folders_weights(small_gpt2, tmp_path):
     path = pku_file(tmp_path / "pairs.jsonl", 30)
     c = train.settings([*BRIEF, "--init", str(folder), "--data", str(path), "--sft_lr", "1e-30", "--out", str(tmp_path)])
     split, _ = data.load_pairs(c.data, c.world_pairs, random.Random(0), c.held_out, c.calibration, c.constraints)
-    reference = train.reference_policy(c, train.tokenizer_of_run(c, split.train), split)
+    tok = train.tokenizer_of_run(c, split.train)
+    reference = train.reference_policy(c, tok, split, data.pools(tok, split))
     for a, b in zip(reference.state_dict().values(), start.state_dict().values(), strict=True):
         assert torch.allclose(a, b, atol=1e-20, rtol=0)
 
