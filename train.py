@@ -72,8 +72,8 @@ class Config:
     seed: int = setting(0, "reference", "seeds every random stream", least=0)
     device: str = setting("cuda" if CUDA else "cpu", None, "cpu, cuda, cuda:1, …")
     dtype: str = setting("bfloat16" if CUDA and torch.cuda.is_bf16_supported(False) else "float32",
-                         "reference", "arithmetic of the blocks under autocast; logits and losses "
-                         "stay float32", ("float32", "bfloat16"))
+                         "reference", "of the blocks; logits and losses: float32",
+                         ("float32", "bfloat16"))
     # text
     data: tuple = setting((), "reference",
                           "preference files, [NAME=]FILE; none: the built-in world")
@@ -89,8 +89,8 @@ class Config:
     n_head: int = setting(4, "reference", "attention heads")
     n_embd: int = setting(128, "reference", "width")
     block_size: int = setting(192, "reference", "longest prompt and response together, in tokens")
-    init: str = setting("", "reference", "folder of GPT-2 weights, as published, from which the "
-                        "reference starts; its sizes and --tokenizer gpt2 follow from it")
+    init: str = setting("", "reference", "folder of published GPT-2 weights, where the reference "
+                        "starts; its sizes and --tokenizer gpt2 follow from it")
     checkpoint_activations: bool = setting(False, "reference",
                                            "less memory: blocks are computed again in backward")
     export: str = setting("", None, "folder for the policies in GPT-2's published layout")
@@ -106,15 +106,13 @@ class Config:
     responses: int = setting(32, "offline", "K, responses to each", least=2)
     sample_batch: int = setting(256, None, "responses sampled at once")
     beta: float = setting(1.0, "prealign", "β, weight of the KL divergence to the reference")
-    margin: str = setting("50%", "dual", "b, required safety gain over the reference: a number in "
-                          "g's units or a share of the largest reachable one, 50%; comma separated "
-                          "for several constraints")
+    margin: str = setting("50%", "dual",
+                          "b, safety gains, comma separated: in units of g or % of the reachable")
     constraints: str = setting("", "scores", "safety preferences (default: harmless; data: all)")
     # policy
     lr: float = setting(4e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
     steps: int = setting(1200, "mocan", "its gradient steps")
-    shots: int = setting(1, "mocan", "1: as in the paper; each further one samples the policy so "
-                         "far, solves the dual again and goes on training")
+    shots: int = setting(1, "mocan", "1: as in the paper; more: again, from the policy so far")
     shot_steps: int = setting(400, "mocan", "gradient steps of each further shot")
     shot_lr: float = setting(2e-4, "mocan", "their learning rate")
     shot_responses: int = setting(32, "mocan", "K of each further shot", least=2)
@@ -182,8 +180,6 @@ def main():
     evaluate(c, reference, policies, judges, names, margin, split, tok)
     export_policies(c, policies)
     checkpoint(c).remove()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def enter(c):
@@ -517,6 +513,9 @@ if __name__ == "__main__":
         console.reconfigure(errors="backslashreplace")  # whatever its encoding
     try:
         main()
+        if dist.is_initialized():
+            time.sleep(0.2)  # until gloo's threads have let go of their tensors
+            dist.destroy_process_group()
     except (ValueError, FloatingPointError, OSError) as error:  # what a user can mend
         sys.exit(f"error: {error}")
     except RuntimeError as error:

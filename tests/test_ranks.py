@@ -17,7 +17,7 @@ TINY = ["--world_pairs", "600", "--n_embd", "32", "--n_head", "2", "--n_layer", 
 
 # every loop and every pool of the project on fixed inputs; the first process writes what came of them
 WORKER = """
-import random, sys, torch, torch.distributed as dist
+import random, sys, time, torch, torch.distributed as dist
 sys.path.insert(0, {root!r})
 import data, mocan, model, pecan
 mocan.SCORED = 6
@@ -59,6 +59,7 @@ found = dict(tokens=pool.tokens, mask=pool.response_mask, logp=logp, ref=ref, lo
 if mocan.rank()[0] == 0:
     torch.save(found, {out!r})
 if dist.is_initialized():
+    time.sleep(0.2)  # as train.py does
     dist.destroy_process_group()
 """
 
