@@ -379,15 +379,15 @@ def pair_pool(tok, pairs, what):
 
 
 def pools(tok, split):
-    """pool(part) of the pairs of "train", "calibration" or "evaluation": made when it is asked for,
-    and once."""
+    """-> a function of "train", "calibration" or "evaluation": those pairs' Pool (N, 2, T), made
+    when it is first asked for."""
     return functools.cache(lambda part: pair_pool(tok, getattr(split, part), f"{part} pairs"))
 
 
 class Preferences(NamedTuple):
     """The pairs that hold one preference, as tensors."""
     pool: Pool           # (P, 2, T) chosen, rejected
-    where: torch.Tensor  # (P, 2) which of all pairs' responses these are, counted through
+    where: torch.Tensor  # (P, 2) their indices among all pairs' responses, (N·2,)
     talk: torch.Tensor   # (P,) which conversation each pair belongs to, as a number
 
     def half_width(self, x):

@@ -160,14 +160,14 @@ class Recipe(NamedTuple):
 
 class Descent:
     """AdamW with warm-up, accumulation, clipping, checkpoints, and a line of progress every ten
-    seconds; only then, at checkpoints and at the end does the host wait for the device."""
+    seconds; losses are read from the device only then, at checkpoints and at the end."""
 
     def __init__(self, model, recipe):
         self.model = model
         self.recipe = recipe
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-        self.losses = []  # of every micro-batch, on the device
+        self.losses = []  # of every micro-batch, on the device until `check` reads them
         self.norms = []  # of every step's gradient
         self.best = {}  # weights after the best epoch
         self.least = math.inf  # its calibration loss
@@ -187,8 +187,8 @@ class Descent:
         return state | {part: getattr(self, part) for part in PLAIN}
 
     def over(self, pool, group, held_out=None):
-        """Yield this rank's share of a batch of data.group_batches for each micro-batch; where a
-        batch has less than one prompt a rank, of its first, which does not count. After every
+        """Yield this rank's share of a batch of data.group_batches for each micro-batch; a rank
+        for which no prompt is left gets the batch's first one, which does not count. After every
         epoch, if there are several, and at the end held_out() -> calibration loss is asked; the
         weights of the best epoch are kept, and training ends when two have brought nothing."""
         recipe = self.recipe
@@ -400,12 +400,13 @@ def sample_from(policy, reference, tok, prompts, draw, score_of):
     return Sample(pool, logp, ref_logp, score_of(pool, ref_logp))
 
 
-SCORED = 64  # responses at once; what more of them need does not stay in a CPU's cache
+SCORED = 64  # responses at once, in whole prompts; what more need does not stay in a CPU's cache
 
 
 @torch.no_grad()
 def map_pool(function, model, pool):
     """function(model, tokens (B, T), response_mask (B, T), K) -> (B,) on every response -> (N, K).
+    The fourth argument: so many rows in turn have one prompt.
 
     Float32, on the CPU: log-probabilities and the score models' scores.
     """

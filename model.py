@@ -10,11 +10,12 @@ GPT-2's own module names, and without its dropout: `from_pretrained` loads its p
     reward, safety      score              a scalar read off at the response's last token
 
 Shapes, here and in every file: B batch, T tokens, C channels, H heads, V vocabulary, R response
-tokens of a batch, A rows still in the sampling cache, S its positions in view; N prompts, K
-responses to each, G of them in a group, P preference pairs, m constraints. A batch of text is
-always the pair (tokens, response_mask), both (B, T): prompt, response, then padding on the right.
-Right padding needs no attention mask, since a causal model never looks right; the response mask
-says which tokens the policy is answerable for.
+tokens of a batch, M of its positions that are computed, A rows still in the sampling cache, S its
+positions in view; N prompts, K responses to each, G of them in a group, P preference pairs, m
+constraints. A batch of text is always the pair (tokens, response_mask), both (B, T): prompt,
+response, then padding on the right; the mask stays on the CPU. Right padding needs no attention
+mask, since a causal model never looks right; the response mask says which tokens the policy is
+answerable for.
 
 Read next: data.py (what the text is), then dual.py (the constraint's price), then mocan.py.
 """
@@ -60,8 +61,8 @@ class Cache(NamedTuple):
 
 class Packing(NamedTuple):
     """Which positions of a batch of text (B, T) are worth computing; see `pack`."""
-    first: torch.Tensor  # (M,) where each of them stands in the flattened batch
-    where: torch.Tensor  # (B, T) which of them holds a position's state
+    first: torch.Tensor  # (M,) their indices in the flattened batch (B·T)
+    where: torch.Tensor  # (B, T) which of the M holds a position's state; 0 where none is needed
 
 
 class CausalSelfAttention(nn.Module):
@@ -76,7 +77,7 @@ class CausalSelfAttention(nn.Module):
         with a Cache, of one new token a row, T = 1. With a Packing (M, C) -> (M, C)."""
         qkv = self.c_attn(x)
         if packing:
-            qkv = F.embedding(packing.where, qkv)  # (B, T, 3C)
+            qkv = F.embedding(packing.where, qkv)  # (B, T, 3C); qkv[where], faster backward
         B, T, _ = qkv.shape
         qkv = qkv.view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, C/H)
@@ -114,7 +115,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, **how):
-        """As in attention."""
+        """how: a cache or a packing, as in CausalSelfAttention.forward."""
         y, keys, values = self.attn(self.ln_1(x), **how)
         x = x + y
         return x + self.mlp(self.ln_2(x)), keys, values
@@ -180,8 +181,7 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe(position)
         for block in self.h:
             if self.config.checkpoint_activations and torch.is_grad_enabled():
-                x, keys, values = checkpoint(
-                    block, x, packing=packing, use_reentrant=False)
+                x, keys, values = checkpoint(block, x, packing=packing, use_reentrant=False)
             else:
                 x, keys, values = block(x, packing=packing)
             if keep is not None:
@@ -189,14 +189,15 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def read(self, tokens, response_mask, asked, group):
-        """Hidden states (R, C), float32, at the positions of `asked` (B, T): Training and scoring.
-        Rows come in groups of `group` responses to one prompt, which is computed once."""
+        """For training and scoring: hidden states (R, C), float32, at the positions of `asked`
+        (B, T). Rows come in groups of `group` responses to one prompt, which is computed once."""
         packing = Packing(*[x.to(self.device) for x in pack(response_mask, asked, group)])
         hidden = self(tokens, packing=packing)  # (M, C)
         return F.embedding(packing.where[asked], hidden).float()
 
     def score(self, tokens, response_mask, group=1):
-        """(B, T), (B, T) -> (B,): the scalar at each response's last token, float32."""
+        """(B, T), (B, T) -> (B,): the scalar at the last token of each response, which has one;
+        float32."""
         later = response_mask.flip(1).cumsum(1).flip(1)  # (B, T) response tokens from here on
         last = response_mask & (later == 1)
         hidden = self.read(tokens, response_mask, last, group)  # (B, C)
@@ -272,7 +273,7 @@ class GPT(nn.Module):
             active = active & (new != eos)  # eos None: never ends
             if seen == end:
                 break
-            if seen % ASK_EVERY == 0:  # here the host waits for the device
+            if seen % ASK_EVERY == 0:  # how many are left: the host waits for the device
                 left = int(active.sum())
                 if left == 0:
                     break
@@ -318,8 +319,9 @@ def sample_token(hidden, weight, u, buffer):
 
 
 def invert_cdf(p, u):
-    """Where u (A, 1) from 0 to 1 falls in the CDF of p (A, n), whose sums are any: the index
-    (A, 1), how much of its p lies below u, from 0 to 1, and ln of its share of the sum."""
+    """Where u (A, 1) from 0 to 1 falls in the CDF of p (A, n), unnormalised: the index (A, 1), how
+    much of its p lies below u, from 0 to 1 (uniform again, for a next level), and ln of its share
+    of the sum."""
     cdf = p.cumsum(1)
     total = cdf[:, -1:]
     goal = (u * total).clamp(min=LEAST)
@@ -333,9 +335,10 @@ def pack(response_mask, asked, group):
     """Packing of all that the states at `asked` (B, T) depend on, without padding, and with a
     prompt, what is before the response, once in `group` rows. The masks are on the CPU."""
     here = torch.arange(asked.numel()).view(asked.shape)  # (B, T)
-    in_lead = here[::group].repeat_interleave(group, dim=0)  # the same place in the first such row
+    in_lead = here[::group].repeat_interleave(group, dim=0)  # the same, in the group's first row
     place = torch.where(response_mask.cumsum(1) > 0, here, in_lead)
     needed = asked.flip(1).cumsum(1).flip(1) > 0  # up to the last one asked
+    # all others become position 0, which no needed one looks at there: they come later
     return Packing(*torch.unique(place * needed, return_inverse=True))
 
 
@@ -355,8 +358,8 @@ def logit_tiles(hidden, weight):
 class TokenLogprob(torch.autograd.Function):
     """ln p(target) (R,) under softmax(hidden·weightᵀ): hidden (R, C), weight (V, C), targets (R,).
 
-    No more than TILE logits exist at a time; the backward pass computes them again, which is
-    faster than fresh memory for all.
+    No more than two tiles of logits exist at a time; the backward pass computes them again, which
+    is faster than fresh memory for all.
     """
 
     @staticmethod
@@ -383,10 +386,11 @@ class TokenLogprob(torch.autograd.Function):
 
 
 def sequence_logprob(model, tokens, response_mask, group=1):
-    """ln π(y|x) of each response: (B, T), (B, T) -> (B,), in nats, float32. group: so many rows
-    each have one prompt.
+    """ln π(y|x) of each response: (B, T), (B, T) -> (B,), in nats, float32. Each `group` rows
+    in turn must have the very same prompt, which is not checked.
 
-    Σ over response tokens only: prompt and padding positions never reach the output layer.
+    Σ over response tokens only: no other position than those that predict one reaches the output
+    layer.
     """
     asked = F.pad(response_mask[:, 1:], (0, 1))  # position t predicts t+1
     hidden = model.read(tokens, response_mask, asked, group)  # (R, C)

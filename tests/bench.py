@@ -15,7 +15,7 @@ scale: how seconds grow as prompts, responses, vocabulary, width or length grow,
 
 The last three take --json (the figures as one JSON object on stdout; the text goes to stderr) and --device. Weights and
 tokens are random. The share of the matrix product is what the model's weights need at least, 2 operations for each weight
-and token, times 3 with the backward pass, over the time and over the rate of a torch.mm of the model's shapes in the same
+and token (one prompt for both responses), times 3 with the backward pass, over the time and over the rate of a torch.mm of the model's shapes in the same
 run; attention's own products and what is computed twice do not count as needed, prompts do not need the output layer.
 """
 import argparse
@@ -309,7 +309,7 @@ def bench_shots(argv):
         for _ in range(a.inner):
             n, k = next(batches)
             with policy.autocast():
-                logp = sequence_logprob(policy, *data.take_text(pool, n, k, policy.device)).view(k.shape)
+                logp = sequence_logprob(policy, *data.take_text(pool, n, k, policy.device), G).view(k.shape)
             ref, label = data.take(ref_logp, n, k, policy.device), data.take(s, n, k, policy.device)
             p_i = mocan.bradley_terry(label[:, i], label[:, j])
             loss = mocan.preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], c.beta, p_i)
@@ -588,7 +588,7 @@ def train_case(a, shape, pairs, dtype, peer):
         return clock.seconds
 
     medians = interleaved(a.repeat, {"ours": ours, "trl": trl} if peer else {"ours": ours})
-    needed = 3 * shape.operations(2 * pairs * (shape.prompt + shape.response - 1), 2 * pairs * shape.response)
+    needed = 3 * shape.operations(pairs * (shape.prompt + 2 * (shape.response - 1)), 2 * pairs * shape.response)
     rates = product_rates(a.device, dtype, 2 * pairs * shape.response, shape)
     print(f"\n{shape}; {pairs} pairs, {dtype}")
     say_rates(dtype, rates)
@@ -634,7 +634,7 @@ def growth(what, shape, pairs, device, dtype):
     pool = shape.pool(pairs, 2)
     if what == "score":
         before = memory_now(device)
-        mocan.logprobs(policy, pool, 2 * pairs)
+        mocan.logprobs(policy, pool)
         return memory_peak(device) - before
     if what == "trl":
         with tempfile.TemporaryDirectory() as folder:
