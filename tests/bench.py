@@ -10,10 +10,12 @@ train: the DPO step of pecan.prealign (mocan.train_mocan's, with hard labels) ag
       its metrics, and on a CPU the output layer of the prompts.
 sample: GPT.generate against Transformers' generate on the same weights: tokens a second, the draw's part of the time,
       the share of the matrix product.
+picture: an SVG of a finished run: its policies with their intervals, and the optima of all margins on the evaluation
+      prompts.
 scale: how seconds grow as prompts, responses, vocabulary, width or length grow, for scoring, sampling, a training step
       and the dual.
 
-The last three take --json (the figures as one JSON object on stdout; the text goes to stderr) and --device. Weights and
+train, sample and scale take --json (the figures as one JSON object on stdout; the text goes to stderr) and --device. Weights and
 tokens are random. The share of the matrix product is what the model's weights need at least, 2 operations for each weight
 and token (one prompt for both responses), times 3 with the backward pass, over the time and over the rate of a torch.mm of the model's shapes in the same
 run; attention's own products and what is computed twice do not count as needed, prompts do not need the output layer.
@@ -866,8 +868,68 @@ def bench_scale(argv):
 
 
 
+# ---- the picture of a finished run
+def bench_picture(argv):
+    parser = argparse.ArgumentParser(prog="bench.py picture")
+    parser.add_argument("--out", default="out", help="folder of a finished run of `python train.py`")
+    parser.add_argument("--to", default="assets/frontier.svg", help="the file to write")
+    args = parser.parse_args(argv)
+    try:
+        results = json.loads((Path(args.out) / "results.json").read_text())
+        rows, frontier = results["policies"], results["frontier"]
+        safety = len(rows["reference"]["constraint_gain"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"error: {args.out}/results.json is missing or damaged ({type(error).__name__}); run `python train.py` first")
+    # with several constraints the optima at multiples of λ* are a path that the policies do not belong to
+    curve = [(row["constraint_gain"][0], row["reward_gain"]) for row in frontier] if safety == 1 else []
+    Path(args.to).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.to).write_text(svg("safety gain over the reference", curve, rows), encoding="utf-8")
+    print(f"wrote {args.to}: {len(rows)} policies, {len(curve)} points of the frontier")
+
+
+def svg(x_title, curve, rows):
+    """A chart of the curve [(safety gain, reward gain), …], the optimum on it, and the policies with their 95 % intervals.
+    Text and axes are a mid gray and the marks strong hues: it reads on light and dark pages."""
+    xs = [x for x, _ in curve] + [x for row in rows.values() for x in row["constraint_gain_ci"][0]]
+    ys = [y for _, y in curve] + [y for row in rows.values() for y in row["reward_gain_ci"]]
+    x_low, y_low = min(xs), min(ys)
+    width, height = max(xs) - x_low or 1.0, max(ys) - y_low or 1.0
+
+    def at(x, y):
+        return f"{80 + 500 * (x - x_low) / width:.1f} {380 - 330 * (y - y_low) / height:.1f}"
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 440" font-size="13" '
+           'font-family="sans-serif" fill="#888" stroke-linecap="round">'
+           '<text x="80" y="24" font-size="16">Reward against safety: policies, and the optima of all margins (blue)</text>'
+           f'<text x="330" y="428" text-anchor="middle">{x_title}</text>'
+           '<text transform="translate(22 215) rotate(-90)" text-anchor="middle">reward gain over the reference</text>']
+    for tick in range(6):
+        x, y = x_low + tick / 5 * width, y_low + tick / 5 * height
+        out.append(f'<path d="M{at(x, y_low)}v-330M{at(x_low, y)}h500" stroke="#888" stroke-opacity=".25"/>'
+                   f'<text transform="translate({at(x, y_low)})" dx="-14" dy="20">{x:.2f}</text>'
+                   f'<text transform="translate({at(x_low, y)})" dx="-38" dy="4">{y:.2f}</text>')
+    if curve:
+        line = "L".join(at(x, y) for x, y in curve)
+        out.append(f'<path d="M{line}" fill="none" stroke="#3b82f6" stroke-width="2"/>')
+    taken = []  # where labels are
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["reward_gain"]):
+        color = "#3b82f6" if name == "optimum" else "#e8590c"
+        x, y = row["constraint_gain"][0], row["reward_gain"]
+        (left, right), (low, high) = row["constraint_gain_ci"][0], row["reward_gain_ci"]
+        anchor, dx = ("start", 10) if x - x_low < 0.6 * width else ("end", -10)
+        across, down = map(float, at(x, y).split())
+        label = down - 8
+        while any(abs(across - other) < 150 and abs(label - level) < 15 for other, level in taken):
+            label += 1
+        taken.append((across, label))
+        out.append(f'<path d="M{at(left, y)}L{at(right, y)}M{at(x, low)}L{at(x, high)}" stroke="{color}"/>'
+                   f'<path d="M{at(x, y)}h0" stroke="{color}" stroke-width="8"/>'
+                   f'<text x="{across + dx:.1f}" y="{label:.1f}" text-anchor="{anchor}">{name}</text>')
+    return "\n".join([*out, "</svg>\n"])
+
+
 def main():
-    commands = {"dual": bench_dual, "shots": bench_shots, "train": bench_train, "sample": bench_sample, "scale": bench_scale}
+    commands = {"dual": bench_dual, "shots": bench_shots, "train": bench_train, "sample": bench_sample, "scale": bench_scale,
+                "picture": bench_picture}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(f"{__doc__}\nusage: python tests/bench.py {{{','.join(commands)}}} [--help]")
     commands[sys.argv[1]](sys.argv[2:])

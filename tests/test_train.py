@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -843,3 +844,32 @@ def test_a_mocan_run_on_cuda(tmp_path, dtype):
     job(*TINY, "--device", "cuda", "--dtype", dtype, "--algo", "mocan", "--out", tmp_path)
     row = numbers(tmp_path)["policies"]["mocan"]
     assert math.isfinite(row["reward_gain"]) and math.isfinite(row["kl"])
+
+
+def test_the_picture_has_every_policy_where_its_gains_are(tiny, tmp_path):
+    picture = tmp_path / "a" / "picture.svg"
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "picture", "--out", str(tiny), "--to", str(picture)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    root = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
+    space = "{http://www.w3.org/2000/svg}"
+    rows = json.loads((tiny / "results.json").read_text())["policies"]
+    texts = [x.text for x in root.iter(space + "text")]
+    assert all(name in texts for name in rows)
+    dots = [path.get("d").removeprefix("M").removesuffix("h0") for path in root.iter(space + "path")
+            if path.get("stroke-width") == "8"]
+    places = {tuple(map(float, dot.split())) for dot in dots}
+    best, worst = (f(rows.values(), key=lambda row: row["reward_gain"]) for f in (max, min))
+    assert len(dots) == len(rows) and best is not worst
+    assert min(y for _, y in places) < max(y for _, y in places)  # more reward is higher
+    gains = sorted((row["constraint_gain"][0], row["reward_gain"]) for row in rows.values())
+    (x0, _), (x1, _) = min(places), max(places)
+    for (x, y), (safety, reward) in zip(sorted(places), gains):
+        share = (safety - gains[0][0]) / (gains[-1][0] - gains[0][0])
+        assert abs(x - (x0 + share * (x1 - x0))) < 0.2
+
+
+def test_a_missing_run_has_no_picture(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "picture", "--out", str(tmp_path)],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "results.json is missing or damaged" in done.stderr and "Traceback" not in done.stderr
