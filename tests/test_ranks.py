@@ -54,7 +54,8 @@ pecan.prealign(fresh(), preferences.pool, ref, 0.5, recipe("prealign", 5))
 aligned = fresh()
 mocan.train_mocan(aligned, sample, lam, 0.5, 3, recipe("mocan", 5, 2))
 pecan.train_pecan(fresh(), sample, lam, 0.5, 3, recipe("pecan", 1))
-found = dict(tokens=pool.tokens, mask=pool.response_mask, logp=logp, ref=ref, losses=losses,
+solved = mocan.solve_from(sample, scores[1:].double().mean(dim=(1, 2)), [0.1], 0.5).lam
+found = dict(lam=solved, tokens=pool.tokens, mask=pool.response_mask, logp=logp, ref=ref, losses=losses,
              scored=mocan.map_pool(model.GPT.score, judge, pool), weights=aligned.state_dict())
 if mocan.rank()[0] == 0:
     torch.save(found, {out!r})
@@ -97,6 +98,8 @@ def test_processes_find_what_one_finds(worker, ranks, prompts):
     for name in ("tokens", "mask", "logp", "ref"):
         assert torch.equal(one[name], many[name]), name
     assert one["tokens"].shape[:2] == (prompts, 3)
+    assert one["lam"].item() > 0.01
+    torch.testing.assert_close(many["lam"], one["lam"], atol=1e-6, rtol=0)
     torch.testing.assert_close(many["scored"], one["scored"], atol=1e-4, rtol=0)  # by a judge that they trained
     assert set(one["losses"]) == {"reference", "score", "prealign", "mocan", "pecan"}
     for stage, losses in one["losses"].items():
