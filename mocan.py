@@ -111,10 +111,6 @@ def gather(x):
 
 
 # ---- what the training loops share
-STATEFUL = ("model", "optimizer")  # what a training loop carries from step to step
-PLAIN = ("losses", "norms", "best", "least", "worse")
-
-
 class Checkpoint:
     """The state of the loop that is under way, in a file that is written anew every so many
     seconds, but for no more than 2 % of the time; with `resume` the loop of a killed run, if `run`
@@ -156,6 +152,10 @@ class Recipe(NamedTuple):
     checkpoint: Checkpoint | None = None
     warmup: int = 20  # steps
     clip: float = 1.0  # largest gradient norm
+
+
+STATEFUL = ("model", "optimizer")  # what a training loop carries from step to step
+PLAIN = ("losses", "norms", "best", "least", "worse")
 
 
 class Descent:
@@ -364,7 +364,7 @@ def sample_pool(policy, tok, prompts, draw):
     """K responses y ~ π(·|x) to each of N prompts -> Pool, logp (N, K) in nats."""
     ids, cut = encode_prompts(tok, prompts)
     if cut:
-        print(f"  {cut} of {len(prompts)} prompts begin late: more than {tok.prompt_limit} tokens")
+        print(f"  {cut} of {len(ids)} prompts lost their beginning: over {tok.prompt_limit} tokens")
 
     def responses(some):
         uniforms = [torch.rand(tok.response_limit, generator=stream(draw.key, n, k))

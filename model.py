@@ -342,7 +342,7 @@ def pack(response_mask, asked, group):
     return Packing(*torch.unique(place * needed, return_inverse=True))
 
 
-TILE = 2 ** (24 if torch.cuda.is_available() else 21)  # logits at a time; a CPU's stay in cache
+TILE = 2 ** (24 if torch.cuda.is_available() else 21)  # logits of a tile; a CPU's stay in cache
 
 
 def logit_tiles(hidden, weight):

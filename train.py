@@ -72,18 +72,19 @@ class Config:
     seed: int = setting(0, "reference", "seeds every random stream", least=0)
     device: str = setting("cuda" if CUDA else "cpu", None, "cpu, cuda, cuda:1, …")
     dtype: str = setting("bfloat16" if CUDA and torch.cuda.is_bf16_supported(False) else "float32",
-                         "reference", "of the blocks; logits and losses: float32",
+                         "reference", "arithmetic of the blocks; logits and losses stay float32",
                          ("float32", "bfloat16"))
     # text
     data: tuple = setting((), "reference",
-                          "preference files, [NAME=]FILE; none: the built-in world")
+                          "preference files, FILE or NAME=FILE, several; none: the built-in world")
     world_pairs: int = setting(36000, "reference", "preference pairs that the world writes")
     held_out: float = setting(0.2, "reference", "share of the conversations kept for evaluation")
     calibration: float = setting(0.1, "reference", "share kept for temperatures and early stopping")
     tokenizer: str = setting("vocab", "reference", "vocab: of the training text; gpt2: GPT-2's",
                              ("vocab", "gpt2"))
-    vocab_size: int = setting(4096, "reference", "largest size of that vocab", least=300)
-    max_new_tokens: int = setting(96, "reference", "longest response, in tokens")
+    vocab_size: int = setting(4096, "reference", "largest size of vocab", least=300)
+    max_new_tokens: int = setting(96, "reference",
+                                  "longest response; a prompt may fill the rest of block_size")
     # model
     n_layer: int = setting(2, "reference", "blocks")
     n_head: int = setting(4, "reference", "attention heads")
@@ -108,11 +109,13 @@ class Config:
     beta: float = setting(1.0, "prealign", "β, weight of the KL divergence to the reference")
     margin: str = setting("50%", "dual",
                           "b, safety gains, comma separated: in units of g or % of the reachable")
-    constraints: str = setting("", "scores", "safety preferences (default: harmless; data: all)")
+    constraints: str = setting("", "scores",
+                               "safety preferences, comma separated; none: harmless; data: all")
     # policy
     lr: float = setting(4e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
     steps: int = setting(1200, "mocan", "its gradient steps")
-    shots: int = setting(1, "mocan", "1: as in the paper; more: again, from the policy so far")
+    shots: int = setting(1, "mocan",
+                         "1: as in the paper; more: sample, solve and train from the policy so far")
     shot_steps: int = setting(400, "mocan", "gradient steps of each further shot")
     shot_lr: float = setting(2e-4, "mocan", "their learning rate")
     shot_responses: int = setting(32, "mocan", "K of each further shot", least=2)
