@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 # ---- 1. preference files
-MAX_LINE = 2**24  # bytes
+MAX_LINE = 2**19  # bytes; tiktoken does not survive a million blanks in a row
 MAX_LINES = 2**22
 
 
@@ -55,8 +55,9 @@ def load_preferences(paths):
     pairs = []
     for spec in paths:
         name, path = "", spec
-        if "=" in spec and not os.path.exists(spec):
-            name, _, path = spec.partition("=")
+        named = re.fullmatch("([^/=]+)=(.+)", spec)
+        if named and not os.path.exists(spec):
+            name, path = named.groups()
         read = [_read_row(line, name, where) for line, where in _lines(path)]
         rows = [pair for pair in read if pair]
         if len(rows) < len(read):
@@ -81,7 +82,7 @@ def _lines(path):
                 number += 1
                 if len(line) > MAX_LINE or number > MAX_LINES:
                     raise ValueError(f"{path}:{number}: more than {MAX_LINE} bytes in a line or "
-                                     f"{MAX_LINES} lines; split the file")
+                                     f"{MAX_LINES} lines; shorten it, or split the file")
                 if line.strip():
                     yield line, f"{path}:{number}"
     except (OSError, EOFError, zlib.error) as error:
@@ -107,9 +108,8 @@ def _check_strings(row, fields, where):
     """Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
     for field in fields:
         if not isinstance(row.get(field), str):
-            problem = "not a string" if field in row else "missing"
-            raise ValueError(f"{where}: field {field!r} is {problem}; expected the strings "
-                             f"{', '.join(fields)}")
+            raise ValueError(f"{where}: field {field!r} is missing or not a string; expected the "
+                             f"strings {', '.join(fields)}")
         row[field] = row[field].encode(errors="replace").decode()
 
 
@@ -124,12 +124,12 @@ def _hh_pair(row, name, where):
     if not prompt or not other:
         raise ValueError(f"{where}: chosen and rejected must be transcripts that differ after the "
                          f"last {turn!r}; drop this line or fix it")
-    _, *turns = re.split("\n\n(Human|Assistant):", prompt)  # speaker, words, speaker, words, …
+    preamble, *turns = re.split("\n\n(Human|Assistant):", row["chosen"])  # speaker, words, …
     speakers = turns[::2]
-    in_turns = ["Human", "Assistant"] * (len(speakers) // 2) + ["Human"]
-    if prompt != other or speakers != in_turns:
+    in_turns = ["Human", "Assistant"] * (len(speakers) // 2)
+    if prompt != other or preamble or speakers != in_turns or "\n\nHuman:" in rejected:
         return None
-    words = tuple(text.strip() for text in turns[1::2])
+    words = tuple(text.strip() for text in turns[1:-2:2])
     prompt = words if len(words) > 1 else words[0]
     return Pair(prompt, (chosen.strip(), rejected.strip()), {name: 0})
 
@@ -199,8 +199,7 @@ def spread(texts, count):
     """At most `count` distinct ones, evenly spaced in sorted order."""
     texts = sorted(set(texts), key=transcript)
     count = min(count, len(texts))
-    odd = range(1, 2 * count, 2)
-    return [texts[i * len(texts) // (2 * count)] for i in odd]
+    return [texts[i * len(texts) // (2 * count)] for i in range(1, 2 * count, 2)]
 
 
 def some_prompts(pairs, count):
@@ -296,15 +295,11 @@ def frequent_pieces(pairs, vocab_size):
     return [piece for piece in ranked if len(piece.encode()) > 1][:vocab_size - 259]
 
 
-def open_tokenizer(name, path, prompt_limit, response_limit):
-    """"gpt2", or "vocab": the pieces in the JSON file at `path`."""
-    if name == "gpt2":
+def open_tokenizer(pieces, prompt_limit, response_limit):
+    """The vocabulary of `frequent_pieces`, or GPT-2's where they are None."""
+    if pieces is None:
         return gpt2_tokenizer(prompt_limit, response_limit)
-    try:
-        with open(path, encoding="utf-8") as file:
-            return vocab_tokenizer(json.load(file), prompt_limit, response_limit)
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise ValueError(f"{path}: missing or damaged; make it with --from reference") from None
+    return vocab_tokenizer(pieces, prompt_limit, response_limit)
 
 
 def encode_prompts(tok, prompts):

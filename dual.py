@@ -47,6 +47,7 @@ Read next: mocan.py, where λ* labels the pairs.
 """
 import argparse
 import json
+import os
 import sys
 
 import torch
@@ -231,7 +232,12 @@ def predict(problem, point, evaluations):
     kl = (float(gain[0]) + point.lam @ point.grad - point.value) / problem.beta
     ess = 1 / policy.squares  # (N,)
     mean_ess = float(ess.mean())
-    warn_if_few(mean_ess, problem)
+    K = problem.score.shape[1]
+    if mean_ess < FEW < K:  # which no error bar shows
+        warnings.warn(
+            f"effective sample size {mean_ess:.1f} of {K} responses per prompt: gains come out too "
+            "small, lam* too large, beyond their error bars; sample more of them, raise beta or "
+            "lower the margin", stacklevel=3)
     tensor = ess.new_tensor  # on the device of the scores
     return Dual(
         lam=tensor(point.lam),
@@ -269,16 +275,6 @@ def price_error(point, gain):
     _, active_se = clustered(inverse @ gain[active])
     se[active] = active_se
     return se
-
-
-def warn_if_few(ess, problem):
-    """No error bar shows that K responses are too few for π_λ: say it."""
-    K = problem.score.shape[1]
-    if ess < FEW < K:
-        warnings.warn(
-            f"effective sample size {ess:.1f} of {K} responses per prompt: gains come "
-            "out too small, lam* too large; sample more of them, raise beta or lower the margin",
-            stacklevel=4)
 
 
 # ---- 3. checking the input
@@ -479,6 +475,9 @@ def read_npz(path, beta):
     if not {"ref_logp", "logp_r", "logp_g"} <= data.keys():
         raise ValueError(f"{path} holds {sorted(data)}: it needs score and constraint, "
                          "or ref_logp, logp_r and logp_g")
+    if data["ref_logp"].shape != data["logp_r"].shape:
+        raise ValueError(f"{path}: ref_logp {data['ref_logp'].shape} and logp_r "
+                         f"{data['logp_r'].shape} must both be (N, K)")
     data["score"] = beta * (data["logp_r"] - data["ref_logp"])
     data["constraint"] = beta * (data["logp_g"] - data["ref_logp"])
     return data
@@ -513,7 +512,7 @@ def parse_margin(text, reach):
         raise ValueError(
             f"margin {text!r}: expected a number in g's units, 0.3, or a share of the largest "
             f"reachable one, 50%; a single one, or {len(reach)}, comma separated") from None
-    return torch.tensor(margin, dtype=torch.float64)
+    return torch.from_numpy(one_each(margin, len(margin)))
 
 
 def report(args):
@@ -524,11 +523,12 @@ def report(args):
     d = solve(data["score"], data["constraint"], margin, beta)
     if args.write:
         labels = label(data, d.lam.numpy())
-        with open(args.write, "wb") as file:
-            np.savez(file, **labels)
+        with open(f"{args.write}.part", "wb") as file:
+            np.savez(file, **(data | labels))
+        os.replace(f"{args.write}.part", args.write)
     if args.json:
-        fields = {"margin": margin, "beta": beta, **d._asdict()}
-        print(json.dumps(fields, default=torch.Tensor.tolist).replace("NaN", "null"))
+        print(json.dumps({"margin": margin, "beta": beta, **d._asdict()},
+                         default=torch.Tensor.tolist).replace("NaN", "null"))
         return
     N, K = data["score"].shape
     print(f"{N} prompts x {K} responses, beta {beta:g}; "
@@ -559,7 +559,8 @@ def main():
         f"dual.py: warning: {message}", file=sys.stderr)
     try:
         report(parser.parse_args())
-    except (ValueError, TypeError, IndexError, FloatingPointError, OSError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError, FloatingPointError,
+            OSError) as error:
         sys.exit(f"dual.py: error: {error}")
 
 

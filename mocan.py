@@ -71,10 +71,11 @@ def score_loss(chosen, rejected):
 
 def calibrate(chosen, rejected):
     """The inverse temperature τ that makes P(chosen ≻ rejected) = σ(τ·(chosen − rejected)) most
-    likely: scores on preferences that did not train them, (P,), (P,) -> τ (), at least 0.
+    likely: scores on preferences that did not train them, (P,), (P,) -> τ () from 0 to 100; for
+    scores that are never wrong the best τ is infinite, and this is one of many that fit.
 
     One-parameter logistic regression by Newton's method, which does not overshoot from 0, since the
-    curvature falls as τ grows; at most 100. τ = 1: calibrated; τ > 1: the scores understate the
+    curvature falls as τ grows. τ = 1: calibrated; τ > 1: the scores understate the
     preference; τ < 1: they overstate it, as those that were learned by heart do.
     """
     lead = (chosen - rejected).double()
@@ -471,15 +472,22 @@ def learn_score(model, name, training, calibration, evaluation, recipe):
     def score(preferences):
         return map_pool(GPT.score, model, preferences.pool)  # (P, 2)
     train_score(model, training.pool, recipe, lambda: calibrated_loss(*score(calibration).T))
-    tau = calibrate(*score(calibration).T)
-    if not 0 < tau < 100:
-        warnings.warn(f"no temperature fits the {name} scores on {len(calibration.talk)} "
-                      "calibration pairs; it stays as it is; more pairs are needed")
-        tau = 1.0
+    tau = temperature(name, score(calibration))
     with torch.no_grad():
         model.score_head.weight *= tau
     print(f"  {name}: temperature divided out, τ = {tau:.3f}")
     say_agreement(f"{name}, evaluation", score(evaluation), evaluation)
+
+
+def temperature(name, score):
+    """`calibrate` on scores (P, 2) of chosen and rejected, or 1 where no τ fits: where they are
+    always right, or no better than a coin."""
+    tau = calibrate(*score.T).item()
+    if 0 < tau < 100 and score.diff().max() > 0:
+        return tau
+    warnings.warn(f"no temperature fits the {name} scores on {len(score)} calibration pairs; they "
+                  "stay as they are; more pairs are needed")
+    return 1.0
 
 
 def calibrated_loss(chosen, rejected):

@@ -252,6 +252,9 @@ class GPT(nn.Module):
         for that many tokens.
         """
         N, K, max_new_tokens = uniforms.shape
+        if N != len(prompts):
+            raise ValueError(f"uniforms {tuple(uniforms.shape)} for {len(prompts)} prompts; "
+                             "(N, K, max_new_tokens) for N prompts is expected")
         with self.autocast():
             tokens, position, hidden, cache = self.prefill(prompts, K, max_new_tokens)
         end = tokens.size(1)
@@ -469,9 +472,6 @@ def export(model, folder):
 
 
 # ---- what is kept on disk
-BAD_MODEL = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
-
-
 def assemble(config, weights):
     """A model that owns its weights; sizes are checked before memory is asked for."""
     with torch.device("meta"):
@@ -491,7 +491,7 @@ def from_checkpoint(saved, device="cpu"):
     """Its own weights: training them leaves `saved`."""
     try:
         return assemble(saved["config"], saved["weights"]).to(device)
-    except BAD_MODEL as error:
+    except Exception as error:  # a damaged file raises half a dozen kinds
         reason = " ".join(str(error).split())
         raise ValueError(f"{saved.get('path', 'checkpoint')}: not a model that this program saved "
                          f"({reason:.300}); make it again with --from its stage") from None
@@ -526,14 +526,12 @@ def load(path, remedy, made_from={}):
     or where its own "made_from" {setting or input: value} contradicts this one."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["path"] = str(path)  # for errors
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path}: holds a {type(saved).__name__}, not a dict; {remedy}")
     for what, value in saved.get("made_from", {}).items():
         if made_from.get(what, value) != value:
             raise ValueError(f"{path}: made with {what} {value}, not {made_from[what]}; {remedy}")
-    saved["path"] = str(path)  # for errors
     return saved
 
 

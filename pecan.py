@@ -32,8 +32,8 @@ Read next: train.py, the whole job.
 import torch
 
 from data import take, take_text
-from mocan import (Descent, bradley_terry, calibrate, calibrated_loss, logprobs, preference_loss,
-                   say_agreement)
+from mocan import (Descent, bradley_terry, calibrated_loss, logprobs, preference_loss,
+                   say_agreement, temperature)
 from model import from_checkpoint, sequence_logprob
 
 
@@ -116,6 +116,5 @@ def prealign_and_calibrate(policy, name, training, ref_training, calibration, re
     prealign(policy, training.pool, ref_training, beta, recipe,
              lambda: calibrated_loss(*implicit().T))
     score = implicit()
-    tau = calibrate(*score.T).item()
     say_agreement(f"{name}, calibration", score, calibration)
-    return tau
+    return temperature(name, score)

@@ -8,7 +8,7 @@ it.
 
 The stages, and the artifact that each leaves in --out:
 
-    reference   supervised fine-tuning                     reference.pt, tokenizer.json
+    reference   supervised fine-tuning                     tokenizer.pt, reference.pt
     scores      reward and safety models, for --data       score_*.pt
     offline     K responses per prompt from π_ref, scored  offline.pt, offline_scores.pt
     prealign    PeCAN: one DPO policy per preference       dpo-*.pt
@@ -204,11 +204,14 @@ def enter(c):
 
 # ---- the stages; make_… returns what an artifact keeps
 def tokenizer_of_run(c, train):
-    """The vocab's pieces are kept, so that a later run encodes as this one does."""
-    if c.tokenizer == "vocab" and not reused("reference", c.start):
-        write(c, "tokenizer.json", json.dumps(data.frequent_pieces(train, c.vocab_size)))
-    return data.open_tokenizer(c.tokenizer, f"{c.out}/tokenizer.json",
-                               c.block_size - c.max_new_tokens, c.max_new_tokens)
+    saved = artifact(c, "reference", "tokenizer.pt", make_tokenizer, train)
+    return data.open_tokenizer(saved["pieces"], c.block_size - c.max_new_tokens, c.max_new_tokens)
+
+
+def make_tokenizer(c, train):
+    if c.tokenizer == "gpt2":
+        return {"pieces": None}
+    return {"pieces": data.frequent_pieces(train, c.vocab_size)}
 
 
 def reference_policy(c, tok, split, pools):
@@ -290,8 +293,8 @@ def make_prealigned(c, reference, name, split, pools, pool, ref_logp, ref_of):
     tau = pecan.prealign_and_calibrate(
         policy, name, training, ref_of("train")[training.where], calibration,
         ref_of("calibration")[calibration.where], c.beta, plan)
-    logp = mocan.logprobs(policy, pool)
-    return {**to_checkpoint(policy), "tau": tau, "implicit": c.beta * tau * (logp - ref_logp)}
+    implicit = c.beta * tau * (mocan.logprobs(policy, pool) - ref_logp)
+    return {**to_checkpoint(policy), "tau": tau, "implicit": implicit}
 
 
 def shoot(c, reference, tok, prompts, stage, offline, margin, update, score_of):
@@ -302,16 +305,19 @@ def shoot(c, reference, tok, prompts, stage, offline, margin, update, score_of):
     """
     policies = {}
     policy = reference
+    ref_mean = offline.scores[1:].double().mean(dim=(1, 2))  # (m,) E_ref[g]
+    mocan.solve_from(offline, ref_mean, margin, c.beta)  # raises Infeasible before anything is made
     for shot in range(1, c.shots + 1):
         label = stage if shot == 1 else f"{stage} shot {shot}"
         policies[label] = artifact(
             c, stage, f"{label.replace(' ', '_')}.pt", make_shot, policy, reference, tok, prompts,
-            offline, update, score_of, label, margin.tolist(), shot)
+            offline, ref_mean, update, score_of, label, margin.tolist(), shot)
         policy = from_checkpoint(policies[label], c.device)
     return policies
 
 
-def make_shot(c, policy, reference, tok, prompts, offline, update, score_of, label, b, shot):
+def make_shot(c, policy, reference, tok, prompts, offline, ref_mean, update, score_of, label, b,
+              shot):
     """One shot: responses of the policy so far, the dual, the policy update."""
     sample = offline
     plan = recipe(c, label, c.steps, c.lr)
@@ -320,12 +326,9 @@ def make_shot(c, policy, reference, tok, prompts, offline, update, score_of, lab
                                    draw(c, f"{label}, responses", c.shot_responses), score_of)
         plan = recipe(c, label, c.shot_steps, c.shot_lr)
     plan = plan._replace(key=f"{c.seed}/{label.split()[0]}")  # every shot draws alike
-    ref_mean = offline.scores[1:].double().mean(dim=(1, 2))  # (m,) E_ref[g]
     try:
         found = mocan.solve_from(sample, ref_mean, b, c.beta)
-    except dual.Infeasible as error:
-        if shot == 1:
-            raise
+    except dual.Infeasible as error:  # by the further shot's own responses
         print(f"  {label} changes nothing, by its responses: {error}")
         return to_checkpoint(policy)
     mocan.say_dual(label, b, found)
@@ -415,19 +418,14 @@ def artifact(c, stage, name, make, *args):
     made_from |= {f"input {what}": fingerprint(arg) for what, arg in zip(inputs, args)}
     remedy = f"make it with --from {stage}"
     finished = c.resume and os.path.exists(path) and load(path, remedy).get("run") == c.run
-    if finished or reused(stage, c.start):
+    if finished or STAGES.index(stage) < STAGES.index(c.start):
         return load(path, remedy, made_from)
     print(f"\n{stage}: {path}", flush=True)
     write(c, "run.json", json.dumps({"config": asdict(replace(c, resume=False))}, indent=1))
     began = time.time()
-    saved = {**make(c, *args), "made_from": made_from, "run": c.run}
-    saved["seconds"] = time.time() - began
+    saved = {**make(c, *args), "made_from": made_from, "run": c.run, "seconds": time.time() - began}
     save(saved, path)
     return saved
-
-
-def reused(stage, start):
-    return STAGES.index(stage) < STAGES.index(start)
 
 
 # ---- the command line
@@ -486,7 +484,7 @@ def continued(parser, what, given):
         with open(path) as file:
             old = json.load(file)["config"]
         kept = {f.name: old.get(f.name, f.default) for f in fields(Config)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:  # a damaged file raises half a dozen kinds
         parser.error(f"{what} continues a run, but {path} is missing or damaged; drop it")
     if not given.get("resume"):
         del kept["run"]

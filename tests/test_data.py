@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+import model
 from data import Pair
 
 ROW = {"prompt": "How?", "response_0": "Like this.", "response_1": "Like that.", "better_response_id": 1,
@@ -80,6 +81,9 @@ NOT_ONE_CONVERSATION = {
     "Human speaks twice": {side: "\n\nHuman: Ah" + text for side, text in HH.items()},
     "Assistant speaks twice": {side: text.replace("\n\nHuman: How", "\n\nAssistant: How") for side, text in HH.items()},
     "Assistant begins": {side: "\n\nAssistant: Yes?" + text for side, text in HH.items()},
+    "something comes first": {side: "You are kind." + text for side, text in HH.items()},
+    "Human has the last word": {**HH, "rejected": HH["rejected"] + "\n\nHuman: Thanks"},
+    "Human has the last word in both": {side: text + "\n\nHuman: Thanks" for side, text in HH.items()},
     "no one begins": {side: text.removeprefix("\n\nHuman:") for side, text in HH.items()},
 }
 
@@ -110,10 +114,10 @@ BAD_ROWS = {
     "broken JSON": ('{"prompt": "How?"', "not a JSON object"),
     "not an object": ([1, 2], "list"),
     "a bare string": ('"text"', "str"),
-    "missing prompt": (without(ROW, "prompt"), "'prompt' is missing"),
-    "missing response": (without(ROW, "response_1"), "'response_1' is missing"),
-    "prompt of the wrong type": ({**ROW, "prompt": 5}, "'prompt' is not a string"),
-    "response of the wrong type": ({**ROW, "response_0": None}, "'response_0' is not a string"),
+    "missing prompt": (without(ROW, "prompt"), "'prompt' is missing or not a string"),
+    "missing response": (without(ROW, "response_1"), "'response_1' is missing or not a string"),
+    "prompt of the wrong type": ({**ROW, "prompt": 5}, "'prompt' is missing or not a string"),
+    "response of the wrong type": ({**ROW, "response_0": None}, "'response_0' is missing or not a string"),
     "id 2": ({**ROW, "better_response_id": 2}, "better_response_id is 2; expected 0 or 1"),
     "id -1": ({**ROW, "safer_response_id": -1}, "safer_response_id is -1; expected 0 or 1"),
     "id as text": ({**ROW, "better_response_id": "0"}, "better_response_id is '0'; expected 0 or 1"),
@@ -136,8 +140,8 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, case):
 
 BAD_HH = {
     "no reply": ({"chosen": "Hi", "rejected": "Ho"}, "differ after the last"),
-    "missing rejected": (without(HH, "rejected"), "'rejected' is missing"),
-    "chosen of the wrong type": ({**HH, "chosen": 3}, "'chosen' is not a string"),
+    "missing rejected": (without(HH, "rejected"), "'rejected' is missing or not a string"),
+    "chosen of the wrong type": ({**HH, "chosen": 3}, "'chosen' is missing or not a string"),
 }
 
 
@@ -165,6 +169,13 @@ def test_an_empty_file_has_no_usable_pair(tmp_path, content):
     with pytest.raises(ValueError) as error:
         data.load_preferences([jsonl(tmp_path, ROW), str(path)])
     one_line(error, f"{path}: no usable pair")
+
+
+def test_a_name_with_a_slash_is_part_of_a_path(tmp_path):
+    path = jsonl(tmp_path, ROW)  # a preference's name becomes the name of a file
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([f"a/b={path}"])
+    one_line(error, f"a/b={path}: cannot be read")
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -536,23 +547,14 @@ def test_decoding_a_pool_gives_its_responses_back():
 
 def test_the_tokenizer_of_a_run_is_kept_and_read_again(tmp_path):
     pairs = [*data.world_preferences(50, random.Random(0)), Pair("", TRICKY, {})]
-    path, pieces = tmp_path / "tokenizer.json", data.frequent_pieces(pairs, 600)
-    path.write_text(json.dumps(pieces))
-    made, again = data.vocab_tokenizer(pieces, 48, 16), data.open_tokenizer("vocab", str(path), 48, 16)
+    pieces = data.frequent_pieces(pairs, 600)
+    model.save({"pieces": pieces}, tmp_path / "tokenizer.pt")
+    kept = model.load(tmp_path / "tokenizer.pt", "")["pieces"]
+    made, again = data.vocab_tokenizer(pieces, 48, 16), data.open_tokenizer(kept, 48, 16)
     for text in (pairs[0].prompt, *TRICKY):
         assert made.encoding.encode_ordinary(text) == again.encoding.encode_ordinary(text)
     assert made[1:] == again[1:] and again.encoding.n_vocab == len(pieces) + 259
 
 
-@pytest.mark.parametrize("content", [None, b"", b"[", b"5", b"[1, 2]", b"\xff\xfe"])
-def test_a_missing_or_damaged_tokenizer_is_named_with_its_remedy(tmp_path, content):
-    path = tmp_path / "tokenizer.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        data.open_tokenizer("vocab", str(path), 48, 16)
-    one_line(error, f"{path}: missing or damaged", "--from reference")
-
-
-def test_gpt2_is_opened_without_a_file(gpt2):
-    assert data.open_tokenizer("gpt2", "no file", 48, 16)[1:] == gpt2[1:]
+def test_without_pieces_it_is_gpt2(gpt2):
+    assert data.open_tokenizer(None, 48, 16)[1:] == gpt2[1:]

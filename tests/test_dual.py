@@ -494,7 +494,7 @@ def test_write_labels_what_was_read_for_a_training_elsewhere(tmp_path, cli, m, s
     lam = json.loads(said)["lam"]
     assert code == 0 and len(lam) == m and max(lam) > 0.05
     out = written(tmp_path / "out.npz")
-    assert set(out) == {"s", "p"}
+    assert {"s", "p"} < set(out) and all((out[name] == x).all() for name, x in given.items())
     scale = 1 if source == "scores" else beta
     tolerance = 1e-12 if dtype == np.float64 else 1e-5
     planes = g if m > 1 else [g]
@@ -514,12 +514,27 @@ def test_write_without_pairs_and_with_certain_ones(tmp_path, cli):
     np.savez(tmp_path / "in.npz", score=r, constraint=g)
     assert cli(tmp_path / "in.npz", "--margin", -1, "--beta", 1, "--write", tmp_path / "out")[0] == 0
     out = written(tmp_path / "out")  # the name as it was given
-    assert set(out) == {"s"} and np.allclose(out["s"], r, rtol=1e-9)
+    assert set(out) == {"score", "constraint", "s"} and np.allclose(out["s"], r, rtol=1e-9)
+    assert cli(tmp_path / "out", "--margin", -1, "--beta", 1, "--write", tmp_path / "out")[0] == 0  # onto itself
+    assert set(written(tmp_path / "out")) == {"score", "constraint", "s"}
     best = np.stack([np.arange(20), r.argmin(axis=1), r.argmax(axis=1)], axis=1)
     np.savez(tmp_path / "in.npz", score=r, constraint=g, pairs=np.concatenate([best, best[:, [0, 2, 1]]]))
     with np.errstate(all="raise"):
         cli(tmp_path / "in.npz", "--margin", -1, "--beta", 1, "--write", tmp_path / "out")
     assert written(tmp_path / "out")["p"].tolist() == [1.0] * 20 + [0.0] * 20  # no overflow, no NaN
+
+
+def test_log_probabilities_of_another_shape_are_one_line(tmp_path, cli):
+    ref, logp_r, logp_g = (rand(i, 6, 6).numpy() for i in range(3))
+    np.savez(tmp_path / "in.npz", ref_logp=ref[0], logp_r=logp_r, logp_g=logp_g)  # would broadcast
+    code, out, err = cli(tmp_path / "in.npz", "--margin", "10%", "--beta", 1)
+    assert code == 1 and out == "" and err.count("\n") == 1 and "in.npz: ref_logp (6,) and logp_r (6, 6) must both" in err
+
+
+def test_unsigned_integers_are_one_line(tmp_path, cli):
+    np.savez(tmp_path / "in.npz", score=np.arange(12, dtype=np.uint16).reshape(3, 4), constraint=rand(1, 3, 4).numpy())
+    code, out, err = cli(tmp_path / "in.npz", "--margin", "10%", "--beta", 1)
+    assert code == 1 and out == "" and err.count("\n") == 1 and "UInt16" in err
 
 
 @pytest.mark.parametrize("pairs", [

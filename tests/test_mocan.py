@@ -809,6 +809,18 @@ def test_a_judge_that_no_temperature_fits_keeps_its_own_and_says_so(monkeypatch,
     assert model.score_head.weight.abs().sum() > 0.1
 
 
+@pytest.mark.parametrize("lead", [0.05, 1.0, 30.0])
+def test_scores_that_are_never_wrong_have_no_temperature(lead):
+    score = lead * torch.stack([torch.arange(1.0, 9.0), torch.zeros(8)], dim=1)  # chosen, rejected
+    with pytest.warns(UserWarning, match="no temperature fits the safe scores on 8 calibration pairs"):
+        assert mocan.temperature("safe", score) == 1.0
+    score[3] = score[3].flip(0)  # once wrong: there is a best one
+    tau = mocan.temperature("safe", score)
+    chosen, rejected = score.double().T
+    p = torch.sigmoid(-tau * (chosen - rejected))
+    assert 0 < tau < 100 and abs((p * (chosen - rejected)).sum()) < 1e-6 * lead  # the likelihood's slope is 0
+
+
 def test_what_is_said_of_a_score_by_hand(capsys):
     """Against a grid of the likelihood and the delta method's error with every pair a conversation of its own."""
     P = 3000

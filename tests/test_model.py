@@ -568,6 +568,12 @@ def test_generate_refuses_in_one_line_that_names_the_value(prompts, named):
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("prompts", [[], [[1], [2, 3]]])
+def test_generate_refuses_randomness_for_another_number_of_prompts(prompts):
+    with pytest.raises(ValueError, match=rf"uniforms \(1, 1, 5\) for {len(prompts)} prompts; "):
+        small().generate(prompts, uniforms(1, 5))
+
+
 def test_the_longest_prompt_that_fits_is_accepted():
     tokens, mask, _ = small().generate([[1] * 19, [2]], uniforms(2, 5))
     assert tokens.shape == (2, 24) and mask.sum(dim=1).tolist() == [5, 5]

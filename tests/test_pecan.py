@@ -262,6 +262,11 @@ def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys, monkeypatch):
         assert tau == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
     assert f"safe, calibration: {right:.1%} ± " in said and f"of 60 pairs right; τ = {expected:.3f} ± " in said
+    always_right = preferences(pool, (implicit[:, 1] > implicit[:, 0]).long())
+    with pytest.warns(UserWarning, match="no temperature fits the safe scores on 60 calibration pairs"):
+        assert pecan.prealign_and_calibrate(
+            policy, "safe", training, mocan.logprobs(reference, training.pool), always_right,
+            mocan.logprobs(reference, always_right.pool), 0.5, recipe(steps=0)) == 1.0
 
 
 def test_implicit_scores_are_beta_tau_log_ratios_in_the_order_of_the_policies(monkeypatch):

@@ -294,12 +294,14 @@ def copied(finished, tmp_path):
 def test_a_new_reference_refuses_old_samples(copied, finished, tmp_path):
     """A run killed after reference.pt, then --from mocan."""
     job(*TINY, "--sft_steps", 15, "--algo", "mocan", "--data", finished / "pairs.jsonl", "--out", tmp_path / "other")
-    shutil.copy(tmp_path / "other" / "reference.pt", copied / "reference.pt")
+    for name in ("tokenizer.pt", "reference.pt"):
+        shutil.copy(tmp_path / "other" / name, copied / name)
     settings = json.loads((copied / "run.json").read_text())
     settings["config"]["sft_steps"] = 15
     (copied / "run.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"offline\.pt: made with sft_steps 20, not 15; make it with --from offline$"):
         job("--from", "mocan", "--out", copied)
+    shutil.copy(finished / "run" / "tokenizer.pt", copied / "tokenizer.pt")
     other = torch.load(copied / "reference.pt", weights_only=True)
     other["weights"]["wte.weight"][0, 0] += 1e-3
     settings["config"]["sft_steps"] = other["made_from"]["sft_steps"] = 20
@@ -335,7 +337,7 @@ def test_other_data_in_the_same_file_is_refused(copied, finished, change):
     try:
         written(path, some)
         for flags in (["--from", "dual"], ["--from", "mocan"], ["--from", "evaluate"], ["--resume"]):
-            with pytest.raises(ValueError, match=r"reference\.pt: made with input (tok|split) \w+, not .*; make it with --from reference$"):
+            with pytest.raises(ValueError, match=r"tokenizer\.pt: made with input train \w+, not .*; make it with --from reference$"):
                 job(*flags, "--out", copied)
     finally:
         path.write_bytes(before)
@@ -382,8 +384,8 @@ def test_an_infinite_gradient_leaves_the_weights_and_stops_at_the_next_look(monk
 
 @pytest.mark.parametrize("line, said", [
     ("[" * 100000, "not a JSON object"), ('{"prompt": ' + "1" * 100000 + "}", "not a JSON object"),
-    ('{"prompt": 1e999}', "'prompt' is not a string"),
-    ('{"a": NaN}', "'prompt' is missing"), ("\ufeff\ufeff{}", "not a JSON object"), ("\x00", "not a JSON object"),
+    ('{"prompt": 1e999}', "'prompt' is missing or not a string"),
+    ('{"a": NaN}', "'prompt' is missing or not a string"), ("\ufeff\ufeff{}", "not a JSON object"), ("\x00", "not a JSON object"),
 ])
 def test_a_strange_line_is_named_by_file_and_number(tmp_path, line, said):
     path = tmp_path / "pairs.jsonl"
@@ -401,7 +403,7 @@ def test_a_line_of_a_hundred_megabytes_is_refused_before_it_is_read(tmp_path, pa
         file.write(json.dumps(rows(1)[0]).encode() + b'\n{"prompt": "')
         for _ in range(100):
             file.write(b"a" * 2**20)
-    with pytest.raises(ValueError, match=r":2: more than 16777216 bytes in a line"):
+    with pytest.raises(ValueError, match=r":2: more than 524288 bytes in a line"):
         data.load_preferences([str(path)])
 
 
@@ -472,7 +474,7 @@ def mutated(raw, draw):
 
 
 def test_mutated_inputs_are_read_or_refused_in_one_line(tmp_path, capsys):
-    """20,000 of them: ValueError and nothing else, none for long, none with much memory."""
+    """19,000 of them: ValueError and nothing else, none for long, none with much memory."""
     sentence = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: How?\n\nAssistant: "
     lines = [*rows(2), *rows(1, is_response_0_safe=True, is_response_1_safe=False),
              {"chosen": sentence + "So.", "rejected": sentence + "No."}]
@@ -480,11 +482,7 @@ def test_mutated_inputs_are_read_or_refused_in_one_line(tmp_path, capsys):
     tiny = model.GPT(model.GPTConfig(40, 8, 1, 1, 4))
     model.save({**model.to_checkpoint(tiny), "made_from": {"seed": 0}}, tmp_path / "seed.pt")
     np.savez(tmp_path / "seed.npz", score=np.random.rand(3, 4), constraint=np.random.rand(3, 4))
-    (tmp_path / "seed.json").write_text(json.dumps([" the", " a", " dog's"]))
 
-    def tokenizer(path):
-        tok = data.open_tokenizer("vocab", path, 8, 8)
-        data.encode_prompts(tok, ["the dog"])
     kinds = [  # how many, a file's content and name, what reads it
         (15000, text, "pairs.jsonl", lambda path: data.load_preferences([f"safe={path}"])),
         (1500, gzip.compress(text), "pairs.jsonl.gz", lambda path: data.load_preferences([f"safe={path}"])),
@@ -492,7 +490,6 @@ def test_mutated_inputs_are_read_or_refused_in_one_line(tmp_path, capsys):
             model.load(path, "remedy", {"seed": 0}))),
         (1000, (tmp_path / "seed.npz").read_bytes(), "x.npz", lambda path: dual.solve(
             *map(dual.read_npz(path, 1.0).get, ("score", "constraint")), [0.01], 1.0)),
-        (1000, (tmp_path / "seed.json").read_bytes(), "tokenizer.json", tokenizer),
     ]
     draw, read, slowest = random.Random(0), 0, 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
