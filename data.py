@@ -58,7 +58,7 @@ def load_preferences(paths):
         named = re.fullmatch("([^/=]+)=(.+)", spec)
         if named and not os.path.exists(spec):
             name, path = named.groups()
-        read = [_read_row(line, name, where) for line, where in _lines(path)]
+        read = [_read_row(line, name, place) for line, place in _lines(path)]
         rows = [pair for pair in read if pair]
         if len(rows) < len(read):
             print(f"  {path}: {len(read) - len(rows)} of {len(read)} rows skipped: their two "
@@ -90,52 +90,52 @@ def _lines(path):
             f"{path}: cannot be read as JSONL or JSONL.gz ({error}); check --data") from None
 
 
-def _read_row(line, name, where):
+def _read_row(line, name, place):
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not a JSON object ({error}); one object a line in UTF-8 is "
+        raise ValueError(f"{place}: not a JSON object ({error}); one object a line in UTF-8 is "
                          "expected") from None
     if not isinstance(row, dict):
         raise ValueError(
-            f"{where}: a JSON {type(row).__name__} where a JSON object is expected")
+            f"{place}: a JSON {type(row).__name__} where a JSON object is expected")
     if "chosen" in row or "rejected" in row:
-        return _hh_pair(row, name, where)
-    return _pku_pair(row, name, where)
+        return _hh_pair(row, name, place)
+    return _pku_pair(row, name, place)
 
 
-def _check_strings(row, fields, where):
+def _check_strings(row, fields, place):
     """Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
     for field in fields:
         if not isinstance(row.get(field), str):
-            raise ValueError(f"{where}: field {field!r} is missing or not a string; expected the "
+            raise ValueError(f"{place}: field {field!r} is missing or not a string; expected the "
                              f"strings {', '.join(fields)}")
         row[field] = row[field].encode(errors="replace").decode()
 
 
-def _hh_pair(row, name, where):
-    _check_strings(row, ("chosen", "rejected"), where)
+def _hh_pair(row, name, place):
+    _check_strings(row, ("chosen", "rejected"), place)
     if not name:
-        raise ValueError(f"{where}: chosen/rejected rows do not say which preference they hold; "
+        raise ValueError(f"{place}: chosen/rejected rows do not say which preference they hold; "
                          "name it: --data helpful=FILE or --data safe=FILE")
     turn = "\n\nAssistant:"
     prompt, _, chosen = row["chosen"].rpartition(turn)
     other, _, rejected = row["rejected"].rpartition(turn)
     if not prompt or not other:
-        raise ValueError(f"{where}: chosen and rejected must be transcripts that differ after the "
+        raise ValueError(f"{place}: chosen and rejected must be transcripts that differ after the "
                          f"last {turn!r}; drop this line or fix it")
-    preamble, *turns = re.split("\n\n(Human|Assistant):", row["chosen"])  # speaker, words, …
-    speakers = turns[::2]
+    preamble, *parts = re.split("\n\n(Human|Assistant):", row["chosen"])  # speaker, words, …
+    speakers = parts[::2]
     in_turns = ["Human", "Assistant"] * (len(speakers) // 2)
     if prompt != other or preamble or speakers != in_turns or "\n\nHuman:" in rejected:
         return None
-    words = tuple(text.strip() for text in turns[1:-2:2])
+    words = tuple(text.strip() for text in parts[1:-2:2])
     prompt = words if len(words) > 1 else words[0]
     return Pair(prompt, (chosen.strip(), rejected.strip()), {name: 0})
 
 
-def _pku_pair(row, name, where):
-    _check_strings(row, ("prompt", "response_0", "response_1"), where)
+def _pku_pair(row, name, place):
+    _check_strings(row, ("prompt", "response_0", "response_1"), place)
     columns = {"helpful": "better_response_id", "safe": "safer_response_id"}
     if name:
         columns = {name: columns["helpful" if name == "helpful" else "safe"]}
@@ -143,11 +143,11 @@ def _pku_pair(row, name, where):
     for preference, column in columns.items():
         value = row.get(column)
         if isinstance(value, bool) or value not in (0, 1, None):
-            raise ValueError(f"{where}: {column} is {value!r}; expected 0 or 1")
+            raise ValueError(f"{place}: {column} is {value!r}; expected 0 or 1")
         if value is not None:
             prefers[preference] = int(value)
     if not prefers:
-        raise ValueError(f"{where}: no preference here; expected {' or '.join(columns.values())} "
+        raise ValueError(f"{place}: no preference here; expected {' or '.join(columns.values())} "
                          "to be 0 or 1")
     responses = (row["response_0"].strip(), row["response_1"].strip())
     return Pair(row["prompt"].strip(), responses, prefers)

@@ -36,12 +36,12 @@ prompts?"; that of λ* is sd(H⁻¹ψ_x)/√N, H = ∇²D over the active constr
 leave out that K is finite: a sample is never better than its best response, so λ* comes out too
 large and gains too small, a constraint's by 3 % at an effective sample size of 40, 6 % at 20, 17 %
 at 9; below 5 solve() warns. In the paper's setting (β = 0.1, score spread 3, K = 128) it is near 1:
-that is best-of-K, not π_λ. Where more
-responses can be sampled, mocan.solve_from's second dual removes the bias.
+that is best-of-K, not π_λ. Where more responses can be sampled, mocan.solve_from's second dual
+removes the bias.
 
 Differs from the paper and its published code: Newton for m ≥ 1 where they run projected gradient
-descent for m = 1; log-mean-exp per prompt everywhere (the code pools prompts twice); exceptions
-where they return None.
+descent for m = 1; log-mean-exp per prompt everywhere (the code pools prompts in two
+places); exceptions where they return None.
 
 Read next: mocan.py, where λ* labels the pairs.
 """

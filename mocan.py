@@ -6,7 +6,7 @@ The problem, for a reward r, safety measures g_j and a reference policy π_ref:
     max_π  E[r(x,y)] − β·KL(π‖π_ref)    subject to    E_π[g_j] − E_ref[g_j] ≥ b_j,   j = 1…m
 
 1. Sample K responses per prompt from π_ref and score them.              (sample_pool, score_pool)
-2. Solve the dual for λ* ≥ 0 on those scores: closed form, convex.       (solve_from)
+2. Find λ* ≥ 0 by Newton on those scores: D is closed form and convex.   (solve_from)
 3. One policy update: DPO with pairs labelled by s = r + ⟨λ*,g⟩.         (train_mocan)
 
 A second shot does the same from the policy that the first one made: see `solve_from`.
@@ -15,7 +15,7 @@ Step 3 is all of the training, since π* ∝ π_ref·exp(s/β) is what DPO conve
 P(y ≻ y') = σ(s(y) − s(y')): the constants E_ref[g_j] and b_j of the dual cancel in the difference.
 
     symbol   variable    shape        symbol          variable        shape
-    r        score       (N, K)       ln π(y|x)       logp            (B, G)
+    r        score       (N, K)       ln π(y|x)       logp            (B, G); of a Sample (N, K)
     g_j      constraint  (m, N, K)    ln π_ref(y|x)   ref_logp, ref   (N, K), (B, G)
     λ        lam         (m,)         P(y_i ≻ y_j)    p_i             (B, G(G-1)/2)
 
@@ -197,6 +197,7 @@ class Descent:
         batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
         for _ in self.losses:  # those of the run that this one resumes
             next(batches)
+        # steps of an epoch for groups of 2, which all that have held_out are
         epoch = max(1, len(pool.tokens) // (recipe.batch * recipe.accumulate))
         several = held_out and epoch < recipe.steps
         for step in range(len(self.losses) // recipe.accumulate + 1, recipe.steps + 1):
@@ -208,14 +209,14 @@ class Descent:
                 mine = slice(me, None, ranks) if self.counts else slice(1)
                 yield n[mine], k[mine]
             if several and (step % epoch == 0 or step == recipe.steps):
-                self.compare(step, held_out())
+                self.keep_best(step, held_out())
             if recipe.checkpoint:
                 recipe.checkpoint.keep(recipe.stage, self.state)
         self.check()
         if self.best:
             self.model.load_state_dict(self.best)
 
-    def compare(self, step, loss):
+    def keep_best(self, step, loss):
         self.worse += 1
         if loss < self.least:
             print(f"  {self.recipe.stage}: calibration loss {loss:.4f} after {step} steps")
@@ -226,7 +227,8 @@ class Descent:
 
     def step(self, loss, count):
         """Backward of the mean loss, given its sum and how many it sums; after the last micro-batch
-        of a step, clip and update. A gradient that is not finite leaves the weights as they are."""
+        of a step, clip and update. A gradient that is not finite leaves the weights as they are.
+        Call it in a loop over `over`, which sets `counts`: whether this rank's share is its own."""
         recipe = self.recipe
         count = add_up(torch.tensor(float(self.counts * count)))
         loss = self.counts * loss / count
@@ -257,8 +259,8 @@ class Descent:
             if not math.isfinite(norm):
                 loss = self.losses[step * self.recipe.accumulate]
                 raise FloatingPointError(
-                    f"{self.recipe.stage}: the gradient norm is {norm} and the loss {loss} at step "
-                    f"{step}; earlier artifacts are kept; lower the learning rate or use "
+                    f"{self.recipe.stage}: the gradient norm is {norm} and the loss {loss} after "
+                    f"{step} steps; earlier artifacts are kept; lower the learning rate or use "
                     "--dtype float32")
 
 
@@ -343,10 +345,11 @@ def solve_from(sample, ref_mean, margin, beta):
 
 
 def say_dual(policy, margin, found):
-    """Gains and KL are those over the policy whose responses the dual was solved on."""
+    """Gains, score and KL are those over the policy π₁ whose responses the dual was solved on; the
+    score is r − β·ln(π₁/π_ref), in the first shot r."""
     print(f"\ndual of {policy}: λ* = {numbers(found.lam)} ± {numbers(1.96 * found.lam_se)} at a "
           f"margin of {numbers(margin)}; predicted from the responses it was solved on: gains "
-          f"{numbers(found.constraint_gain)}, reward {found.score_gain:.3f}, KL {found.kl:.3f}; "
+          f"{numbers(found.constraint_gain)}, score {found.score_gain:.3f}, KL {found.kl:.3f}; "
           f"effective sample size {found.ess:.1f} a prompt (5th percentile {found.ess_p5:.1f}); "
           f"{found.iterations} evaluations")
 
@@ -445,8 +448,8 @@ def score_pool(judges, names, prompts, pool, tok):
 
 # ---- before MoCAN: the reference policy and the score models
 def train_reference(model, pool, recipe, held_out=None):
-    """Supervised fine-tuning: raise the mean log-probability of the pool's response tokens.
-    held_out() -> calibration loss, see Descent.over."""
+    """Supervised fine-tuning on both responses of every pair: raise their tokens' mean
+    log-probability. held_out() -> calibration loss, see Descent.over."""
     descent = Descent(model, recipe)
     for n, k in descent.over(pool, 2, held_out):
         tokens, response_mask = take_text(pool, n, k, model.device)
@@ -467,15 +470,15 @@ def train_score(model, pool, recipe, held_out=None):
 
 
 def learn_score(model, name, training, calibration, evaluation, recipe):
-    """Train a score model on `data.Preferences` and divide its temperature out, so that r or g is
-    in log-odds of the preference."""
+    """Train a score model on `data.Preferences` and multiply the inverse temperature τ in, so that
+    r or g is in log-odds of the preference."""
     def score(preferences):
         return map_pool(GPT.score, model, preferences.pool)  # (P, 2)
     train_score(model, training.pool, recipe, lambda: calibrated_loss(*score(calibration).T))
     tau = temperature(name, score(calibration))
     with torch.no_grad():
         model.score_head.weight *= tau
-    print(f"  {name}: temperature divided out, τ = {tau:.3f}")
+    print(f"  {name}: multiplied by the inverse temperature τ = {tau:.3f}")
     say_agreement(f"{name}, evaluation", score(evaluation), evaluation)
 
 
@@ -498,7 +501,7 @@ def calibrated_loss(chosen, rejected):
 
 def say_agreement(name, score, preferences):
     """How well scores (P, 2) of chosen and rejected predict a choice that did not train them: how
-    often they agree with it, and the temperature that is left. Intervals are those of
+    often they agree with it, and the τ that is left. Intervals are those of
     conversations, not of pairs."""
     chosen, rejected = score.T
     right = (chosen > rejected).double()
@@ -538,6 +541,7 @@ def measure(policies, reference, judges, names, tok, prompts, draw, margin, beta
         return rows, texts, []
     rows["optimum"] = {**optimum(mixed, lam, beta, ref.scores), "margin": margin.tolist(),
                        "seconds": 0.0}
+    # from 0 to 2λ*
     return rows, texts, [optimum(mixed, t / 15 * lam, beta, ref.scores) for t in range(31)]
 
 

@@ -61,7 +61,7 @@ class Cache(NamedTuple):
 
 class Packing(NamedTuple):
     """Which positions of a batch of text (B, T) are worth computing; see `pack`."""
-    first: torch.Tensor  # (M,) their indices in the flattened batch (B·T)
+    kept: torch.Tensor   # (M,) their indices in the flattened batch (B·T)
     where: torch.Tensor  # (B, T) which of the M holds a position's state; 0 where none is needed
 
 
@@ -92,7 +92,7 @@ class CausalSelfAttention(nn.Module):
                 q, cache.keys[:, :, :seen], cache.values[:, :, :seen], attn_mask=cache.visible)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C)
         if packing:
-            y = F.embedding(packing.first, y.flatten(0, 1))  # (M, C)
+            y = F.embedding(packing.kept, y.flatten(0, 1))  # (M, C)
         return self.c_proj(y), k, v
 
 
@@ -176,8 +176,8 @@ class GPT(nn.Module):
                              "truncate the text or build a larger model")
         position = torch.arange(T, device=tokens.device)
         if packing:
-            tokens = tokens.flatten()[packing.first]  # (M,)
-            position = packing.first % T
+            tokens = tokens.flatten()[packing.kept]  # (M,)
+            position = packing.kept % T
         x = self.wte(tokens) + self.wpe(position)
         for block in self.h:
             if self.config.checkpoint_activations and torch.is_grad_enabled():
@@ -336,7 +336,12 @@ def invert_cdf(p, u):
 # ---- scoring text
 def pack(response_mask, asked, group):
     """Packing of all that the states at `asked` (B, T) depend on, without padding, and with a
-    prompt, what is before the response, once in `group` rows. The masks are on the CPU."""
+    prompt, what is before the response, once in `group` rows. The masks are on the CPU.
+
+    Prompt p q, group 2, asked where a next token is predicted:
+        p q c d      kept: p q c of the first row, d of neither, e f of the second row: 5 of 10
+        p q e f g    where: 0 1 2 0 0 and 0 1 3 4 0
+    """
     here = torch.arange(asked.numel()).view(asked.shape)  # (B, T)
     in_lead = here[::group].repeat_interleave(group, dim=0)  # the same, in the group's first row
     place = torch.where(response_mask.cumsum(1) > 0, here, in_lead)

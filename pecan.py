@@ -23,8 +23,8 @@ KL(π_ref‖π_g) is −E_ref[ln(π_g/π_ref)], so the solver's own E_ref[g] sup
     ln π_r(y|x), calibrated    logp_r     (N, K)       ln π_ref(y|x)    ref_logp    (N, K)
     ln π_g(y|x), calibrated    logp_g     (m, N, K)    τ                tau         one a preference
 
-Different from the paper: its published labels lack the factor β, which makes them 1/β times too
-sharp, and its implicit scores are not calibrated.
+Different from the paper's published code: its labels lack the factor β, which makes them 1/β times
+too sharp, and its implicit scores are not calibrated.
 
 Read next: train.py, the whole job.
 """
@@ -64,8 +64,8 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
     The loop of mocan.train_mocan; the mocan.Sample's scores are `implicit_scores`.
     """
     pool, _, ref_logp, scores = sample
-    logp = ref_logp + scores / beta  # (1+m, N, K) calibrated ln π_r, ln π_g_1 …
-    s = implicit_score(logp[0], logp[1:], ref_logp, lam, beta)  # (N, K)
+    aligned = ref_logp + scores / beta  # (1+m, N, K) calibrated ln π_r, ln π_g_1 …
+    s = implicit_score(aligned[0], aligned[1:], ref_logp, lam, beta)  # (N, K)
     group = min(group, s.size(1))
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)

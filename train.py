@@ -223,7 +223,7 @@ def make_reference(c, tok, split, pools):
     model = first_model(c, tok)
     mocan.train_reference(
         model, pools("train"), recipe(c, "reference", c.sft_steps, c.sft_lr),
-        lambda: -mocan.logprobs(model, pools("calibration")).mean().item())
+        lambda: -mocan.logprobs(model, pools("calibration")).mean().item())  # nats a response
     return to_checkpoint(model)
 
 

@@ -748,7 +748,7 @@ def test_a_missing_or_damaged_artifact_is_named_with_the_stage_that_makes_it(tin
 def test_a_non_finite_loss_keeps_the_last_artifact(tiny_copy, monkeypatch):
     before, real = (tiny_copy / "mocan.pt").read_bytes(), mocan.preference_loss
     monkeypatch.setattr(mocan, "preference_loss", lambda *args: real(*args) * math.nan)
-    with pytest.raises(FloatingPointError, match="mocan: the gradient norm is nan and the loss nan at step 0"):
+    with pytest.raises(FloatingPointError, match="mocan: the gradient norm is nan and the loss nan after 0 steps"):
         job("--from", "mocan", "--out", tiny_copy)
     assert (tiny_copy / "mocan.pt").read_bytes() == before
     assert not [x for x in os.listdir(tiny_copy) if x.endswith(".tmp")]
