@@ -291,9 +291,9 @@ def test_implicit_scores_are_beta_tau_log_ratios_in_the_order_of_the_policies(mo
 def test_a_non_finite_loss_stops_and_names_the_stage():
     policy, pool = tiny(), some_pool(K=2)
     policy.wte.weight.data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="^dpo-safe: .* step 0"):
+    with pytest.raises(FloatingPointError, match="^dpo-safe: .* after 0 steps"):
         pecan.prealign(policy, pool, torch.zeros(8, 2), 0.5, recipe("dpo-safe"))
-    with pytest.raises(FloatingPointError, match="^pecan: .* step 0"):
+    with pytest.raises(FloatingPointError, match="^pecan: .* after 0 steps"):
         pecan.train_pecan(policy, mocan.Sample(pool, None, torch.zeros(8, 2), torch.randn(2, 8, 2)), torch.ones(1), 0.5,
                           2, recipe())
 
