@@ -94,7 +94,7 @@ def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, mon
     context.set_forkserver_preload(["test_resume"])
     flags = [*TINY, "--shots", 2, "--shot_steps", 4, "--shot_responses", 4, "--sample_batch", 16, "--sft_steps", 30]
     if source == "file":
-        flags += ["--data", written(tmp_path / "pairs.jsonl", rows(150)), "--score_steps", 12]
+        flags += ["--data", written(tmp_path / "pairs.jsonl", rows(150)), "--score_steps", 12, "--margin", "5%"]
     log = tmp_path / "log"
     first = context.Process(target=int)  # starts the server, which imports torch: no part of a run's time
     first.start()
@@ -102,10 +102,13 @@ def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, mon
     began = time.time()
     assert not killed(context, [*flags, "--out", tmp_path / "whole"], log, 300)
     whole = time.time() - began
+    assert (tmp_path / "whole" / "pecan_shot_2.pt").exists()
     draw, kills, stages, runs = random.Random(source), 0, set(), 0
     while kills < 10:
         out, argv = tmp_path / f"run{runs}", [*flags, "--out", tmp_path / f"run{runs}"]
-        while killed(context, argv, log, draw.uniform(0.05, 0.5) * whole):
+        lives = 0
+        while killed(context, argv, log, draw.uniform(0.05, max(0.5, lives / 20)) * whole):  # it ends
+            lives += 1
             kills += 1
             if (out / "run.json").exists():
                 argv = ["--resume", "--out", out]
