@@ -260,7 +260,8 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path):
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, SMALL), "--steps", "100000", "--out",
-                                tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # nohup ignores it
     for line in process.stdout:
         if line.startswith("mocan:"):  # a loop that no calibration ends early
             break
