@@ -75,8 +75,8 @@ def calibrate(chosen, rejected):
     scores that are never wrong the best τ is infinite, and this is one of many that fit.
 
     One-parameter logistic regression by Newton's method, which does not overshoot from 0, since the
-    curvature falls as τ grows. τ = 1: calibrated; τ > 1: the scores understate the
-    preference; τ < 1: they overstate it, as those that were learned by heart do.
+    curvature falls as τ grows. τ = 1: calibrated; τ > 1: the scores understate the preference;
+    τ < 1: they overstate it, as those that were learned by heart do.
     """
     lead = (chosen - rejected).double()
     tau = lead.new_zeros(())
@@ -484,7 +484,7 @@ def learn_score(model, name, training, calibration, evaluation, recipe):
 
 def temperature(name, score):
     """`calibrate` on scores (P, 2) of chosen and rejected, or 1 where no τ fits: where they are
-    always right, or no better than a coin."""
+    always right, no better than a coin, or so small that it would be 100."""
     tau = calibrate(*score.T).item()
     if 0 < tau < 100 and score.diff().max() > 0:
         return tau
