@@ -61,9 +61,8 @@ def load_preferences(paths):
         read = [_read_row(line, name, place) for line, place in _lines(path)]
         rows = [pair for pair in read if pair]
         if len(rows) < len(read):
-            print(f"  {path}: {len(read) - len(rows)} of {len(read)} rows skipped: their two "
-                  "transcripts are not one conversation up to the last reply, Human and Assistant "
-                  "in turns")
+            print(f"  {path}: {len(read) - len(rows)} of {len(read)} rows skipped: not one "
+                  "conversation up to the last reply, with Human and Assistant in turns")
         if not rows:
             raise ValueError(f"{path}: no usable pair; each row needs better_response_id or "
                              "safer_response_id (0 or 1), or chosen and rejected")
@@ -94,8 +93,8 @@ def _read_row(line, name, place):
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not a JSON object ({error}); one object a line in UTF-8 is "
-                         "expected") from None
+        raise ValueError(
+            f"{place}: not a JSON object ({error}); expected is one a line, in UTF-8") from None
     if not isinstance(row, dict):
         raise ValueError(
             f"{place}: a JSON {type(row).__name__} where a JSON object is expected")
@@ -147,8 +146,8 @@ def _pku_pair(row, name, place):
         if value is not None:
             prefers[preference] = int(value)
     if not prefers:
-        raise ValueError(f"{place}: no preference here; expected {' or '.join(columns.values())} "
-                         "to be 0 or 1")
+        raise ValueError(
+            f"{place}: no preference here; expected {' or '.join(columns.values())}, 0 or 1")
     responses = (row["response_0"].strip(), row["response_1"].strip())
     return Pair(row["prompt"].strip(), responses, prefers)
 
@@ -223,8 +222,8 @@ def load_pairs(files, world_pairs, rng, held_out, calibration, constraints):
         raise ValueError(f"--constraints {','.join(constraints)}: name each safety preference "
                          "once; helpful is the reward")
     if not constraints:
-        raise ValueError("the data has no safety preference; add a file that has one "
-                         "(--data safe=FILE)")
+        raise ValueError(
+            "the data has no safety preference; add a file that has one (--data safe=FILE)")
     names = ["helpful", *constraints]
     for name in names:
         if not all(any(name in pair.prefers for pair in part) for part in split):

@@ -347,8 +347,8 @@ def one_each(margin, m):
     """One finite number, or m -> (m,) float64."""
     margin = torch.as_tensor(margin, dtype=torch.float64).flatten().cpu().numpy()
     if len(margin) not in (1, m) or not np.isfinite(margin).all():
-        raise ValueError(f"margin is {margin.tolist()}: give one finite number, or one for each of "
-                         f"{m} constraints")
+        raise ValueError(
+            f"margin is {margin.tolist()}: give one finite number, or one for each of {m} margins")
     return margin * np.ones(m)
 
 
@@ -496,8 +496,9 @@ def label(data, lam):
             raise IndexError("one is below 0")
         lead = s[n, second] - s[n, first]
     except (ValueError, TypeError, IndexError) as error:
-        raise ValueError("pairs must be whole numbers (P, 3): a prompt and two of its responses "
-                         f"({error})") from None
+        raise ValueError(
+            f"pairs must be whole numbers (P, 3): a prompt and two of its responses ({error})"
+        ) from None
     return {"s": s, "p": 0.5 + 0.5 * np.tanh(lead / 2)}  # σ, without its overflow
 
 
@@ -531,8 +532,7 @@ def report(args):
                          default=torch.Tensor.tolist).replace("NaN", "null"))
         return
     N, K = data["score"].shape
-    print(f"{N} prompts x {K} responses, beta {beta:g}; "
-          "+-: 95% interval over prompts")
+    print(f"{N} prompts x {K} responses, beta {beta:g}; +-: 95% interval over prompts")
     for j, b in enumerate(margin.tolist()):
         print(f"constraint {j}: margin {b:.4f} of at most {d.reachable[j]:.4f}   "
               f"lam* {d.lam[j]:.4f} +- {1.96 * d.lam_se[j]:.4f}   "

@@ -153,8 +153,7 @@ class GPT(nn.Module):
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{folder}: not a GPT-2 as published ({type(error).__name__}: {reason:.300}); "
-                "expected config.json with model.safetensors, all of its shards, or "
-                "pytorch_model.bin"
+                "expected config.json with model.safetensors, its shards, or pytorch_model.bin"
             ) from None
 
     @property
@@ -316,7 +315,7 @@ def sample_token(hidden, weight, u, buffer):
         log_mass.append(top + p.sub_(top).exp_().sum(1, keepdim=True).log())
     log_mass = torch.cat(log_mass, dim=1)  # (A, V/SPAN) ln Σ exp(logits of the span)
     span, rest, log_p = invert_cdf(log_mass.softmax(1), u)
-    p = buffer[span[:, 0], torch.arange(A)]  # (A, SPAN) exp(logit − top) of the span
+    p = buffer[span[:, 0], torch.arange(A, device=u.device)]  # (A, SPAN) exp(logit − top) there
     i, _, log_p_in_span = invert_cdf(p, rest)
     return span * buffer.size(2) + i, log_p + log_p_in_span
 

@@ -235,9 +235,9 @@ def first_model(c, tok):
     model = GPT.from_pretrained(c.init)
     sizes = model.config
     if sizes.vocab_size != tok.encoding.n_vocab or sizes.block_size < c.block_size:
-        raise ValueError(f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} "
-                         f"positions; --tokenizer {c.tokenizer} has {tok.encoding.n_vocab} tokens, "
-                         f"and --block_size is {c.block_size}")
+        raise ValueError(
+            f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; --tokenizer "
+            f"{c.tokenizer} has {tok.encoding.n_vocab} tokens, and --block_size is {c.block_size}")
     model.config = replace(sizes, dtype=c.dtype, checkpoint_activations=c.checkpoint_activations)
     return model.to(c.device)
 
@@ -394,8 +394,8 @@ def lock(folder):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ValueError(f"{folder}: another run is under way there; wait for it, or choose "
-                         "another --out") from None
+        raise ValueError(
+            f"{folder}: another run is under way there; wait, or choose another --out") from None
     return file
 
 
@@ -498,10 +498,11 @@ def check(parser, c):
         if type(f.default) in (int, float) and not least <= value < math.inf:
             wanted = "> 0" if least == ABOVE_0 else f"at least {least}"
             parser.error(f"--{f.name} is {value}; it must be {wanted}")
-    if c.held_out + c.calibration >= 1 or c.max_new_tokens + 8 > c.block_size:
-        parser.error(f"--held_out {c.held_out} and --calibration {c.calibration} together must be "
-                     f"< 1, --max_new_tokens {c.max_new_tokens} at most --block_size "
-                     f"{c.block_size} − 8")
+    if c.held_out + c.calibration >= 1:
+        parser.error(f"--held_out {c.held_out} and --calibration {c.calibration}; together < 1")
+    if c.n_embd % c.n_head or c.max_new_tokens + 8 > c.block_size:
+        parser.error(f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}, --block_size "
+                     f"{c.block_size} at least --max_new_tokens {c.max_new_tokens} + 8")
     try:
         torch.empty(0, device=c.device)
     except (RuntimeError, AssertionError):
