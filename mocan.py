@@ -28,6 +28,7 @@ the data set's own two responses.
 Read next: pecan.py, the same without score models.
 """
 
+import copy
 import itertools
 import math
 import os
@@ -430,15 +431,16 @@ def logprobs(policy, pool):
     return map_pool(sequence_logprob, policy, pool)
 
 
-def score_pool(judges, names, prompts, pool, tok):
-    """r, g_1 … g_m of every response -> (1+m, N, K): by the judges {preference: score model}, or by
-    the built-in world's functions where there are none. names: "helpful", then the constraints;
-    prompts: N strings.
+def score_pool(judges, names, prompts, pool, tok, device):
+    """r, g_1 … g_m of every response -> (1+m, N, K): by the judges {preference: score model}, which
+    are on the device one at a time, or by the built-in world's functions where there are none.
+    names: "helpful", then the constraints; prompts: N strings.
 
     Offline samples and evaluation both pass here, so that the two cannot differ.
     """
     if judges:
-        return torch.stack([map_pool(GPT.score, judges[name], pool) for name in names])
+        return torch.stack([map_pool(GPT.score, copy.deepcopy(judges[name]).to(device), pool)
+                            for name in names])
     K = pool.tokens.size(1)
     texts = pool.texts(tok)
     scores = [WORLD_SCORES[name](prompts[i // K], text)
@@ -524,7 +526,7 @@ def measure(policies, reference, judges, names, tok, prompts, draw, margin, beta
         policy = from_checkpoint(saved, reference.device)
         sample = sample_from(  # the same key: the same noise for all
             policy, reference, tok, prompts, draw._replace(stage=f"evaluate {name}"),
-            lambda pool, _: score_pool(judges, names, prompts, pool, tok))
+            lambda pool, _: score_pool(judges, names, prompts, pool, tok, reference.device))
         if not rows:
             ref = sample
         texts[name] = sample.pool.texts(tok)

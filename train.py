@@ -152,17 +152,18 @@ def main():
     reference = reference_policy(c, tok, split, pools)
     prompts = data.some_prompts(split.train, c.prompts)
     pool, ref_logp = sample_reference(c, reference, tok, prompts)  # (N, K, T), (N, K)
-    judges = {}  # preference -> score model, where no exact function exists
+    judges = functools.cache(  # preference -> score model; without MoCAN only the table asks
+        lambda: learn_judges(c, reference, split, pools, names))
     policies = {}  # name -> its artifact
 
     if c.algo != "pecan":
-        judges = learn_judges(c, reference, split, pools, names)
-        scores = artifact(c, "offline", "offline_scores.pt", make_scores, judges, names, prompts,
+        scores = artifact(c, "offline", "offline_scores.pt", make_scores, judges(), names, prompts,
                           pool, tok)["scores"]  # (1+m, N, K)
         offline = mocan.Sample(pool, ref_logp, ref_logp, scores)
         margin = dual.parse_margin(c.margin, dual.reachable(scores[1:]))  # (m,)
         policies |= shoot(c, reference, tok, prompts, "mocan", offline, margin, mocan.train_mocan,
-                          lambda pool, _: mocan.score_pool(judges, names, prompts, pool, tok))
+                          lambda pool, _: mocan.score_pool(
+                              judges(), names, prompts, pool, tok, c.device))
     if c.algo != "mocan":
         dpo = prealigned(c, reference, split, pools, names, pool, ref_logp)
         implicit = torch.stack([saved["implicit"] for saved in dpo.values()])  # (1+m, N, K)
@@ -178,9 +179,7 @@ def main():
                 raise
             print(f"  no PeCAN policy, by its implicit scores: {error}")
         policies = dpo | policies
-    if c.algo == "pecan":  # PeCAN needs no score model; the table does
-        judges = learn_judges(c, reference, split, pools, names)
-    evaluate(c, reference, policies, judges, names, margin, split, tok)
+    evaluate(c, reference, policies, judges(), names, margin, split, tok)
     export_policies(c, policies)
     checkpoint(c).remove()
 
@@ -254,12 +253,9 @@ def make_offline(c, reference, tok, prompts):
 
 
 def learn_judges(c, reference, split, pools, names):
-    """{preference: score model}; empty where the world's exact functions serve."""
-    judges = {}
-    for name in names if c.data else ():
-        saved = artifact(c, "scores", f"score_{name}.pt", make_judge, reference, split, pools, name)
-        judges[name] = from_checkpoint(saved, c.device)
-    return judges
+    """{preference: score model, on the CPU}; empty where the world's exact functions serve."""
+    return {name: from_checkpoint(artifact(c, "scores", f"score_{name}.pt", make_judge, reference,
+                                           split, pools, name)) for name in names if c.data}
 
 
 def make_judge(c, reference, split, pools, name):
@@ -273,7 +269,7 @@ def make_judge(c, reference, split, pools, name):
 
 
 def make_scores(c, judges, names, prompts, pool, tok):
-    return {"scores": mocan.score_pool(judges, names, prompts, pool, tok)}
+    return {"scores": mocan.score_pool(judges, names, prompts, pool, tok, c.device)}
 
 
 def prealigned(c, reference, split, pools, names, pool, ref_logp):

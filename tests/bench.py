@@ -288,7 +288,7 @@ def bench_shots(argv):
     def measure(model):
         """A mocan.Sample of the model's fresh responses to the held-out prompts."""
         return mocan.sample_from(model, reference, tok, held, draw("evaluate", c.eval_responses),
-                                 lambda pool, _: mocan.score_pool({}, names, held, pool, tok))
+                                 lambda pool, _: mocan.score_pool({}, names, held, pool, tok, "cpu"))
     ref_eval = measure(reference).scores
 
     G, size = c.group, max(1, 2 * c.batch // c.group)
@@ -303,7 +303,7 @@ def bench_shots(argv):
         some, order = order[:a.inner * size], order[a.inner * size:]
         text = [prompts[n] for n in some.tolist()]
         pool, _ = mocan.sample_pool(policy, tok, text, draw(f"primal-dual/{turn}", G))
-        scores = mocan.score_pool({}, names, text, pool, tok)
+        scores = mocan.score_pool({}, names, text, pool, tok, "cpu")
         if turn:  # at the first round the policy is the reference, and violates the margin by all of it
             lam = (lam + a.dual_lr * (b - (scores[1].mean() - ref_g[some].mean()).item())).clamp_min(0)
         s, ref_logp = scores[0] + lam * scores[1], mocan.logprobs(reference, pool)

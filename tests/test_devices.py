@@ -6,6 +6,7 @@ CPU aside), NumPy on a device tensor, a CPU generator there. It also counts wher
 cannot see: kernels, their rounding and their speed, autocast, and the backward pass inside autograd.
 """
 
+import gc
 import json
 import random
 import sys
@@ -20,8 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import data
 import dual
+import mocan
 import train
 from conftest import ROOT
+from model import GPT
 
 WAITS = {"cpu", "item", "tolist", "__int__", "__float__", "__bool__", "__index__", "nonzero", "equal", "allclose"}
 DEVICE = torch.device("cuda:0")
@@ -152,6 +155,14 @@ def test_the_whole_job_on_one_device(placed, more, tmp_path, monkeypatch):
              "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]} for pair in pairs]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sys, "argv", ["train.py", *JOB, *more])
+    update = mocan.train_mocan
+
+    def train_mocan(*args):
+        """Score models are not on the device where nothing asks for a score."""
+        judges = [x for x in gc.get_objects() if isinstance(x, GPT) and x.config.score_head]
+        assert len(judges) >= 2 * ("--data" in more) and not any(on_device(judge.wte.weight) for judge in judges)
+        return update(*args)
+    monkeypatch.setattr(mocan, "train_mocan", train_mocan)
     with placed:
         train.main()
     assert placed.calls > 10_000

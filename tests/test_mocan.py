@@ -342,13 +342,13 @@ def test_score_pool_scores_each_response_as_an_answer_to_its_own_prompt():
     ids = [[*answer.encode(), tok.end] for answer in answers]
     tokens, mask = pad([list(prompt.encode()) for prompt in prompts for _ in ids], ids * 2)
     pool, names = Pool(tokens.view(2, 3, -1), mask.view(2, 3, -1)), ["helpful", "polite", "harmless"]
-    scores = mocan.score_pool({}, names, prompts, pool, tok)
+    scores = mocan.score_pool({}, names, prompts, pool, tok, "cpu")
     hand = [[[0.9, 0.0, 0.0], [0.0, 0.6, 0.9]], [[1, 0, 0], [1, 0, 0]], [[0, -2, 0], [0, -2, 0]]]
     assert torch.allclose(scores, torch.tensor(hand))
     assert torch.equal(scores[0, 1, 1], torch.tensor(WORLD_SCORES["helpful"](prompts[1], answers[1])))
 
     pool, judges = some_pool(), {name: tiny(seed, score_head=True) for seed, name in enumerate(reversed(names))}
-    scores = mocan.score_pool(judges, names, None, pool, None)
+    scores = mocan.score_pool(judges, names, None, pool, None, "cpu")
     for name, got in zip(names, scores, strict=True):
         expected = torch.stack([judges[name].score(t, m) for t, m in zip(*pool)])
         assert torch.allclose(got, expected, atol=1e-5, rtol=0) and not got.requires_grad
@@ -623,7 +623,7 @@ def sampled(prompt_limit):
 
 def test_the_reference_measured_against_itself(capsys):
     model, tok, prompts, pool, logp = sampled(60)
-    scores = mocan.score_pool({}, ["helpful", "harmless", "polite"], prompts, pool, tok)
+    scores = mocan.score_pool({}, ["helpful", "harmless", "polite"], prompts, pool, tok, "cpu")
     row = compare(scores, scores)
     assert scores.shape == (3, 2, 3) and len(pool.texts(tok)) == 6
     assert row["reward_gain"] == 0 and row["constraint_gain"] == [0, 0] and len(row["constraint_gain_ci"]) == 2
