@@ -261,8 +261,7 @@ class Descent:
                 loss = self.losses[step * self.recipe.accumulate]
                 raise FloatingPointError(
                     f"{self.recipe.stage}: the gradient norm is {norm} and the loss {loss} after "
-                    f"{step} steps; earlier artifacts are kept; lower the learning rate or use "
-                    "--dtype float32")
+                    f"{step} steps; lower the learning rate or use --dtype float32")
 
 
 def lr_at(step, recipe):

@@ -135,7 +135,7 @@ SETTINGS = [f for f in fields(Config) if f.metadata]
 QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, prompts=128,
              responses=16, steps=120, prealign_steps=100, prealign_lr=3e-4, lr=1e-3,
              eval_prompts=64, eval_responses=8)
-DATA = dict(lr=5e-5, shot_lr=5e-5, margin="25%")
+DATA = dict(accumulate=4, prompts=2048, responses=128, lr=2e-4, margin="25%")
 INIT = dict(tokenizer="gpt2", sft_lr=5e-5, score_lr=5e-5, prealign_lr=2e-5, lr=2e-5, shot_lr=2e-5)
 
 
@@ -455,7 +455,7 @@ def settings(argv):
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        prog="train.py", usage="python train.py [--SETTING VALUE ...]   (--help lists them)",
+        usage="python train.py [--SETTING VALUE ...]   (--help lists them)",
         description="One-shot safety alignment: a dual, then one policy update.",
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in SETTINGS:

@@ -314,7 +314,7 @@ def test_pecan_never_looks_at_a_score(monkeypatch, tmp_path, source):
     monkeypatch.setattr(data, "world_preferences", lambda count, rng: rows)  # drawn before, from the exact scores
     for name in data.WORLD_SCORES:
         monkeypatch.setitem(data.WORLD_SCORES, name, forbidden)
-    for name in ("score_pool", "learn_score", "train_score", "score_loss"):
+    for name in ("score_pool", "learn_score", "train_score"):
         monkeypatch.setattr(mocan, name, forbidden)
     monkeypatch.setattr(GPT, "score", forbidden)
     flags = []
