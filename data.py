@@ -94,7 +94,7 @@ def _read_row(line, name, place):
         row = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{place}: not a JSON object ({error}); expected is one a line, in UTF-8") from None
+            f"{place}: not a JSON object ({error}); one a line, in UTF-8, is expected") from None
     if not isinstance(row, dict):
         raise ValueError(
             f"{place}: a JSON {type(row).__name__} where a JSON object is expected")

@@ -348,7 +348,7 @@ def one_each(margin, m):
     margin = torch.as_tensor(margin, dtype=torch.float64).flatten().cpu().numpy()
     if len(margin) not in (1, m) or not np.isfinite(margin).all():
         raise ValueError(
-            f"margin is {margin.tolist()}: give one finite number, or one for each of {m} margins")
+            f"margin is {margin.tolist()}: give one finite number, or one per constraint ({m})")
     return margin * np.ones(m)
 
 

@@ -495,7 +495,8 @@ def check(parser, c):
             wanted = "> 0" if least == ABOVE_0 else f"at least {least}"
             parser.error(f"--{f.name} is {value}; it must be {wanted}")
     if c.held_out + c.calibration >= 1:
-        parser.error(f"--held_out {c.held_out} and --calibration {c.calibration}; together < 1")
+        parser.error(
+            f"--held_out {c.held_out} and --calibration {c.calibration} must add up to less than 1")
     if c.n_embd % c.n_head or c.max_new_tokens + 8 > c.block_size:
         parser.error(f"--n_embd {c.n_embd} must be a multiple of --n_head {c.n_head}, --block_size "
                      f"{c.block_size} at least --max_new_tokens {c.max_new_tokens} + 8")

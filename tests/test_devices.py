@@ -137,8 +137,6 @@ def test_what_cuda_refuses_is_refused(placed):
 JOB = ("--quick", "--device", "cuda:0", "--world_pairs", "300", "--n_embd", "16", "--max_new_tokens", "24", "--sft_steps",
        "4", "--prompts", "6", "--responses", "4", "--steps", "5", "--prealign_steps", "3", "--shots", "2", "--shot_steps",
        "3", "--shot_responses", "3", "--eval_prompts", "4", "--eval_responses", "2")
-
-
 MORE = {
     "world": (),
     "every option": ("--constraints", "harmless,polite", "--accumulate", "2", "--dtype", "bfloat16",

@@ -314,7 +314,7 @@ def test_pecan_never_looks_at_a_score(monkeypatch, tmp_path, source):
     monkeypatch.setattr(data, "world_preferences", lambda count, rng: rows)  # drawn before, from the exact scores
     for name in data.WORLD_SCORES:
         monkeypatch.setitem(data.WORLD_SCORES, name, forbidden)
-    for name in ("score_pool", "learn_score", "train_score"):
+    for name in ("score_pool", "learn_score", "train_score", "score_loss"):
         monkeypatch.setattr(mocan, name, forbidden)
     monkeypatch.setattr(GPT, "score", forbidden)
     flags = []
@@ -323,7 +323,7 @@ def test_pecan_never_looks_at_a_score(monkeypatch, tmp_path, source):
             "prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
             "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]}) + "\n"
             for pair in rows))
-        flags = ["--data", str(tmp_path / "pairs.jsonl")]
+        flags = ["--data", str(tmp_path / "pairs.jsonl"), "--accumulate", "1"]
     first = (train, "evaluate") if source == "world" else (mocan, "learn_score")
     monkeypatch.setattr(*first, stop)
     monkeypatch.setattr(sys, "argv", ["train.py", "--algo", "pecan", "--out", str(tmp_path), *flags, *(

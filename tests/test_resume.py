@@ -94,7 +94,8 @@ def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, mon
     context.set_forkserver_preload(["test_resume"])
     flags = [*TINY, "--shots", 2, "--shot_steps", 4, "--shot_responses", 4, "--sample_batch", 16, "--sft_steps", 30]
     if source == "file":
-        flags += ["--data", written(tmp_path / "pairs.jsonl", rows(150)), "--score_steps", 12, "--margin", "5%", "--accumulate", 1]
+        flags += ["--data", written(tmp_path / "pairs.jsonl", rows(150)), "--score_steps", 12, "--margin", "5%",
+                  "--accumulate", 1]
     log = tmp_path / "log"
     first = context.Process(target=int)  # starts the server, which imports torch: no part of a run's time
     first.start()
