@@ -105,7 +105,7 @@ def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, mon
     whole = time.time() - began
     assert (tmp_path / "whole" / "pecan_shot_2.pt").exists()
     draw, kills, stages, runs = random.Random(source), 0, set(), 0
-    while kills < 10:
+    while runs < 30 and (kills < 10 or len(stages) < 4):
         out, argv = tmp_path / f"run{runs}", [*flags, "--out", tmp_path / f"run{runs}"]
         lives = 0
         while killed(context, argv, log, draw.uniform(0.05, max(0.5, lives / 20)) * whole):  # it ends
