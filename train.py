@@ -112,8 +112,8 @@ class Config:
     constraints: str = setting("", "scores",
                                "safety preferences, comma separated; none: harmless; data: all")
     # policy
-    lr: float = setting(4e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
-    steps: int = setting(1200, "mocan", "its gradient steps")
+    lr: float = setting(2e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
+    steps: int = setting(800, "mocan", "its gradient steps")
     shots: int = setting(1, "mocan",
                          "1: as in the paper; more: sample, solve and train from the policy so far")
     shot_steps: int = setting(400, "mocan", "gradient steps of each further shot")
@@ -135,7 +135,7 @@ SETTINGS = [f for f in fields(Config) if f.metadata]
 QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, prompts=128,
              responses=16, steps=120, prealign_steps=100, prealign_lr=3e-4, lr=1e-3,
              eval_prompts=64, eval_responses=8)
-DATA = dict(accumulate=4, prompts=2048, responses=128, lr=2e-4, margin="25%")
+DATA = dict(accumulate=4, prompts=2048, responses=128, shot_responses=128, margin="25%")
 INIT = dict(tokenizer="gpt2", sft_lr=5e-5, score_lr=5e-5, prealign_lr=2e-5, lr=2e-5, shot_lr=2e-5)
 
 

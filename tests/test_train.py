@@ -234,7 +234,7 @@ def test_a_new_margin_keeps_the_pre_aligned_policies(tiny, tiny_copy):
 
 def test_artifacts_of_other_settings_are_not_mixed_in(tiny_copy):
     job("--from", "mocan", "--out", tiny_copy, "--algo", "mocan", "--lr", "3e-4")
-    with pytest.raises(ValueError, match=r"pecan\.pt: made with lr 0\.0004, not 0\.0003; .* --from pecan$"):
+    with pytest.raises(ValueError, match=r"pecan\.pt: made with lr 0\.0002, not 0\.0003; .* --from pecan$"):
         job("--from", "evaluate", "--out", tiny_copy, "--algo", "all")
     job(*TINY, "--out", tiny_copy, "--seed", 1, "--algo", "mocan")
     with pytest.raises(ValueError, match=r"dpo-helpful\.pt: made with seed 0, not 1; make it with --from prealign$"):
@@ -693,9 +693,9 @@ def test_a_cpu_run_is_in_float32_wherever_it_runs():
 
 
 def test_defaults_of_real_data_give_way_to_the_command_line_and_to_quick():
-    assert (train.settings([]).margin, train.settings([]).lr) == ("50%", 4e-4)
-    c = train.settings(["--data", "x.jsonl", "--lr", "1e-3"])
-    assert (c.margin, c.prealign_steps, c.lr) == ("25%", 1575, 1e-3)
+    assert (train.settings([]).margin, train.settings([]).responses) == ("50%", 32)
+    c = train.settings(["--data", "x.jsonl", "--responses", "64"])
+    assert (c.margin, c.prealign_steps, c.responses, c.shot_responses) == ("25%", 1575, 64, 128)
     assert train.settings(["--quick", "--data", "x.jsonl"]).prealign_steps == train.QUICK["prealign_steps"]
 
 
