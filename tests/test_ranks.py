@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--world_pairs", "600", "--n_embd", "32", "--n_head", "2", "--n_layer", "1", "--sft_steps", "150", "--sft_lr", "1e-2",
         "--prompts", "37", "--responses", "6", "--steps", "20", "--prealign_steps", "20", "--eval_prompts", "21",
-        "--eval_responses", "4", "--batch", "12", "--group", "4", "--sample_batch", "24", "--margin", "20%", "--shots", "2",
+        "--eval_responses", "4", "--batch", "12", "--group", "4", "--sample_batch", "24", "--margin", "40%", "--shots", "2",
         "--shot_steps", "10", "--shot_responses", "6"]
 
 # every loop and every pool of the project on fixed inputs; the first process writes what came of them
