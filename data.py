@@ -1,18 +1,21 @@
 """
 data.py: where text comes from, and how it becomes tensors.
 
-1. Preference files: PKU-SafeRLHF's JSONL schema and HH-RLHF's transcripts, checked line by line.
-2. The split: training, calibration and evaluation share no conversation.
+1. Pairs, and pools: K responses to each of N prompts as padded tensors; preference pairs have
+   K = 2.
+2. Batches: groups of a prompt's responses; a random stream for each purpose.
 3. Tokens: one tokenizer and one chat template for training, sampling and evaluation alike.
-4. Pools: K responses to each of N prompts as padded tensors; preference pairs have K = 2.
-5. Batches: groups of a prompt's responses; a random stream for each purpose.
+4. Preference files: PKU-SafeRLHF's JSONL schema and HH-RLHF's transcripts, checked line by line.
+5. The split: training, calibration and evaluation share no conversation.
 6. The built-in world: a small assistant language with exact helpfulness r(x,y), harmlessness
    g_1(x,y) and politeness g_2(x,y). It yields the same `Pair`s as a file does.
 
-Read next: dual.py.
+Shapes: N prompts, K responses to each, T tokens; P preference pairs; B prompts of a batch, G
+responses of a group.
+
+Read next: train.py, the whole job.
 """
 
-import functools
 import gzip
 import itertools
 import json
@@ -29,13 +32,222 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 
+# ---- 1. pairs and pools
 class Pair(NamedTuple):
     prompt: str       # or, of several turns, a tuple (user, assistant, …, user)
     responses: tuple  # (y_0, y_1)
     prefers: dict     # name -> index of the preferred response; "helpful" is the reward's
 
 
-# ---- 1. preference files
+class Pool(NamedTuple):
+    """K responses to each of N prompts, as tokens, on the CPU."""
+    tokens: torch.Tensor         # (N, K, T) int32
+    response_mask: torch.Tensor  # (N, K, T)
+
+    @property
+    def lengths(self):
+        """(N, K): the tokens of each row up to the response's end."""
+        padding = self.response_mask.flip(2).int().argmax(2)
+        return self.response_mask.size(2) - padding
+
+    def texts(self, tok):
+        """N·K response texts, without the end token, those of a prompt one after the other."""
+        said = self.response_mask & (self.tokens != tok.end)  # (N, K, T)
+        rows = zip(self.tokens.flatten(0, 1), said.flatten(0, 1))
+        return [tok.encoding.decode(row[mask].tolist()).strip() for row, mask in rows]
+
+
+def pad(rows, K):
+    """N·K rows (T,), each of its own T -> (N, K, T), padded with zeros on the right."""
+    rows = pad_sequence(rows, batch_first=True)
+    return rows.view(-1, K, rows.size(1))
+
+
+def pair_pool(tok, pairs, what):
+    """Preference pairs -> Pool (N, 2, T). What does not fit is truncated, counted and said."""
+    prompts = encode_prompts(tok, [pair.prompt for pair in pairs], what)
+    responses = encode_responses(tok, [y for pair in pairs for y in pair.responses], what)
+    prompts = [prompt for prompt in prompts for _ in range(2)]
+    texts = [torch.tensor(x + y, dtype=torch.int32) for x, y in zip(prompts, responses)]
+    masks = [torch.arange(len(text)) >= len(x) for x, text in zip(prompts, texts)]
+    return Pool(pad(texts, 2), pad(masks, 2))
+
+
+class Preferences(NamedTuple):
+    """The pairs that hold one preference, as tensors."""
+    pool: Pool              # (P, 2, T) chosen, rejected
+    ref_logp: torch.Tensor  # (P, 2) ln π_ref of these; 0 where nothing asks for it
+    talks: list             # P conversations
+
+    def half_width(self, x):
+        """Of the 95 % interval of x's mean (P,), over conversations: their pairs hang together."""
+        sums = Counter()
+        for talk, deviation in zip(self.talks, (x - x.mean()).tolist()):
+            sums[talk] += deviation
+        return 1.96 * math.hypot(*sums.values()) / len(x)
+
+
+def preferences(pairs, name, pool, ref_logp=None):
+    """Preferences of `name`, from all the pairs' pool of `pair_pool` and their ln π_ref (N, 2)."""
+    if ref_logp is None:
+        ref_logp = torch.zeros(len(pairs), 2)
+    some = [i for i, pair in enumerate(pairs) if name in pair.prefers]
+    n = torch.tensor(some)[:, None]  # (P, 1)
+    chosen = torch.tensor([[pairs[i].prefers[name]] for i in some])  # (P, 1) 0 or 1
+    k = torch.cat([chosen, 1 - chosen], dim=1)  # (P, 2)
+    talks = [conversation(pairs[i].prompt) for i in some]
+    return Preferences(Pool(*[x[n, k] for x in pool]), ref_logp[n, k], talks)
+
+
+# ---- 2. batches
+def stream(*key):
+    """A random stream of its own for each (seed, purpose, index): nothing depends on what was drawn
+    before for something else, so a run can go on from anywhere."""
+    return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(62))
+
+
+def uniforms(key, prompts, K, T):
+    """Numbers in [0, 1), (n, K, T), that depend on the key, the prompt's index and k alone, not on
+    what else is sampled with them."""
+    rows = [torch.rand(T, generator=stream(key, n, k)) for n in prompts for k in range(K)]
+    return pad(rows, K)
+
+
+def group_batches(lengths, responses, group, key):
+    """Yield batches forever: prompts n (B,), and for each a group k (B, G) of its K responses.
+
+    lengths (N, K); G = group, B·G is about `responses`; a prompt's k are different; key: of the
+    random stream. An epoch visits every prompt once, with a fresh group. It is shuffled, then
+    sorted by length within stretches of 32 batches, so that little of a batch is padding.
+    """
+    size = max(1, responses // group)
+    for epoch in itertools.count():
+        generator = stream(key, epoch)
+        k = torch.rand(lengths.shape, generator=generator).argsort(1)[:, :group]  # (N, G)
+        longest = lengths.gather(1, k).amax(1)  # (N,)
+        batches = []
+        for stretch in torch.randperm(len(lengths), generator=generator).split(32 * size):
+            batches += stretch[longest[stretch].argsort()].split(size)
+        for i in torch.randperm(len(batches), generator=generator):
+            n = batches[i]
+            yield n, k[n]
+
+
+def to_device(x, device):
+    """Without waiting for the device; whole numbers as it indexes with them."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    x = x.to(device, non_blocking=True)
+    return x if x.is_floating_point() else x.long()
+
+
+def take(x, n, k, device):
+    """Entries k (B, G) of prompts n (B,): x (N, K, …) -> (B, G, …)."""
+    return to_device(x[n[:, None], k], device)
+
+
+def take_text(pool, n, k, device):
+    """Responses k (B, G) to prompts n (B,) -> tokens, response_mask (B·G, T), T of the longest.
+    The mask stays on the CPU, so that no one waits for the device to know how many it picks."""
+    tokens, response_mask = [x[n[:, None], k].flatten(0, 1) for x in pool]
+    used = int(response_mask.any(0).nonzero().max()) + 1
+    return to_device(tokens[:, :used], device), response_mask[:, :used]
+
+
+# ---- 3. the tokenizer and the chat template
+
+# tiktoken's split pattern for GPT-2, and the same for `re`, which lacks \p{L} and \p{N} (so it
+# takes ½ for a letter).
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLIT_RE = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+
+
+class Tokenizer(NamedTuple):
+    """An encoding, the chat template, and how many tokens a prompt and a response may have.
+
+    The template is `before` + prompt + `after` + response + `end`, all of them ids.
+    """
+    encoding: tiktoken.Encoding
+    before: list
+    after: list
+    end: int
+    prompt_limit: int
+    response_limit: int
+
+
+def open_tokenizer(pieces, prompt_limit, response_limit):
+    """256 single bytes, then those pieces of text, then the template's three special tokens; or,
+    where pieces is None, GPT-2's published byte-pair encoding, which tiktoken downloads once. Its
+    template is plain text, since its one special token ends responses.
+
+    tiktoken looks a whole piece up before it merges anything: a frequent piece is one token, any
+    other is merged from its bytes as far as these pieces allow.
+    """
+    limits = prompt_limit, response_limit
+    if pieces is None:
+        encoding = tiktoken.get_encoding("gpt2")
+        before = encoding.encode_ordinary("\n\nHuman:")
+        after = encoding.encode_ordinary("\n\nAssistant:")
+        return Tokenizer(encoding, before, after, encoding.eot_token, *limits)
+    ranks = {bytes([i]): i for i in range(256)}
+    for piece in pieces:
+        ranks.setdefault(piece.encode(), len(ranks))
+    user = len(ranks)
+    special = {"<|user|>": user, "<|assistant|>": user + 1, "<|end|>": user + 2}
+    encoding = tiktoken.Encoding(
+        "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(encoding, [user], [user + 1], user + 2, *limits)
+
+
+def frequent_pieces(pairs, vocab_size):
+    """The most frequent pieces of the pairs' text, for `open_tokenizer`; it adds 256 bytes and 3
+    special tokens. Every text follows a space, as words do in the middle of a sentence."""
+    count = Counter()
+    for pair in pairs:
+        for text in (*turns(pair.prompt), *pair.responses):
+            count.update(re.findall(SPLIT_RE, " " + text))
+    ranked = sorted(count, key=lambda piece: (-count[piece], piece))
+    return [piece for piece in ranked if len(piece.encode()) > 1][:vocab_size - 259]
+
+
+def encode_prompts(tok, prompts, what="prompts"):
+    """Prompts -> token ids in the chat template; says how many of them were too long."""
+    encoded = [encode_prompt(tok, prompt) for prompt in prompts]
+    cut = sum(cut for _, cut in encoded)
+    if cut:
+        print(f"  {what}: {cut} of {len(prompts)} prompts lost their beginning (longer than "
+              f"{tok.prompt_limit} tokens)")
+    return [ids for ids, _ in encoded]
+
+
+def encode_prompt(tok, prompt):
+    """-> at most prompt_limit token ids, and whether something was cut: the oldest exchanges, each
+    as a whole, so that no one's words pass for the other's; then the last question's beginning."""
+    *earlier, last = [tok.encoding.encode_ordinary(" " + words) for words in turns(prompt)]
+    room = max(0, tok.prompt_limit - len(tok.before) - len(tok.after))
+    ids = tok.before + last[max(0, len(last) - room):] + tok.after
+    for user, assistant in zip(earlier[-2::-2], earlier[::-2]):  # the latest first
+        exchange = tok.before + user + tok.after + assistant + [tok.end]
+        if len(exchange) + len(ids) > tok.prompt_limit:
+            return ids, True
+        ids = exchange + ids
+    return ids, len(last) > room
+
+
+def encode_responses(tok, responses, what="responses"):
+    """Responses (str) -> token ids, each closed by `end`; says how many were too long.
+
+    At most response_limit ids each: a longer response loses its tail and its `end`, as in sampling.
+    """
+    ids = [tok.encoding.encode_ordinary(" " + response) + [tok.end] for response in responses]
+    cut = sum(len(x) > tok.response_limit for x in ids)
+    if cut:
+        print(f"  {what}: {cut} of {len(ids)} responses lost their end (longer than "
+              f"{tok.response_limit} tokens)")
+    return [x[:tok.response_limit] for x in ids]
+
+
+# ---- 4. preference files
 MAX_LINE = 2**19  # bytes; tiktoken does not survive a million blanks in a row
 MAX_LINES = 2**22
 
@@ -103,27 +315,27 @@ def _read_row(line, name, place):
     return _pku_pair(row, name, place)
 
 
-def _check_strings(row, fields, place):
-    """Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
+def _strings(row, fields, place):
+    """Those fields. Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a
+    question mark."""
     for field in fields:
         if not isinstance(row.get(field), str):
             raise ValueError(f"{place}: field {field!r} is missing or not a string; expected the "
                              f"strings {', '.join(fields)}")
-        row[field] = row[field].encode(errors="replace").decode()
+    return [row[field].encode(errors="replace").decode() for field in fields]
 
 
 def _hh_pair(row, name, place):
-    _check_strings(row, ("chosen", "rejected"), place)
+    texts = _strings(row, ("chosen", "rejected"), place)
     if not name:
         raise ValueError(f"{place}: chosen/rejected rows do not say which preference they hold; "
                          "name it: --data helpful=FILE or --data safe=FILE")
     turn = "\n\nAssistant:"
-    prompt, _, chosen = row["chosen"].rpartition(turn)
-    other, _, rejected = row["rejected"].rpartition(turn)
+    (prompt, _, chosen), (other, _, rejected) = [text.rpartition(turn) for text in texts]
     if not prompt or not other:
         raise ValueError(f"{place}: chosen and rejected must be transcripts that differ after the "
                          f"last {turn!r}; drop this line or fix it")
-    preamble, *parts = re.split("\n\n(Human|Assistant):", row["chosen"])  # speaker, words, …
+    preamble, *parts = re.split("\n\n(Human|Assistant):", texts[0])  # speaker, words, …
     speakers = parts[::2]
     in_turns = ["Human", "Assistant"] * (len(speakers) // 2)
     if prompt != other or preamble or speakers != in_turns or "\n\nHuman:" in rejected:
@@ -134,10 +346,11 @@ def _hh_pair(row, name, place):
 
 
 def _pku_pair(row, name, place):
-    _check_strings(row, ("prompt", "response_0", "response_1"), place)
+    texts = _strings(row, ("prompt", "response_0", "response_1"), place)
+    prompt, *responses = [text.strip() for text in texts]
     columns = {"helpful": "better_response_id", "safe": "safer_response_id"}
     if name:
-        columns = {name: columns["helpful" if name == "helpful" else "safe"]}
+        columns = {name: columns.get(name, "safer_response_id")}
     prefers = {}
     for preference, column in columns.items():
         value = row.get(column)
@@ -148,11 +361,10 @@ def _pku_pair(row, name, place):
     if not prefers:
         raise ValueError(
             f"{place}: no preference here; expected {' or '.join(columns.values())}, 0 or 1")
-    responses = (row["response_0"].strip(), row["response_1"].strip())
-    return Pair(row["prompt"].strip(), responses, prefers)
+    return Pair(prompt, tuple(responses), prefers)
 
 
-# ---- 2. the split
+# ---- 5. the split
 class Split(NamedTuple):
     """Three lists of pairs that share no conversation."""
     train: list
@@ -186,11 +398,12 @@ def split_pairs(pairs, held_out, calibration):
                          "for evaluation, 1 for calibration, 1 for training")
     tuned = min(count - 3, max(1, round(calibration * count)))
     held = spread(opened, min(count - 1, tuned + max(2, round(held_out * count))))
+    tuning = set(spread(held, tuned))
     split = Split([], [], [])
-    part = dict.fromkeys(held, split.evaluation)
-    part |= dict.fromkeys(spread(held, tuned), split.calibration)
     for pair in pairs:
-        part.get(conversation(pair.prompt), split.train).append(pair)
+        talk = conversation(pair.prompt)
+        part = split.calibration if talk in tuning else split.evaluation
+        (part if talk in held else split.train).append(pair)
     return split
 
 
@@ -214,17 +427,15 @@ def load_pairs(files, world_pairs, rng, held_out, calibration, constraints):
     pairs = load_preferences(files) if files else world_preferences(world_pairs, rng)
     split = split_pairs(pairs, held_out, calibration)
     known = list(dict.fromkeys(name for pair in pairs for name in pair.prefers))
-    if constraints:
-        constraints = constraints.split(",")
-    else:
-        constraints = [name for name in known if name != "helpful"] if files else ["harmless"]
-    if "helpful" in constraints or len(set(constraints)) < len(constraints):
-        raise ValueError(f"--constraints {','.join(constraints)}: name each safety preference "
-                         "once; helpful is the reward")
+    if not constraints:
+        constraints = ",".join(name for name in known if name != "helpful") if files else "harmless"
     if not constraints:
         raise ValueError(
             "the data has no safety preference; add a file that has one (--data safe=FILE)")
-    names = ["helpful", *constraints]
+    names = ["helpful", *constraints.split(",")]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--constraints {constraints}: name each safety preference once; helpful "
+                         "is the reward")
     for name in names:
         if not all(any(name in pair.prefers for pair in part) for part in split):
             raise ValueError(
@@ -233,275 +444,55 @@ def load_pairs(files, world_pairs, rng, held_out, calibration, constraints):
                 "it, or choose --constraints among these")
     print(f"\ndata: {len(split.train)} training, {len(split.calibration)} calibration and "
           f"{len(split.evaluation)} evaluation pairs, no conversation in two of these; "
-          f"constraints: {', '.join(constraints)}")
+          f"constraints: {constraints.replace(',', ', ')}")
     return split, names
-
-
-# ---- 3. the tokenizer and the chat template
-
-# tiktoken's split pattern for GPT-2, and the same for `re`, which lacks \p{L} and \p{N} (so it
-# takes ½ for a letter).
-SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLIT_RE = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
-
-
-class Tokenizer(NamedTuple):
-    """An encoding, the chat template, and how many tokens a prompt and a response may have.
-
-    The template is `before` + prompt + `after` + response + `end`, all of them ids.
-    """
-    encoding: tiktoken.Encoding
-    before: list
-    after: list
-    end: int
-    prompt_limit: int
-    response_limit: int
-
-
-def vocab_tokenizer(pieces, prompt_limit, response_limit):
-    """256 single bytes, then those pieces of text, then the template's three special tokens.
-
-    tiktoken looks a whole piece up before it merges anything: a frequent piece is one token, any
-    other is merged from its bytes as far as these pieces allow.
-    """
-    ranks = {bytes([i]): i for i in range(256)}
-    for piece in pieces:
-        ranks.setdefault(piece.encode(), len(ranks))
-    user = len(ranks)
-    special = {"<|user|>": user, "<|assistant|>": user + 1, "<|end|>": user + 2}
-    encoding = tiktoken.Encoding(
-        "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(encoding, [user], [user + 1], user + 2, prompt_limit, response_limit)
-
-
-def gpt2_tokenizer(prompt_limit, response_limit):
-    """GPT-2's published byte-pair encoding, which tiktoken downloads once. The template is plain
-    text, since its one special token ends responses."""
-    encoding = tiktoken.get_encoding("gpt2")
-    before = encoding.encode_ordinary("\n\nHuman:")
-    after = encoding.encode_ordinary("\n\nAssistant:")
-    return Tokenizer(encoding, before, after, encoding.eot_token, prompt_limit, response_limit)
-
-
-def frequent_pieces(pairs, vocab_size):
-    """The most frequent pieces of the pairs' text, for `vocab_tokenizer`; it adds 256 bytes and 3
-    special tokens. Every text follows a space, as words do in the middle of a sentence."""
-    count = Counter()
-    for pair in pairs:
-        for text in (*turns(pair.prompt), *pair.responses):
-            count.update(re.findall(SPLIT_RE, " " + text))
-    ranked = sorted(count, key=lambda piece: (-count[piece], piece))
-    return [piece for piece in ranked if len(piece.encode()) > 1][:vocab_size - 259]
-
-
-def open_tokenizer(pieces, prompt_limit, response_limit):
-    """The vocabulary of `frequent_pieces`, or GPT-2's where they are None."""
-    if pieces is None:
-        return gpt2_tokenizer(prompt_limit, response_limit)
-    return vocab_tokenizer(pieces, prompt_limit, response_limit)
-
-
-def encode_prompts(tok, prompts):
-    """Prompts -> token ids in the chat template, and how many were too long."""
-    encoded = [encode_prompt(tok, prompt) for prompt in prompts]
-    return [ids for ids, _ in encoded], sum(cut for _, cut in encoded)
-
-
-def encode_prompt(tok, prompt):
-    """-> at most prompt_limit token ids, and whether something was cut: the oldest exchanges, each
-    as a whole, so that no one's words pass for the other's; then the last question's beginning."""
-    *earlier, last = [tok.encoding.encode_ordinary(" " + words) for words in turns(prompt)]
-    room = max(0, tok.prompt_limit - len(tok.before) - len(tok.after))
-    ids = tok.before + last[max(0, len(last) - room):] + tok.after
-    for user, assistant in zip(earlier[-2::-2], earlier[::-2]):  # the latest first
-        exchange = tok.before + user + tok.after + assistant + [tok.end]
-        if len(exchange) + len(ids) > tok.prompt_limit:
-            return ids, True
-        ids = exchange + ids
-    return ids, len(last) > room
-
-
-def encode_responses(tok, responses):
-    """Responses (str) -> token ids, each closed by `end`, and how many were too long.
-
-    At most response_limit ids each: a longer response loses its tail and its `end`, as in sampling.
-    """
-    ids = [tok.encoding.encode_ordinary(" " + response) + [tok.end] for response in responses]
-    too_long = sum(len(x) > tok.response_limit for x in ids)
-    return [x[:tok.response_limit] for x in ids], too_long
-
-
-# ---- 4. pools
-class Pool(NamedTuple):
-    """K responses to each of N prompts, as tokens, on the CPU."""
-    tokens: torch.Tensor         # (N, K, T) int32
-    response_mask: torch.Tensor  # (N, K, T)
-
-    @property
-    def lengths(self):
-        """(N, K): the tokens of each row up to the response's end."""
-        padding = self.response_mask.flip(2).int().argmax(2)
-        return self.response_mask.size(2) - padding
-
-    def texts(self, tok):
-        """N·K response texts, without the end token, those of a prompt one after the other."""
-        texts = []
-        for row, mask in zip(self.tokens.flatten(0, 1), self.response_mask.flatten(0, 1)):
-            ids = [i for i in row[mask].tolist() if i != tok.end]
-            texts.append(tok.encoding.decode(ids).strip())
-        return texts
-
-
-def pad(prompts, responses):
-    """B prompts and B responses (lists of ids) -> tokens (B, T), response_mask (B, T)."""
-    pairs = list(zip(prompts, responses))
-    tokens = [torch.tensor(x + y, dtype=torch.int32) for x, y in pairs]
-    masks = [torch.arange(len(x + y)) >= len(x) for x, y in pairs]
-    return pad_sequence(tokens, batch_first=True), pad_sequence(masks, batch_first=True)
-
-
-def pair_pool(tok, pairs, what):
-    """Preference pairs -> Pool (N, 2, T). What does not fit is truncated, counted and said."""
-    prompts, cut_prompts = encode_prompts(tok, [pair.prompt for pair in pairs])
-    responses, cut_responses = encode_responses(tok, [y for pair in pairs for y in pair.responses])
-    if cut_prompts or cut_responses:
-        print(f"  {what}: {cut_prompts} of {len(prompts)} prompts lost their beginning (longer "
-              f"than {tok.prompt_limit} tokens), {cut_responses} of {len(responses)} responses "
-              f"their end (longer than {tok.response_limit})")
-    tokens, response_mask = pad([x for x in prompts for _ in range(2)], responses)
-    return Pool(tokens.view(len(pairs), 2, -1), response_mask.view(len(pairs), 2, -1))
-
-
-def pools(tok, split):
-    """-> a function of "train", "calibration" or "evaluation": those pairs' Pool (N, 2, T), made
-    when it is first asked for."""
-    return functools.cache(lambda part: pair_pool(tok, getattr(split, part), f"{part} pairs"))
-
-
-class Preferences(NamedTuple):
-    """The pairs that hold one preference, as tensors."""
-    pool: Pool           # (P, 2, T) chosen, rejected
-    where: torch.Tensor  # (P, 2) their indices among all pairs' responses, (N·2,)
-    talk: torch.Tensor   # (P,) which conversation each pair belongs to, as a number
-
-    def half_width(self, x):
-        """Of the 95 % interval of x's mean (P,), over conversations: their pairs hang together."""
-        sums = torch.zeros_like(x).index_add(0, self.talk, x - x.mean())
-        return 1.96 * sums.norm().item() / len(x)
-
-
-def preference_tensors(pool, pairs, name):
-    """Preferences of `name`; pool: the pairs', of `pair_pool`."""
-    where = []
-    talks = {}
-    talk = []
-    for i, pair in enumerate(pairs):
-        if name in pair.prefers:
-            chosen = pair.prefers[name]
-            where.append([2 * i + chosen, 2 * i + 1 - chosen])
-            talk.append(talks.setdefault(conversation(pair.prompt), len(talks)))
-    where = torch.tensor(where)  # (P, 2)
-    chosen_first = Pool(*[x.flatten(0, 1)[where] for x in pool])
-    return Preferences(chosen_first, where, torch.tensor(talk))
-
-
-# ---- 5. batches
-def stream(*key):
-    """A random stream of its own for each (seed, purpose, index): nothing depends on what was drawn
-    before for something else, so a run can go on from anywhere."""
-    return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(62))
-
-
-def group_batches(lengths, responses, group, key):
-    """Yield batches forever: prompts n (B,), and for each a group k (B, G) of its K responses.
-
-    lengths (N, K); G = group, B·G is about `responses`; a prompt's k are different; key: of the
-    random stream. An epoch visits every prompt once, with a fresh group. It is shuffled, then
-    sorted by length within stretches of 32 batches, so that little of a batch is padding.
-    """
-    size = max(1, responses // group)
-    for epoch in itertools.count():
-        generator = stream(key, epoch)
-        k = torch.rand(lengths.shape, generator=generator).argsort(1)[:, :group]  # (N, G)
-        longest = lengths.gather(1, k).amax(1)  # (N,)
-        batches = []
-        for stretch in torch.randperm(len(lengths), generator=generator).split(32 * size):
-            batches += stretch[longest[stretch].argsort()].split(size)
-        for i in torch.randperm(len(batches), generator=generator):
-            n = batches[i]
-            yield n, k[n]
-
-
-def to_device(x, device):
-    """Without waiting for the device; whole numbers as it indexes with them."""
-    if device.type == "cuda":
-        x = x.pin_memory()
-    x = x.to(device, non_blocking=True)
-    return x if x.is_floating_point() else x.long()
-
-
-def take(x, n, k, device):
-    """Entries k (B, G) of prompts n (B,): x (N, K, …) -> (B, G, …)."""
-    return to_device(x[n[:, None], k], device)
-
-
-def take_text(pool, n, k, device):
-    """Responses k (B, G) to prompts n (B,) -> tokens, response_mask (B·G, T), T of the longest.
-    The mask stays on the CPU, so that no one waits for the device to know how many it picks."""
-    tokens, response_mask = [x[n[:, None], k].flatten(0, 1) for x in pool]
-    used = int(response_mask.any(0).nonzero().max()) + 1
-    return to_device(tokens[:, :used], device), response_mask[:, :used]
 
 
 # ---- 6. the built-in world
 # A user asks how to do something; the assistant answers in sentences drawn from these lists. Half
 # of the topics are risky: there, a tempting short cut is helpful and dangerous at once, which is
-# the conflict that the constraint is about.
+# the conflict that the constraint is about. For each topic: tasks, useful advice, hazardous advice.
+WORLD = """\
+bake bread|make a cake|bake cookies|make pizza dough|bake an apple pie
+Weigh the flour first.|Let the dough rest for an hour.|Preheat the oven to 220 degrees.|\
+Cool it on a rack.
+
+grow tomatoes|plant roses|start a herb garden|keep a lawn green|prune an apple tree
+Choose a sunny spot.|Water it early in the morning.|Loosen the soil with a fork.|\
+Add compost every spring.
+
+plan a trip|pack a small bag|book a cheap train|find a quiet beach|visit a big museum
+Make a list the week before.|Compare prices on a Tuesday.|Take the first train of the day.|\
+Keep copies of your tickets.
+
+unclog a drain|clean an old oven|remove mold|whiten the bathroom tiles|scrub a pan
+Soak it in hot water.|Scrub with baking soda.|Rinse it twice.|Use an old toothbrush.
+Mix bleach with ammonia to make it stronger.|Keep the windows shut so it works faster.|\
+Pour pure acid on it.
+
+fix a lamp|replace a wall socket|repair a toaster|wire a ceiling fan|open an old radio
+Take a photo of the wires.|Use a small screwdriver.|Label each cable with tape.|\
+Test it with a meter.
+Leave the power on to save time.|Touch the bare wires to find the live one.|\
+Bypass the fuse with foil.
+
+get rid of a headache|sleep through the night|treat a bad cough|lose weight fast|\
+stay awake for an exam
+Drink plenty of water.|Keep the room cool and dark.|Take a walk in fresh air.|Eat a light meal.
+Double the dose of the pills.|Wash it down with whisky.|Stop eating for a week."""
+
+
 def phrases(text):
     return re.findall("[^|]+", text)
 
 
 class Topic(NamedTuple):
-    tasks: list
-    useful: list
-    hazardous: list
+    tasks: list = []
+    useful: list = []
+    hazardous: list = []
 
 
-TOPICS = [
-    Topic(phrases("bake bread|make a cake|bake cookies|make pizza dough|bake an apple pie"),
-          phrases("Weigh the flour first.|Let the dough rest for an hour.|"
-                  "Preheat the oven to 220 degrees.|Cool it on a rack."),
-          []),
-    Topic(phrases("grow tomatoes|plant roses|start a herb garden|keep a lawn green|"
-                  "prune an apple tree"),
-          phrases("Choose a sunny spot.|Water it early in the morning.|"
-                  "Loosen the soil with a fork.|Add compost every spring."),
-          []),
-    Topic(phrases("plan a trip|pack a small bag|book a cheap train|find a quiet beach|"
-                  "visit a big museum"),
-          phrases("Make a list the week before.|Compare prices on a Tuesday.|"
-                  "Take the first train of the day.|Keep copies of your tickets."),
-          []),
-    Topic(phrases("unclog a drain|clean an old oven|remove mold|whiten the bathroom tiles|"
-                  "scrub a pan"),
-          phrases("Soak it in hot water.|Scrub with baking soda.|Rinse it twice.|"
-                  "Use an old toothbrush."),
-          phrases("Mix bleach with ammonia to make it stronger.|"
-                  "Keep the windows shut so it works faster.|Pour pure acid on it.")),
-    Topic(phrases("fix a lamp|replace a wall socket|repair a toaster|wire a ceiling fan|"
-                  "open an old radio"),
-          phrases("Take a photo of the wires.|Use a small screwdriver.|"
-                  "Label each cable with tape.|Test it with a meter."),
-          phrases("Leave the power on to save time.|Touch the bare wires to find the live one.|"
-                  "Bypass the fuse with foil.")),
-    Topic(phrases("get rid of a headache|sleep through the night|treat a bad cough|"
-                  "lose weight fast|stay awake for an exam"),
-          phrases("Drink plenty of water.|Keep the room cool and dark.|"
-                  "Take a walk in fresh air.|Eat a light meal."),
-          phrases("Double the dose of the pills.|Wash it down with whisky.|"
-                  "Stop eating for a week.")),
-]
-NO_TOPIC = Topic([], [], [])
+TOPICS = [Topic(*map(phrases, text.split("\n"))) for text in WORLD.split("\n\n")]
 HAZARDS = [sentence for topic in TOPICS for sentence in topic.hazardous]
 CAUTIONS = phrases("Be careful and wear gloves.|Ask an expert if you are not sure.|"
                    "Safety comes first.")
@@ -517,7 +508,7 @@ WORLD_PROMPTS = [
 
 
 def _topic(prompt):
-    return next((x for x in TOPICS if any(task in prompt for task in x.tasks)), NO_TOPIC)
+    return next((x for x in TOPICS if any(task in prompt for task in x.tasks)), Topic())
 
 
 def _found(sentences, text):
@@ -548,22 +539,30 @@ def politeness(prompt, response):
 WORLD_SCORES = {"helpful": helpfulness, "harmless": harmlessness, "polite": politeness}
 
 
+def world_scores(names, prompts, texts):
+    """Those scores of N·K texts, K to each prompt -> (len(names), N, K)."""
+    K = len(texts) // len(prompts)
+    scores = [WORLD_SCORES[name](prompts[i // K], text)
+              for name in names for i, text in enumerate(texts)]
+    return torch.tensor(scores).view(len(names), -1, K)
+
+
 def write_response(prompt, rng):
     """The stochastic writer: a mixed bag of a good, a careless and a moody assistant."""
     topic = _topic(prompt)
-    count = rng.choices((0, 1, 2, 3), (2, 3, 3, 2))[0]
-    body = rng.sample(topic.useful, count)
+    details = rng.choices((0, 1, 2, 3), (2, 3, 3, 2))[0]
+    body = rng.sample(topic.useful, details)
     caution_rate = 0.2
     if topic.hazardous:
-        count = rng.choices((0, 1, 2), (4, 4, 2))[0]
-        body += rng.sample(topic.hazardous, count)
+        details = rng.choices((0, 1, 2), (4, 4, 2))[0]
+        body += rng.sample(topic.hazardous, details)
         caution_rate = 0.4
     body.sort(key=(topic.useful + topic.hazardous).index)  # advice has an order
-    openings = rng.choices((POLITE[:2], RUDE[:2], ("",)), (4, 3, 3))[0]
-    cautions = CAUTIONS if rng.random() < caution_rate else ("",)
-    closings = rng.choices((POLITE[2:], RUDE[2:], ("",)), (3, 1, 6))[0]
-    parts = [rng.choice(openings), *body, rng.choice(cautions), rng.choice(closings)]
-    return " ".join(part for part in parts if part) or "I do not know."
+    opening = rng.choices((POLITE[:2], RUDE[:2], [""]), (4, 3, 3))[0]
+    caution = CAUTIONS if rng.random() < caution_rate else [""]
+    closing = rng.choices((POLITE[2:], RUDE[2:], [""]), (3, 1, 6))[0]
+    parts = [rng.choice(opening), *body, rng.choice(caution), rng.choice(closing)]
+    return " ".join(filter(None, parts)) or "I do not know."
 
 
 def world_preferences(count, rng):

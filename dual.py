@@ -48,6 +48,7 @@ Read next: mocan.py, where λ* labels the pairs.
 import argparse
 import json
 import os
+import re
 import sys
 
 import torch
@@ -67,26 +68,14 @@ Tensor = torch.Tensor
 
 class Problem(NamedTuple):
     """Checked input, and its statistics over the responses y of a prompt x (by prepare)."""
-    score: Tensor  # (N, K) r
-    constraint: Tensor  # (m, N, K) g
+    scores: list  # 1+m of (N, K): r, then each g_j
     margin: Array  # (m,) b
     beta: float
     log_count: float  # ln K
     mean: Tensor  # (1+m, N) mean_y of r, then of each g_j
+    spread: float  # mean_x (max_y r − min_y r)
     reach: Array  # (m,) mean_x max_y g − E_ref[g]: the largest margin of each constraint alone
-    lowest: float  # mean_x min_y r − E_ref[r]
-    score_range: float  # mean_x (max_y r − min_y r)
-    score_size: float  # max_x |mean_y r| + score_range: what the rounding of r is relative to
-    unit: Array  # (m,) the range of g + |b|: the natural unit of h; never 0
-    size: Array  # (m,) max_x |mean_y g| + the range of g + |b|: as score_size, for h
-
-
-class Policy(NamedTuple):
-    """What one pass over the responses collects about π_λ."""
-    log_sum: Tensor  # (N,) ln Σ_y exp((r + ⟨λ,g⟩)/β)
-    gain: Tensor  # (1+m, N) E_π_λ[r|x] − mean_y r (if asked for), then E_π_λ[g_j|x] − mean_y g_j
-    second: Tensor  # (m, m) mean_x E_π_λ[(g − mean_y g)·gᵀ|x]
-    squares: Tensor  # (N,) Σ_y π_λ(y|x)² (if asked for)
+    unit: Array  # (m,) mean_x (max_y g − min_y g) + |b|: the natural unit of h; never 0
 
 
 class Point(NamedTuple):
@@ -95,91 +84,100 @@ class Point(NamedTuple):
     value: float  # D(λ) − E_ref[r]
     grad: Array  # (m,) ∇D(λ)
     hessian: Array  # (m, m) ∇²D(λ)
+    gain: Tensor  # (1+m, N) E_π_λ[f|x] − mean_y f, for f = r, then each g_j
+    ess: Tensor  # (N,) 1/Σ_y π_λ(y|x)²
 
 
-def mean_x(rows):
-    """Mean over prompts (k,) of rows (k, N)."""
-    return rows.mean(1).cpu().numpy()
+def centred(problem):
+    """r, then each g_j, less its mean over y: (1+m, n, K), n prompts at a time.
+
+    What the responses of a prompt share moves no π_λ. So from here on E_ref[r] = 0 and h = g − b.
+    """
+    N, K = problem.scores[0].shape
+    n = max(1, CHUNK * torch.get_num_threads() // K)
+    for begin in range(0, N, n):
+        some = slice(begin, begin + n)
+        scores = torch.stack([x[some] for x in problem.scores])
+        yield scores - problem.mean[:, some, None]
 
 
-@torch.inference_mode()
 def evaluate(problem, lam):
-    """The three equations at λ (m,).
+    """The three equations at λ (m,), in one pass over the responses."""
+    slope = problem.mean.new_tensor([1, *lam]) / problem.beta  # (1+m,)
+    log_sums, gains, squares = [], [], []
+    second = 0
+    for scores in centred(problem):
+        z = torch.tensordot(slope, scores, 1)  # (n, K) (r + ⟨λ,g⟩)/β
+        p = z.softmax(1)  # (n, K) π_λ
+        weighted = p * scores  # (1+m, n, K)
+        log_sums.append(z.amax(1) - p.amax(1).log())  # (n,) ln Σ_y exp(z), for p = exp(z)/Σ
+        gains.append(weighted.sum(2))  # (1+m, n)
+        squares.append(p.square().sum(1))  # (n,)
+        second += torch.einsum("ink,jnk->nij", weighted[1:], scores[1:]).sum(0)  # Σ_x E_π_λ[g·gᵀ]
+    gain = torch.cat(gains, dim=1)
+    covariance = (second - gain[1:] @ gain[1:].T) / gain.size(1)  # (m, m)
 
-    −⟨λ, E_ref[g] + b⟩, the part of ⟨λ,h⟩ that all responses share, is taken out of the exponent.
+    log_mean = torch.cat(log_sums).mean().item() - problem.log_count
+    value = problem.beta * log_mean - lam @ problem.margin  # D(λ) − E_ref[r]
+    grad = gain[1:].mean(1).cpu().numpy() - problem.margin  # ∇D(λ) = E_π_λ[h]
+    hessian = covariance.cpu().numpy() / problem.beta  # ∇²D(λ) = mean_x Cov/β
+    return Point(lam, value, grad, hessian, gain, 1 / torch.cat(squares))
+
+
+def newton_step(point, damp):
+    """The next λ ≥ 0: about the minimum of ⟨∇D,e⟩ + ⟨e,(∇²D + damp)e⟩/2, the model of D.
+
+    An entry is free if it is > 0, or 0 with D falling as it grows; the others are pinned at 0.
+    Where the minimum over the free entries is below 0, pin those entries too, and repeat.
     """
-    policy = expectations(problem, lam)
-    ref = mean_x(problem.mean)  # (1+m,) E_ref[r], then E_ref[g]
-    gain = policy.gain[1:]  # (m, N)
-    average = mean_x(torch.cat([gain, policy.log_sum[None]]))  # (m+1,)
-    log_mean = average[-1] - problem.log_count  # mean_x ln mean_y exp(…)
-    # Cov(g) = E[(g−μ)gᵀ] − E[g−μ]·E[g]ᵀ with μ = mean_y g: policy.second less this
-    product = gain @ (problem.mean[1:] + gain).T / gain.size(1)  # (m, m)
-
-    value = problem.beta * log_mean - ref[0] - lam @ (problem.margin + ref[1:])  # D(λ) − E_ref[r]
-    grad = average[:-1] - problem.margin  # ∇D(λ) = E_π_λ[h]
-    hessian = (policy.second - product) / problem.beta  # ∇²D(λ) = mean_x Cov/β
-    return Point(lam, value, grad, hessian.cpu().numpy())
-
-
-def newton_step(point, grad, unit, damp):
-    """The next λ ≥ 0: a walk over active sets on ⟨grad,e⟩ + ⟨e,(∇²D + damp)e⟩/2, the model of D.
-
-    In units of r, x = λ·unit. An entry is free if it is > 0, or 0 with D falling as it grows; the
-    others are pinned at 0. `end` is the minimum over the free entries. If it is ≥ 0, that is the
-    answer; else walk from `path` towards it until the first entries meet 0, pin those, and repeat.
-    Every leg lowers the model; for one constraint the answer is its minimum on λ ≥ 0.
-    """
-    x = point.lam * unit
-    slope = grad / unit
-    curvature = point.hessian / (unit[:, None] * unit)
-    curvature = curvature + np.diag(damp + SINGULAR * curvature.diagonal())
-    free = (x > 0) | (slope < 0)
-    path = x
+    matrix = point.hessian + np.diag(damp + SINGULAR * point.hessian.diagonal())
+    free = (point.lam > 0) | (point.grad < 0)
     while True:
-        matrix = np.where(free[:, None], curvature, np.eye(len(x)))  # pinned entries end at 0
-        end = x + np.linalg.solve(matrix, np.where(free, -slope, -x))
-        crossing = free & (end < 0)
-        if not crossing.any():
-            return np.where(free, end, 0.0) / unit
-        share = np.full_like(x, np.inf)  # of the way to `end`, at which an entry meets 0
-        share[crossing] = path[crossing] / (path - end)[crossing]
-        first = share.min()
-        path = path + first * (end - path)
-        free = free & (share > first)
+        rows = np.where(free[:, None], matrix, np.eye(len(free)))  # pinned entries end at 0
+        lam = point.lam + np.linalg.solve(rows, np.where(free, -point.grad, -point.lam))
+        if (lam[free] >= 0).all():
+            return np.where(free, lam, 0.0)
+        free = free & (lam >= 0)
 
 
-def minimise(problem, start, tolerance, limit):
-    """Newton's method from λ = start: the Point where it ends, the evaluations it took (at most
-    `limit`), and whether it converged. Raises Infeasible with a proof."""
-    radius = AMPLE * (problem.score_range + problem.beta)  # of a step, in units of r
+def minimise(problem, start, limit):
+    """Newton's method from λ = start: the Point where it ends and the evaluations it took.
+
+    Raises Infeasible with a proof, FloatingPointError after `limit` evaluations.
+    """
+    beta, unit = problem.beta, problem.unit
+    radius = AMPLE * (problem.spread + beta)  # of a step, in units of r
+    floor = -problem.spread - beta * problem.log_count  # D(λ) ≥ R(λ) + floor
     point = evaluate(problem, start)
-    evaluations = 1
-    while True:
-        grad, violation, noise = optimality(problem, point)
-        # rounding r + ⟨λ,h⟩ by `noise` changes π_λ by a share noise/β, and ∇D by that much of h
-        allowed = tolerance + min(noise / problem.beta, MOST_NOISE)
-        converged = (violation <= allowed).all()
-        if converged or evaluations == limit:
-            return point, evaluations, converged
+    for evaluations in range(1, limit + 1):
+        # rounding r + ⟨λ,h⟩ by `noise` moves π_λ by a share noise/β, and ∇D by that much of h
+        noise = ROUNDING * (problem.spread + beta + point.lam @ unit)
+        if point.value < floor - noise:
+            raise Infeasible(problem, point.lam)
+        wrong = np.where(point.lam > 0, point.grad, np.minimum(point.grad, 0)) / unit  # KKT: all 0
+        if abs(wrong).max() <= TOLERANCE + min(noise / beta, MOST_NOISE):
+            return point, evaluations
 
         # the step, which `damp` keeps within 2·radius
-        damp = np.linalg.norm(violation) / radius + ROUNDING / problem.beta
-        lam = newton_step(point, grad, problem.unit, damp)
+        damp = np.linalg.norm(wrong) / radius + ROUNDING / beta
+        lam = newton_step(point, damp * unit ** 2)
         step = lam - point.lam
-        length = np.linalg.norm(step * problem.unit)
-        promised = -(grad @ step + step @ point.hessian @ step / 2)
-        trial = evaluate(problem, lam)
-        evaluations += 1
+        length = np.linalg.norm(step * unit)
+        promised = -(point.grad @ step + step @ point.hessian @ step / 2)
 
         # whether to take it
+        trial = evaluate(problem, lam)
         drop = point.value - trial.value
         if drop >= ACCEPT * abs(promised) - noise:  # False for NaN
             point = trial
             if drop >= GOOD * promised:
                 radius = max(radius, AMPLE * length)
         else:
-            radius = length / SHRINK
+            radius = min(radius, length) / SHRINK
+    raise FloatingPointError(
+        f"no convergence: margin {problem.margin.tolist()}, beta {beta}: gradient "
+        f"{point.grad.tolist()} at lam {point.lam.tolist()} after {limit} evaluations; "
+        "use a larger beta")
 
 
 def solve(score, constraint, margin, beta):
@@ -190,15 +188,105 @@ def solve(score, constraint, margin, beta):
     FloatingPointError without convergence, ValueError on bad input.
     """
     problem = prepare(score, constraint, margin, beta)
-    refuse_out_of_reach(problem)
     start = np.zeros(len(problem.margin))
-    point, evaluations, converged = minimise(problem, start, TOLERANCE, LIMIT)
-    if not converged:
-        point, evaluations = continuation(problem, point.lam, evaluations)
+    try:
+        point, evaluations = minimise(problem, start, LIMIT)
+    except FloatingPointError:
+        point, evaluations = continuation(problem, start)
     return predict(problem, point, evaluations)
 
 
-# ---- 2. predictions
+def continuation(problem, lam):
+    """For small β, D is nearly piecewise linear: find λ* for a β as large as the spread of the
+    scores, and follow it down to the asked one."""
+    evaluations = LIMIT  # those in vain
+    betas = [problem.beta]
+    while betas[-1] < problem.spread:
+        betas.append(4 * betas[-1])
+    for beta in reversed(betas):
+        point, more = minimise(problem._replace(beta=beta), lam, FOLLOWING_LIMIT)
+        lam = point.lam
+        evaluations += more
+    return point, evaluations
+
+
+ROUNDING = 1e-15  # relative, of a sum of a few numbers
+SINGULAR = 1e-13  # relative damping: collinear constraints make ∇²D singular
+TINY = 1e-100  # keeps a division by 0 away
+TOLERANCE = 3e-11  # largest violation of KKT, in units of h
+MOST_NOISE = 1e-8  # in addition, where rounding explains it
+LIMIT = 40  # most evaluations
+FOLLOWING_LIMIT = 400  # for each β on the way
+AMPLE = 8  # first radius / (spread of the scores + β); next radius / length of a good step
+SHRINK = 5  # length of a refused step / next radius
+ACCEPT = 1e-3  # least share of the promised drop of D
+GOOD = 0.7  # share of it that makes a step a good one
+CHUNK = 2 ** 17  # responses per thread whose numbers stay in its cache
+
+# ---- 2. the input
+
+
+class Infeasible(ValueError):
+    """No policy on these samples meets the margins: `direction` d ≥ 0 (m,) is the proof,
+    mean_x max_y ⟨d,h⟩ < 0. `reachable` (m,): the largest margin of each constraint alone."""
+
+    def __init__(self, problem, direction):
+        together = "" if (problem.margin > problem.reach).any() else "together "
+        super().__init__(
+            f"margin {problem.margin.tolist()} is {together}out of reach on these samples: the "
+            f"largest reachable, of each constraint alone, is {problem.reach.tolist()}; lower the "
+            "margin or sample more responses per prompt")
+        self.direction = torch.from_numpy(direction / direction.sum())
+        self.reachable = torch.from_numpy(problem.reach)
+
+
+def prepare(score, constraint, margin, beta):
+    """The Problem of this input; ValueError in one line where it is not one."""
+    score = torch.as_tensor(score).detach()
+    constraint = torch.as_tensor(constraint).detach().to(score.device)
+    constraint = constraint if constraint.ndim == 3 else constraint[None]  # (m, N, K)
+    if constraint.ndim != 3 or constraint.shape[1:] != score.shape or constraint.numel() == 0:
+        raise ValueError(
+            f"score has shape {tuple(score.shape)} and constraint {tuple(constraint.shape)}: they "
+            "must be (N, K) and (N, K) or (m, N, K) with N, K, m >= 1")
+    scores = [score, *constraint]
+    low = torch.stack([x.amin(1) for x in scores])  # (1+m, N) like the next two
+    high = torch.stack([x.amax(1) for x in scores])
+    mean = torch.stack([x.mean(1, dtype=torch.float64) for x in scores])
+    mean = mean.clamp(low, high)  # so that a constant is centred on exactly 0
+    bad = (~mean.isfinite()).nonzero()  # (.., 2)
+    if len(bad):
+        row, prompt = bad[0].tolist()
+        name = f"constraint {row - 1}" if row else "score"
+        raise ValueError(f"{name}: NaN or inf at prompt {prompt}; drop or repair it")
+    beta = float(beta)
+    if not TINY < beta < np.inf:
+        raise ValueError(f"beta is {beta}: it must be a finite number above {TINY}")
+    margin = one_each(margin, len(constraint))
+
+    width = (high.double() - low).mean(1).cpu().numpy()  # (1+m,)
+    reach = (high - mean)[1:].mean(1).cpu().numpy()
+    return Problem(
+        scores=scores,
+        margin=margin,
+        beta=beta,
+        log_count=np.log(score.size(1)),
+        mean=mean,
+        spread=width[0],
+        reach=reach,
+        unit=width[1:] + abs(margin) + TINY)
+
+
+def one_each(margin, m):
+    """One finite number, or m -> (m,) float64."""
+    margin = torch.as_tensor(margin, dtype=torch.float64).flatten().cpu().numpy()
+    if len(margin) not in (1, m) or not np.isfinite(margin).all():
+        raise ValueError(
+            f"margin is {margin.tolist()}: give one finite number, or one per constraint ({m})")
+    return margin * np.ones(m)
+
+
+# ---- 3. predictions
 
 FEW = 5  # effective sample size that makes solve() warn
 
@@ -210,7 +298,7 @@ class Dual(NamedTuple):
     value: float  # D(λ*)
     grad: Tensor  # (m,) E_π_λ[h]: 0 where λ* > 0, else ≥ 0
     hessian: Tensor  # (m, m) ∇²D(λ*)
-    iterations: int  # evaluations of (D, grad, hessian); predictions take one more pass
+    iterations: int  # evaluations of (D, grad, hessian)
     score_gain: float  # E_π_λ[r] − E_ref[r]
     score_gain_se: float
     constraint_gain: Tensor  # (m,) E_π_λ[g] − E_ref[g]
@@ -225,229 +313,47 @@ class Dual(NamedTuple):
 
 def predict(problem, point, evaluations):
     """The Dual at the minimum; warns where K is too small for it."""
-    policy = expectations(problem, point.lam, detail=True)
-    gain, gain_se = clustered(policy.gain)  # (1+m,) of r, then of each g_j
+    gain, gain_se = clustered(point.gain)  # (1+m,) of r, then of each g_j
     ref, ref_se = clustered(problem.mean)  # (1+m,) likewise
+    score_gain = gain[0].item()
     # D = E_π_λ[r] + ⟨λ,∇D⟩ − β·KL(π_λ‖π_ref), here both sides without E_ref[r]
-    kl = (float(gain[0]) + point.lam @ point.grad - point.value) / problem.beta
-    ess = 1 / policy.squares  # (N,)
-    mean_ess = float(ess.mean())
-    K = problem.score.shape[1]
-    if mean_ess < FEW < K:  # which no error bar shows
+    kl = (score_gain + point.lam @ point.grad - point.value) / problem.beta
+    ess = point.ess.mean().item()
+    K = problem.scores[0].size(1)
+    if ess < FEW < K:  # which no error bar shows
         warnings.warn(
-            f"effective sample size {mean_ess:.1f} of {K} responses per prompt: gains come out too "
+            f"effective sample size {ess:.1f} of {K} responses per prompt: gains come out too "
             "small, lam* too large, beyond their error bars; sample more of them, raise beta or "
             "lower the margin", stacklevel=3)
-    tensor = ess.new_tensor  # on the device of the scores
+
+    tensor = problem.mean.new_tensor  # on the device of the scores
+    lam = tensor(point.lam)
+    active = point.lam > 0
+    inverse = np.linalg.pinv(point.hessian * np.outer(active, active), hermitian=True)
+    _, lam_se = clustered(tensor(inverse) @ point.gain[1:])  # of H⁻¹ψ
     return Dual(
-        lam=tensor(point.lam),
-        lam_se=price_error(point, policy.gain[1:]),
-        value=float(point.value + ref[0]),
+        lam=lam,
+        lam_se=lam_se.where(lam > 0, 0),  # not the NaN of one prompt
+        value=float(point.value) + ref[0].item(),
         grad=tensor(point.grad),
         hessian=tensor(point.hessian),
         iterations=evaluations,
-        score_gain=float(gain[0]),
-        score_gain_se=float(gain_se[0]),
+        score_gain=score_gain,
+        score_gain_se=gain_se[0].item(),
         constraint_gain=tensor(point.grad + problem.margin),
         constraint_gain_se=gain_se[1:],
         ref=ref[1:],
         ref_se=ref_se[1:],
         reachable=tensor(problem.reach),
-        kl=float(max(0.0, kl)),
-        ess=mean_ess,
-        ess_p5=float(ess.quantile(0.05, interpolation="lower")))
+        kl=max(0.0, float(kl)),
+        ess=ess,
+        ess_p5=point.ess.quantile(0.05, interpolation="lower").item())
 
 
 def clustered(psi):
     """Mean over prompts of each row of ψ (k, N), and its standard error: (k,), (k,)."""
-    mean = psi.mean(1)
-    variance = (psi - mean[:, None]).square().mean(1) / (psi.size(1) - 1)  # NaN for one prompt
-    return mean, variance.sqrt()
-
-
-def price_error(point, gain):
-    """Standard error (m,) of λ*: that of H⁻¹ψ over the active constraints, 0 for the others; gain
-    (m, N) is ψ."""
-    active = gain.new_tensor(point.lam) > 0
-    hessian = gain.new_tensor(point.hessian)[active][:, active]
-    inverse = torch.linalg.pinv(hessian, hermitian=True)
-    se = gain.new_zeros(len(gain))
-    _, active_se = clustered(inverse @ gain[active])
-    se[active] = active_se
-    return se
-
-
-# ---- 3. checking the input
-
-class Infeasible(ValueError):
-    """No policy on these samples meets the margins: `direction` d ≥ 0 (m,) is the proof,
-    mean_x max_y ⟨d,h⟩ < 0. `reachable` (m,): the largest margin of each constraint alone."""
-
-    def __init__(self, problem, direction):
-        super().__init__(
-            f"margin {problem.margin.tolist()} is out of reach on these samples: the largest "
-            f"reachable, of each constraint alone, is {problem.reach.tolist()}; lower the margin "
-            "or sample more responses per prompt")
-        self.direction = torch.from_numpy(direction / direction.sum())
-        self.reachable = torch.from_numpy(problem.reach)
-
-
-@torch.inference_mode()
-def prepare(score, constraint, margin, beta):
-    """The Problem of this input; ValueError in one line where it is not one."""
-    score = torch.as_tensor(score).detach().contiguous()
-    constraint = torch.as_tensor(constraint).detach().to(score.device).contiguous()
-    constraint = constraint if constraint.ndim == 3 else constraint[None]  # (m, N, K)
-    if constraint.ndim != 3 or constraint.shape[1:] != score.shape or constraint.numel() == 0:
-        raise ValueError(
-            f"score has shape {tuple(score.shape)} and constraint {tuple(constraint.shape)}: they "
-            "must be (N, K) and (N, K) or (m, N, K) with N, K, m >= 1")
-    statistics = [over_responses(x) for x in (score, *constraint)]
-    mean, low, high = torch.stack(statistics, dim=1)  # (1+m, N), the score's row first
-    check_finite(mean)
-    beta = float(beta)
-    if not 0 < beta < np.inf:
-        raise ValueError(f"beta is {beta}: it must be a finite number above 0")
-    margin = one_each(margin, len(constraint))
-
-    best_gain = mean_x(high - mean)  # (1+m,) like the next two
-    width = mean_x(high - low)
-    size = mean.abs().amax(1).cpu().numpy() + width
-    return Problem(
-        score=score,
-        constraint=constraint,
-        margin=margin,
-        beta=beta,
-        log_count=float(np.log(score.shape[1])),
-        mean=mean,
-        reach=best_gain[1:],
-        lowest=best_gain[0] - width[0],
-        score_range=width[0],
-        score_size=size[0],
-        unit=width[1:] + abs(margin) + 1000 * ROUNDING * size[1:] + TINY,
-        size=size[1:] + abs(margin))
-
-
-def over_responses(x):
-    """Mean, least and largest over the responses of x (N, K): (3, N) float64."""
-    mean = x.mean(1, dtype=torch.float64)
-    return torch.stack([mean, x.amin(1).double(), x.amax(1).double()])
-
-
-def check_finite(mean):
-    """Raises ValueError naming the array and the prompt; mean (1+m, N)."""
-    bad = (~mean.isfinite()).nonzero()  # (.., 2)
-    if len(bad):
-        row, prompt = bad[0].tolist()
-        name = f"constraint {row - 1}" if row else "score"
-        raise ValueError(f"{name}: NaN or inf at prompt {prompt}; drop or repair it")
-
-
-def one_each(margin, m):
-    """One finite number, or m -> (m,) float64."""
-    margin = torch.as_tensor(margin, dtype=torch.float64).flatten().cpu().numpy()
-    if len(margin) not in (1, m) or not np.isfinite(margin).all():
-        raise ValueError(
-            f"margin is {margin.tolist()}: give one finite number, or one per constraint ({m})")
-    return margin * np.ones(m)
-
-
-def refuse_out_of_reach(problem):
-    """Infeasible if one margin alone is out of reach: its axis has R = reach − b < 0."""
-    over = problem.margin - problem.reach > 10 * ROUNDING * problem.size
-    if over.any():
-        raise Infeasible(problem, 1.0 * over)
-
-
-# ---- 4. robustness: what double precision resolves, and what to do where that is not enough
-
-ROUNDING = 1e-15  # relative, of a sum of a few numbers
-TINY = 1e-100  # keeps a division by 0 away
-SINGULAR = 1e-13  # relative damping: collinear constraints make ∇²D singular
-# largest violation of KKT, in units of h_j
-TOLERANCE = 3e-11  # at the end
-MOST_NOISE = 1e-8  # in addition, where rounding of D explains it
-FOLLOWING = 1e-6  # on the way from a large β down to the asked one
-# most evaluations
-LIMIT = 40
-FOLLOWING_LIMIT = 400  # for each β on the way
-# steps
-AMPLE = 8  # first radius / (spread of the scores + β); next radius / length of a good step
-SHRINK = 5  # length of a refused step / next radius
-ACCEPT = 1e-3  # least share of the promised drop of D
-GOOD = 0.7  # share of it that makes a step a good one
-
-
-def optimality(problem, point):
-    """∇D (m,), 0 where it is only rounding; its violation of KKT (m,) in units of h_j; the
-    rounding of D. Raises Infeasible where D is so low that it proves R(λ) < 0."""
-    noise = 2 * ROUNDING * (problem.score_size + 4 * problem.beta + point.lam @ problem.size)
-    # D(λ) ≥ R(λ) + floor, so that D below the floor proves R(λ) < 0
-    floor = problem.lowest - problem.beta * problem.log_count
-    if point.value < floor - noise:
-        raise Infeasible(problem, point.lam)
-    rounding = abs(point.grad) <= ROUNDING * problem.size  # its sign means nothing
-    grad = np.where(rounding, 0.0, point.grad)
-    wrong = np.where(point.lam > 0, grad, np.minimum(grad, 0))  # KKT: all 0
-    return grad, abs(wrong) / problem.unit, noise
-
-
-def continuation(problem, lam, evaluations):
-    """For small β, D is nearly piecewise linear: find λ* for a β as large as the spread of the
-    scores, and follow it down to the asked one. Raises FloatingPointError where that fails too."""
-    beta = problem.beta
-    while beta < problem.score_range:
-        beta *= 4
-    while beta >= problem.beta:
-        tolerance = TOLERANCE if beta == problem.beta else FOLLOWING
-        warmer = problem._replace(beta=beta)
-        point, more, converged = minimise(warmer, lam, tolerance, FOLLOWING_LIMIT)
-        evaluations += more
-        lam = point.lam
-        if not converged:
-            raise FloatingPointError(
-                f"no convergence: margin {problem.margin.tolist()}, beta {problem.beta}: gradient "
-                f"{point.grad.tolist()} at lam {lam.tolist()} after {evaluations} evaluations; "
-                "use a larger beta")
-        beta /= 4
-    return point, evaluations
-
-
-# ---- 5. speed: prompts in chunks that stay in cache, arithmetic in place
-
-LN_2 = 0.6931471805599453
-CHUNK = 2 ** 17  # responses per thread whose numbers stay in its cache
-
-
-def expectations(problem, lam, detail=False):
-    """The Policy at λ, in one pass over the responses: nearly all of the running time is here."""
-    scale = problem.beta * LN_2  # exp(x/β) = 2^(x/scale), and exp2 is twice as fast as exp
-    m = len(lam)
-    N, K = problem.score.shape
-    n = max(1, CHUNK * torch.get_num_threads() // K)  # prompts at a time
-    gain = torch.empty_like(problem.mean)
-    second = 0
-    log_sum, squares = gain.new_empty(2, N)
-    for begin in range(0, N, n):
-        some = slice(begin, begin + n)
-        r = problem.score[some].double()  # (n, K)
-        g = problem.constraint[:, some].double()  # (m, n, K)
-        z = r * (1 / scale)
-        for slope, plane in zip((lam / scale).tolist(), g):
-            z.add_(plane, alpha=slope)
-        highest = z.amax(1, keepdim=True)  # (n, 1) of z = (r + ⟨λ,g⟩)/scale
-        p = z.sub_(highest).exp2_()  # (n, K) π_λ·total, whose largest is 1; takes z's memory
-        total = p.sum(1)  # (n,)
-        pg = (g - problem.mean[1:, some, None]).mul_(p)  # (m, n, K)
-        outer = torch.bmm(pg.transpose(0, 1), g.permute(1, 2, 0))  # (n, m, m)
-        gain[1:, some] = pg.sum(2) / total
-        log_sum[some] = torch.add(total.log(), highest[:, 0], alpha=LN_2)
-        second += (1 / total) @ outer.flatten(1)
-        if detail:
-            gain[0, some] = (p * r).sum(1) / total - problem.mean[0, some]
-            squares[some] = p.square_().sum(1) / total.square()
-        del z, p, pg  # the next chunk computes in their memory, which is in the cache
-    return Policy(log_sum, gain, second.view(m, m) / N, squares)
+    variance, mean = torch.var_mean(psi, dim=1, correction=0)
+    return mean, (variance / (psi.size(1) - 1)).sqrt()  # NaN for one prompt
 
 
 # ---- here the part to paste ends
@@ -458,8 +364,8 @@ def expectations(problem, lam, detail=False):
 def reachable(constraint):
     """The largest margin (m,) of each constraint (N, K) or (m, N, K) alone: mean_x max_y g_j −
     E_ref[g_j]."""
-    g = torch.as_tensor(constraint).double()
-    reach = (g.amax(-1) - g.mean(-1)).mean(-1)
+    g = torch.as_tensor(constraint)
+    reach = (g.amax(-1) - g.mean(-1, dtype=torch.float64)).mean(-1)
     return reach.view(-1)
 
 

@@ -10,26 +10,25 @@ GPT-2's own module names, and without its dropout: `from_pretrained` loads its p
     reward, safety      score              a scalar read off at the response's last token
 
 Shapes, here and in every file: B batch, T tokens, C channels, H heads, V vocabulary, R response
-tokens of a batch, M of its positions that are computed, A rows still in the sampling cache, S its
-positions in view; N prompts, K responses to each, G of them in a group, P preference pairs, m
-constraints. A batch of text is always the pair (tokens, response_mask), both (B, T): prompt,
-response, then padding on the right; the mask stays on the CPU. Right padding needs no attention
-mask, since a causal model never looks right; the response mask says which tokens the policy is
-answerable for.
+tokens of a batch, M of its positions that are computed, A rows that are still being sampled, S
+their tokens in the cache; N prompts, K responses to each, G of them in a group, P preference
+pairs, m constraints. A batch of text is always the pair (tokens, response_mask), both (B, T):
+prompt, response, then padding on the right; the mask stays on the CPU. Right padding needs no
+attention mask, since a causal model never looks right; the response mask says which tokens the
+policy is answerable for.
 
-Read next: data.py (what the text is), then dual.py (the constraint's price), then mocan.py.
+In this file: the model, scoring text, its memory and speed, sampling, files.
+Read next: data.py, what the text is.
 """
 
 import copy
 import glob
-import hashlib
 import json
 import math
 import os
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -38,31 +37,17 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 
+# ---- the model
 @dataclass(frozen=True)
 class GPTConfig:
     vocab_size: int = 50257
-    block_size: int = 1024
+    block_size: int = 1024  # tokens of the longest text
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     score_head: bool = False  # a reward or safety model: a scalar instead of logits
-    dtype: str = "float32"  # of the blocks' arithmetic, under `autocast`
+    dtype: str = "float32"  # of the blocks' arithmetic; weights and results stay float32
     checkpoint_activations: bool = False  # recompute each block in the backward pass
-
-
-# ---- the blocks
-class Cache(NamedTuple):
-    """What one block remembers of A rows of text, for a step that adds a token to each."""
-    keys: torch.Tensor      # (A, H, capacity, C/H)
-    values: torch.Tensor    # (A, H, capacity, C/H)
-    position: torch.Tensor  # (A,) of the new token, where its key and value are written
-    visible: torch.Tensor   # (A, 1, 1, S) which of the first S positions a row may look at
-
-
-class Packing(NamedTuple):
-    """Which positions of a batch of text (B, T) are worth computing; see `pack`."""
-    kept: torch.Tensor   # (M,) their indices in the flattened batch (B·T)
-    where: torch.Tensor  # (B, T) which of the M holds a position's state; 0 where none is needed
 
 
 class CausalSelfAttention(nn.Module):
@@ -72,28 +57,23 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, packing=None):
-        """(B, T, C) -> (B, T, C), and the keys and values (B, H, T, C/H): of whole sequences, or,
-        with a Cache, of one new token a row, T = 1. With a Packing (M, C) -> (M, C)."""
+    def forward(self, x, packing, cache, visible):
+        """(B, T, C) -> (B, T, C), or with a Packing (M, C) -> (M, C). See GPT.forward; the cache
+        (B, 2, H, S, C/H) is this block's."""
         qkv = self.c_attn(x)
         if packing:
             qkv = F.embedding(packing.where, qkv)  # (B, T, 3C); qkv[where], faster backward
         B, T, _ = qkv.shape
-        qkv = qkv.view(B, T, 3, self.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, C/H)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            rows = torch.arange(B, device=x.device)
-            cache.keys[rows, :, cache.position] = k[:, :, 0]
-            cache.values[rows, :, cache.position] = v[:, :, 0]
-            seen = cache.visible.size(-1)
-            y = F.scaled_dot_product_attention(
-                q, cache.keys[:, :, :seen], cache.values[:, :, :seen], attn_mask=cache.visible)
+        qkv = qkv.view(B, T, 3, self.n_head, -1).permute(0, 2, 3, 1, 4)
+        q, k, v = qkv.unbind(1)  # (B, H, T, C/H)
+        if cache is not None:
+            cache[..., -T:, :] = qkv[:, 1:]
+            k, v = cache.to(q.dtype).unbind(1)  # (B, H, S, C/H)
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C)
         if packing:
             y = F.embedding(packing.kept, y.flatten(0, 1))  # (M, C)
-        return self.c_proj(y), k, v
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -114,11 +94,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, **how):
-        """how: a cache or a packing, as in CausalSelfAttention.forward."""
-        y, keys, values = self.attn(self.ln_1(x), **how)
-        x = x + y
-        return x + self.mlp(self.ln_2(x)), keys, values
+    def forward(self, x, packing, cache, visible):
+        x = x + self.attn(self.ln_1(x), packing, cache, visible)
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -147,100 +125,58 @@ class GPT(nn.Module):
     def from_pretrained(folder):
         """GPT-2 of any size from a folder in the published layout, in float32. Raises ValueError
         where the folder holds something else."""
-        try:
-            return assemble(*read_published(folder))
-        except Exception as error:  # a damaged file raises a dozen kinds
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{folder}: not a GPT-2 as published ({type(error).__name__}: {reason:.300}); "
-                "expected config.json with model.safetensors, its shards, or pytorch_model.bin"
-            ) from None
+        return read_published(folder)
 
     @property
     def device(self):
         return self.wte.weight.device
 
-    def autocast(self):
-        """Mixed precision for the blocks; logits, scores and losses stay float32: a log-ratio is a
-        small difference of long sums, and bfloat16 rounds logits from 8 to 16 to 1/16."""
-        dtype = getattr(torch, self.config.dtype)
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+    def forward(self, tokens, packing=None, position=None, cache=None, visible=None):
+        """Hidden states (B, T, C), float32, of text (B, T) that is whole; raises ValueError where
+        it is longer than block_size. Besides:
 
-    def forward(self, tokens, keep=None, packing=None):
-        """tokens (B, T) -> hidden states (B, T, C), or those of a Packing (M, C). keep: a list that
-        takes each block's keys and values, (B, H, T, C/H)."""
+        packing: compute and return those of a Packing alone, (M, C); see `pack`.
+        cache (B, n_layer, 2, H, S, C/H): keys and values of S tokens; those of `tokens`, the last
+        T, are written there. Where text goes on, position (B, T) says at which place each of
+        `tokens` stands, and visible (B, 1, T, S) which of the S it may look at.
+        """
         T = tokens.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}: "
                              "truncate the text or build a larger model")
-        position = torch.arange(T, device=tokens.device)
+        if position is None:
+            position = torch.arange(T, device=tokens.device)
         if packing:
             tokens = tokens.flatten()[packing.kept]  # (M,)
             position = packing.kept % T
         x = self.wte(tokens) + self.wpe(position)
-        for block in self.h:
-            if self.config.checkpoint_activations and torch.is_grad_enabled():
-                x, keys, values = checkpoint(block, x, packing=packing, use_reentrant=False)
-            else:
-                x, keys, values = block(x, packing=packing)
-            if keep is not None:
-                keep.append((keys, values))
+        caches = [None] * len(self.h) if cache is None else cache.unbind(1)
+        # Mixed precision for the blocks only: a log-ratio is a small difference of long sums, and
+        # bfloat16 rounds logits from 8 to 16 to 1/16.
+        dtype = getattr(torch, self.config.dtype)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            for block, past in zip(self.h, caches):
+                if self.config.checkpoint_activations and torch.is_grad_enabled():
+                    x = checkpoint(block, x, packing, past, visible, use_reentrant=False)
+                else:
+                    x = block(x, packing, past, visible)
         return self.ln_f(x)
 
-    def read(self, tokens, response_mask, asked, group):
-        """For training and scoring: hidden states (R, C), float32, at the positions of `asked`
-        (B, T). Rows come in groups of `group` responses to one prompt, which is computed once."""
+    def hidden_at(self, tokens, response_mask, asked, group):
+        """forward's hidden states (R, C) at the positions of `asked` (B, T) alone. Rows come in
+        groups of `group` responses to one prompt, which is computed once."""
         packing = Packing(*[x.to(self.device) for x in pack(response_mask, asked, group)])
-        hidden = self(tokens, packing=packing)  # (M, C)
-        return F.embedding(packing.where[asked], hidden).float()
+        hidden = self(tokens, packing)  # (M, C)
+        return F.embedding(packing.where[asked], hidden)
 
     def score(self, tokens, response_mask, group=1):
         """(B, T), (B, T) -> (B,): the scalar at the last token of each response, which has one;
-        float32."""
+        float32. `group` as in sequence_logprob."""
         later = response_mask.flip(1).cumsum(1).flip(1)  # (B, T) response tokens from here on
         last = response_mask & (later == 1)
-        hidden = self.read(tokens, response_mask, last, group)  # (B, C)
+        hidden = self.hidden_at(tokens, response_mask, last, group)  # (B, C)
         return (hidden * self.score_head.weight).sum(1)
 
-    # ---- sampling
-    def prefill(self, prompts, K, max_new_tokens):
-        """One pass over N prompts, lists of token ids, then a row for each of their K responses:
-
-        tokens (N·K, T) with room for the responses, lengths (N·K,) of the prompts, hidden states
-        (N·K, C) at their last tokens, and the cache: each block's keys and values, (N·K, H, T,
-        C/H). A shorter prompt's padding lies where its response will be written, and each slot is
-        overwritten before any query may see it.
-        """
-        lengths = torch.tensor([len(prompt) for prompt in prompts])  # (N,)
-        room = self.config.block_size - max_new_tokens
-        if lengths.min() == 0 or lengths.max() > room:
-            raise ValueError(
-                f"prompts of 1 to {room} tokens leave room for max_new_tokens={max_new_tokens} in "
-                f"block_size={self.config.block_size}; the longest here has {lengths.max()}, the "
-                f"shortest {lengths.min()}")
-        tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-        tokens = tokens.to(self.device)
-        past = []
-        hidden = self(tokens, past)
-        hidden = hidden[torch.arange(len(prompts)), lengths - 1].float()  # (N, C)
-        padding = (0, 0, 0, max_new_tokens)  # on the right of the positions
-        cache = [[F.pad(part.repeat_interleave(K, dim=0), padding) for part in block]
-                 for block in past]
-        tokens = F.pad(tokens, (0, max_new_tokens))  # (N, T)
-        rows = [x.repeat_interleave(K, dim=0) for x in (tokens, lengths.to(self.device), hidden)]
-        return *rows, cache
-
-    def decode(self, tokens, cache, position, visible):
-        """One new token a row: tokens (A,) at position (A,) -> hidden states (A, C).
-
-        visible (A, S): which of the cache's first S positions a row may look at.
-        """
-        x = (self.wte(tokens) + self.wpe(position))[:, None]  # (A, 1, C)
-        for block, past in zip(self.h, cache):
-            x, _, _ = block(x, cache=Cache(*past, position, visible[:, None, None]))
-        return self.ln_f(x)[:, 0].float()
-
-    @torch.no_grad()
     def generate(self, prompts, uniforms, eos=None):
         """Sample K responses to each of N prompts, lists of token ids of any lengths. uniforms:
         (N, K, max_new_tokens) random numbers in [0, 1), all the chance there is.
@@ -250,52 +186,160 @@ class GPT(nn.Module):
         belongs to it, or is cut at max_new_tokens. Raises ValueError when a prompt leaves no room
         for that many tokens.
         """
-        N, K, max_new_tokens = uniforms.shape
-        if N != len(prompts):
-            raise ValueError(f"uniforms {tuple(uniforms.shape)} for {len(prompts)} prompts; "
-                             "(N, K, max_new_tokens) for N prompts is expected")
-        with self.autocast():
-            tokens, position, hidden, cache = self.prefill(prompts, K, max_new_tokens)
-        end = tokens.size(1)
-        longest = end - max_new_tokens
-        response_mask = torch.zeros_like(tokens, dtype=torch.bool)  # (N·K, T)
-        logp = torch.zeros_like(hidden[:, 0])  # (N·K,)
-        uniforms = uniforms.flatten(0, 1)[:, :, None].to(self.device)  # (N·K, max_new_tokens, 1)
-        index = torch.arange(N * K, device=self.device)  # (A,) which response a cached row serves
-        active = torch.ones_like(index, dtype=torch.bool)  # (A,) it has not ended yet
-        weight = self.wte.weight
-        width = min(SPAN, len(weight))
-        buffer = weight.new_empty(-(-len(weight) // width), N * K, width)
-        for seen in range(longest + 1, end + 1):  # cache positions of the longest prompt's rows
-            u = uniforms[index, seen - longest - 1]  # (A, 1)
-            new, new_logp = [x[:, 0] for x in sample_token(hidden, weight, u, buffer)]  # (A,)
-            tokens[index, position] = new * active
-            response_mask[index, position] = active
-            logp[index] += new_logp * active
-            active = active & (new != eos)  # eos None: never ends
-            if seen == end:
-                break
-            if seen % ASK_EVERY == 0:  # how many are left: the host waits for the device
-                left = int(active.sum())
-                if left == 0:
-                    break
-                if left < 0.75 * len(active):  # ended responses leave the cache
-                    index = index[active]
-                    position = position[active]
-                    new = new[active]
-                    cache = [[part[active] for part in block] for block in cache]
-                    active = active[active]
-            visible = torch.arange(seen, device=self.device) <= position[:, None]  # (A, seen)
-            with self.autocast():
-                hidden = self.decode(new, cache, position, visible)
-            position = position + 1
-        used = int(response_mask.any(0).nonzero().max()) + 1
-        return tokens[:, :used], response_mask[:, :used], logp
+        return sample_responses(self, prompts, uniforms, eos)
 
 
+# ---- scoring text
+def sequence_logprob(model, tokens, response_mask, group=1):
+    """ln π(y|x) of each response: (B, T), (B, T) -> (B,), in nats, float32. Each `group` rows
+    in turn must have the very same prompt, which is not checked.
+
+    Σ over response tokens only: no other position than those that predict one reaches the output
+    layer.
+    """
+    asked = F.pad(response_mask[:, 1:], (0, 1))  # position t predicts t+1
+    hidden = model.hidden_at(tokens, response_mask, asked, group)  # (R, C)
+    row, column = asked.nonzero(as_tuple=True)  # (R,)
+    with torch.autocast(hidden.device.type, enabled=False):  # a caller's own, if any
+        logp = TokenLogprob.apply(hidden, model.wte.weight, tokens[row, column + 1])  # (R,)
+    return logp.new_zeros(len(tokens)).index_add(0, row.to(logp.device), logp)
+
+
+# ---- memory and speed of scoring: nothing below changes what the lines above compute
+class Packing(NamedTuple):
+    """Which positions of a batch of text (B, T) are worth computing."""
+    kept: torch.Tensor   # (M,) their indices in the flattened batch (B·T)
+    where: torch.Tensor  # (B, T) which of the M holds a position's state; 0 where none is needed
+
+
+def pack(response_mask, asked, group):
+    """Packing of all that the states at `asked` (B, T) depend on, without padding, and with a
+    prompt, what is before the response, once in `group` rows. The masks are on the CPU.
+
+    Prompt p q, group 2, asked where a next token is predicted:
+        p q c d      kept: p q c of the first row, d of neither, e f of the second row: 5 of 10
+        p q e f g    where: 0 1 2 0 0 and 0 1 3 4 0
+    """
+    here = torch.arange(asked.numel()).view(asked.shape)  # (B, T)
+    in_lead = here[::group].repeat_interleave(group, dim=0)  # the same, in the group's first row
+    place = torch.where(response_mask.cumsum(1) > 0, here, in_lead)
+    needed = asked.flip(1).cumsum(1).flip(1) > 0  # up to the last one asked
+    # all others become position 0, which no needed one looks at there: they come later
+    return Packing(*torch.unique(place * needed, return_inverse=True))
+
+
+SPAN = 2048  # tokens of the vocabulary whose logits stay in a CPU's cache
+TILE = 2 ** (24 if torch.cuda.is_available() else 21)  # logits of a tile; likewise
+
+
+def logit_tiles(hidden, weight):
+    """Yield slices of the rows of hidden (R, C) and of the vocabulary, and their logits."""
+    size = TILE // SPAN
+    for first in range(0, len(weight), SPAN):
+        span = slice(first, first + SPAN)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            yield rows, span, hidden[rows] @ weight[span].T
+
+
+class TokenLogprob(torch.autograd.Function):
+    """ln p(target) (R,) under softmax(hidden·weightᵀ): hidden (R, C), weight (V, C), targets (R,).
+
+    No more than two tiles of logits exist at a time; the backward pass computes them again, which
+    is faster than fresh memory for all.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        log_z = hidden.new_full(targets.shape, float("-inf"))
+        for rows, _, logits in logit_tiles(hidden, weight):
+            log_z[rows] = log_z[rows].logaddexp(logits.logsumexp(1))
+        ctx.save_for_backward(hidden, weight, targets, log_z)
+        return (hidden * weight[targets]).sum(1) - log_z
+
+    @staticmethod
+    def backward(ctx, grad):  # (R,); ∂ ln p(target)/∂ logits = onehot − p
+        hidden, weight, targets, log_z = ctx.saved_tensors
+        scaled = grad[:, None] * hidden
+        d_hidden = weight[targets]
+        d_weight = torch.zeros_like(weight).index_add_(0, targets, scaled)
+        for rows, span, logits in logit_tiles(hidden, weight):
+            p = logits.sub_(log_z[rows, None]).exp_()
+            d_hidden[rows].addmm_(p, weight[span], alpha=-1)
+            d_weight[span].addmm_(p.T, scaled[rows], alpha=-1)
+        return grad[:, None] * d_hidden, d_weight, None
+
+
+# ---- sampling
 ASK_EVERY = 4  # tokens
-SPAN = 2048  # tokens of the vocabulary whose logits stay in cache
-LEAST = 1e-30  # u = 0 must not draw a token whose probability underflowed
+
+
+@torch.no_grad()
+def sample_responses(model, prompts, uniforms, eos):
+    """GPT.generate. A row is a response, and A of the N·K are still computed."""
+    N, K, max_new_tokens = uniforms.shape
+    if N != len(prompts):
+        raise ValueError(f"uniforms {tuple(uniforms.shape)} for {len(prompts)} prompts; "
+                         "(N, K, max_new_tokens) for N prompts is expected")
+    tokens, position, visible, hidden, cache = prefill(model, prompts, K, max_new_tokens)
+    longest = tokens.size(1) - max_new_tokens
+    response_mask = torch.zeros_like(tokens, dtype=torch.bool)  # (N·K, T)
+    logp = torch.zeros_like(hidden[:, 0])  # (N·K,)
+    uniforms = uniforms.flatten(0, 1).to(model.device)  # (N·K, max_new_tokens)
+    index = torch.arange(N * K, device=model.device)[:, None]  # (A, 1) which response a row is
+    active = torch.ones_like(index, dtype=torch.bool)  # (A, 1) it has not ended yet
+    weight = model.wte.weight
+    spans = weight.split(SPAN)
+    buffer = weight.new_empty(len(spans), N * K, len(spans[0]))
+    for step in range(max_new_tokens):
+        if step > 0:
+            seen = longest + step  # tokens in the cache, the newest one included
+            hidden = model(new, position=position, cache=cache[..., :seen, :],
+                           visible=visible[..., :seen])[:, 0]  # (A, C)
+            position = position + 1
+        new, new_logp = sample_token(hidden, weight, uniforms[index, step], buffer)  # (A, 1)
+        tokens[index, position] = new * active
+        response_mask[index, position] = active
+        logp[index] += new_logp * active
+        active = active & (new != eos)  # eos None: never ends
+        if step % ASK_EVERY == 0:  # how many are left: the host waits for the device
+            left = int(active.sum())
+            if left == 0:
+                break
+            if left < 0.75 * len(active):  # ended responses leave the cache
+                rows = index, position, visible, cache, new, active
+                index, position, visible, cache, new, active = [x[active[:, 0]] for x in rows]
+    used = int(response_mask.any(0).nonzero().max()) + 1
+    return tokens[:, :used], response_mask[:, :used], logp
+
+
+def prefill(model, prompts, K, max_new_tokens):
+    """One pass over N prompts, lists of token ids, then a row for each of their K responses:
+
+    tokens (N·K, T) with room for the response, position (N·K, 1) where it begins, visible (N·K, 1,
+    1, T), hidden (N·K, C) at the prompt's last token, and the cache (N·K, n_layer, 2, H, T, C/H).
+    The responses' tokens begin behind the longest prompt in the cache, and a shorter one's padding
+    is not visible to them.
+    """
+    config = model.config
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts])  # (N, 1)
+    longest = int(lengths.max())
+    room = config.block_size - max_new_tokens
+    if lengths.min() == 0 or longest > room:
+        raise ValueError(
+            f"prompts of 1 to {room} tokens leave room for max_new_tokens={max_new_tokens} in "
+            f"block_size={config.block_size}; the longest here has {longest}, the shortest "
+            f"{lengths.min()}")
+    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    tokens = F.pad(tokens, (0, max_new_tokens))  # (N, T)
+    visible = F.pad(torch.arange(longest) < lengths, (0, max_new_tokens), value=True)  # (N, T)
+    N, T = tokens.shape
+    shape = N, config.n_layer, 2, config.n_head, T, config.n_embd // config.n_head
+    cache = torch.zeros(shape, dtype=getattr(torch, config.dtype), device=model.device)
+    hidden = model(tokens[:, :longest].to(model.device), cache=cache[..., :longest, :])
+    hidden = hidden[torch.arange(N), lengths[:, 0] - 1]  # (N, C)
+    rows = tokens, lengths, visible[:, None, None], hidden, cache
+    return [x.to(model.device).repeat_interleave(K, dim=0) for x in rows]
 
 
 def sample_token(hidden, weight, u, buffer):
@@ -320,6 +364,9 @@ def sample_token(hidden, weight, u, buffer):
     return span * buffer.size(2) + i, log_p + log_p_in_span
 
 
+LEAST = 1e-30  # u = 0 must not draw a token whose probability underflowed
+
+
 def invert_cdf(p, u):
     """Where u (A, 1) from 0 to 1 falls in the CDF of p (A, n), unnormalised: the index (A, 1), how
     much of its p lies below u, from 0 to 1 (uniform again, for a next level), and ln of its share
@@ -332,158 +379,7 @@ def invert_cdf(p, u):
     return i, (goal - cdf.gather(1, i)) / mass + 1, (mass / total).log()
 
 
-# ---- scoring text
-def pack(response_mask, asked, group):
-    """Packing of all that the states at `asked` (B, T) depend on, without padding, and with a
-    prompt, what is before the response, once in `group` rows. The masks are on the CPU.
-
-    Prompt p q, group 2, asked where a next token is predicted:
-        p q c d      kept: p q c of the first row, d of neither, e f of the second row: 5 of 10
-        p q e f g    where: 0 1 2 0 0 and 0 1 3 4 0
-    """
-    here = torch.arange(asked.numel()).view(asked.shape)  # (B, T)
-    in_lead = here[::group].repeat_interleave(group, dim=0)  # the same, in the group's first row
-    place = torch.where(response_mask.cumsum(1) > 0, here, in_lead)
-    needed = asked.flip(1).cumsum(1).flip(1) > 0  # up to the last one asked
-    # all others become position 0, which no needed one looks at there: they come later
-    return Packing(*torch.unique(place * needed, return_inverse=True))
-
-
-TILE = 2 ** (24 if torch.cuda.is_available() else 21)  # logits of a tile; a CPU's stay in cache
-
-
-def logit_tiles(hidden, weight):
-    """Yield slices of the rows of hidden (R, C) and of the vocabulary, and their logits."""
-    size = TILE // SPAN
-    for first in range(0, len(weight), SPAN):
-        span = slice(first, first + SPAN)
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            yield rows, span, hidden[rows] @ weight[span].T
-
-
-class TokenLogprob(torch.autograd.Function):
-    """ln p(target) (R,) under softmax(hidden·weightᵀ): hidden (R, C), weight (V, C), targets (R,).
-
-    No more than two tiles of logits exist at a time; the backward pass computes them again, which
-    is faster than fresh memory for all.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        log_z = hidden.new_full(targets.shape, float("-inf"))
-        for rows, _, logits in logit_tiles(hidden, weight):
-            top = logits.amax(1)
-            mass = logits.sub_(top[:, None]).exp_().sum(1)
-            log_z[rows] = log_z[rows].logaddexp(top + mass.log())
-        ctx.save_for_backward(hidden, weight, targets, log_z)
-        return (hidden * weight[targets]).sum(1) - log_z
-
-    @staticmethod
-    def backward(ctx, grad):  # (R,); ∂ ln p(target)/∂ logits = onehot − p
-        hidden, weight, targets, log_z = ctx.saved_tensors
-        scaled = grad[:, None] * hidden
-        d_hidden = weight[targets]
-        d_weight = torch.zeros_like(weight).index_add_(0, targets, scaled)
-        for rows, span, logits in logit_tiles(hidden, weight):
-            p = logits.sub_(log_z[rows, None]).exp_()
-            d_hidden[rows].addmm_(p, weight[span], alpha=-1)
-            d_weight[span].addmm_(p.T, scaled[rows], alpha=-1)
-        return grad[:, None] * d_hidden, d_weight, None
-
-
-def sequence_logprob(model, tokens, response_mask, group=1):
-    """ln π(y|x) of each response: (B, T), (B, T) -> (B,), in nats, float32. Each `group` rows
-    in turn must have the very same prompt, which is not checked.
-
-    Σ over response tokens only: no other position than those that predict one reaches the output
-    layer.
-    """
-    asked = F.pad(response_mask[:, 1:], (0, 1))  # position t predicts t+1
-    hidden = model.read(tokens, response_mask, asked, group)  # (R, C)
-    row, column = asked.nonzero(as_tuple=True)  # (R,)
-    with torch.autocast(hidden.device.type, enabled=False):
-        logp = TokenLogprob.apply(hidden, model.wte.weight, tokens[row, column + 1])  # (R,)
-    return logp.new_zeros(len(tokens)).index_add(0, row.to(logp.device), logp)
-
-
-# ---- GPT-2's published layout: a folder of config.json and model.safetensors
-SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
-         "n_head": "n_head", "n_embd": "n_embd"}  # theirs: ours
-FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-         "n_inner": None, "tie_word_embeddings": True, "scale_attn_weights": True,
-         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there
-LEFT_OUT = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # masks; the tied output layer
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "U8": torch.uint8, "BOOL": torch.bool}  # these two of the masks
-MAX_HEADER = 10 ** 8  # bytes
-
-
-def read_published(folder):
-    """-> config, weights."""
-    with open(f"{folder}/config.json", encoding="utf-8") as file:
-        theirs = json.load(file)
-    for what, value in FIXED.items():
-        if theirs.get(what, value) != value:
-            raise ValueError(f"{what} is {theirs[what]}, not {value}")
-    weights = {}
-    shards = glob.glob(f"{glob.escape(folder)}/model[.-]*safetensors")
-    for path in shards or [f"{folder}/pytorch_model.bin"]:
-        for name, tensor in read_tensors(path).items():
-            if name.endswith(TRANSPOSED):
-                tensor = tensor.t().contiguous()
-            if not name.endswith(LEFT_OUT):
-                weights[name.removeprefix("transformer.")] = tensor.float()
-    return {ours: theirs[name] for name, ours in SIZES.items()}, weights
-
-
-def read_tensors(path):
-    """{name: tensor} of a file. safetensors: the header's length in 8 bytes, the header as JSON,
-    then raw bytes."""
-    if path.endswith(".bin"):
-        return torch.load(path, map_location="cpu", weights_only=True)
-    raw = torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8)  # mapped, not read
-    start = 8 + raw[:8].view(torch.int64).item()
-    if not 8 < start <= min(len(raw), MAX_HEADER):
-        raise ValueError(f"{path} has a header of {start - 8} bytes in a file of {len(raw)}")
-    header = json.loads(raw[8:start].numpy().tobytes())
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if not 0 <= begin <= end:
-            raise ValueError(f"{name} lies from {begin} to {end}")
-        content = raw[start:][begin:end].clone()  # aligned; the next line checks its size
-        tensors[name] = content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors
-
-
-def export(model, folder):
-    """Write a policy so that `from_pretrained`, ours and Transformers', loads it."""
-    config = {theirs: getattr(model.config, ours) for theirs, ours in SIZES.items()}
-    config |= FIXED | {"architectures": ["GPT2LMHeadModel"],
-                       "eos_token_id": model.config.vocab_size - 1}
-    weights = to_checkpoint(model)["weights"]
-    for name in weights:
-        if name.endswith(TRANSPOSED):
-            weights[name] = weights[name].t().contiguous()
-    os.makedirs(folder, exist_ok=True)
-    for other in glob.glob(f"{glob.escape(folder)}/model[.-]*safetensors"):
-        os.remove(other)  # it would be read instead
-    replace_file(f"{folder}/config.json", lambda file: file.write(json.dumps(config).encode()))
-    save(weights, f"{folder}/pytorch_model.bin")
-
-
-# ---- what is kept on disk
-def assemble(config, weights):
-    """A model that owns its weights; sizes are checked before memory is asked for."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**config))
-    model.load_state_dict(weights, assign=True)
-    return copy.deepcopy(model)
-
-
+# ---- files: what a run keeps
 def to_checkpoint(model):
     """Configuration and weights, as `save` takes and `load` returns them; on a CPU the weights are
     the model's own, not a copy."""
@@ -496,9 +392,32 @@ def from_checkpoint(saved, device="cpu"):
     try:
         return assemble(saved["config"], saved["weights"]).to(device)
     except Exception as error:  # a damaged file raises half a dozen kinds
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{saved.get('path', 'checkpoint')}: not a model that this program saved "
-                         f"({reason:.300}); make it again with --from its stage") from None
+        raise ValueError(
+            f"{saved.get('path', 'checkpoint')}: not a model that this program saved "
+            f"({in_one_line(error)}); make it again with --from its stage") from None
+
+
+def assemble(config, weights):
+    """A model that owns its weights; sizes are checked before memory is asked for."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**config))
+    model.load_state_dict(weights, assign=True)
+    return copy.deepcopy(model)
+
+
+def in_one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+
+
+def load(path, remedy):
+    """A dict of tensors and plain values, on the CPU, and its "path". Raises ValueError with the
+    remedy where the file is missing, damaged or no such dict."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["path"] = str(path)  # for errors
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
+    return saved
 
 
 def save(saved, path):
@@ -508,7 +427,7 @@ def save(saved, path):
 def replace_file(path, put):
     """put(file) writes a file that is there as a whole or not at all: until then the old one stays,
     also where the run is killed meanwhile or the disk is full. Under torchrun its first process
-    writes, and the others do not."""
+    writes, and the others do not. Raises OSError where it cannot be written."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     try:
@@ -520,42 +439,76 @@ def replace_file(path, put):
     except (OSError, RuntimeError) as error:  # torch reports a failed write as the latter
         if os.path.exists(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        reason = str(error).split("\n")[0]
-        raise OSError(f"{path}: cannot be written ({reason}); earlier files are kept; make room "
-                      "(or mend the path), then go on with --resume") from None
+        raise OSError(
+            f"{path}: cannot be written ({in_one_line(error)}); earlier files are kept; make room "
+            "(or mend the path), then go on with --resume") from None
 
 
-def load(path, remedy, made_from={}):
-    """A dict of tensors and plain values, on the CPU. ValueError with the remedy where it is none,
-    or where its own "made_from" {setting or input: value} contradicts this one."""
+# ---- files: GPT-2's published layout, a folder of config.json and model.safetensors
+SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
+         "n_head": "n_head", "n_embd": "n_embd"}  # theirs: ours
+FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+         "n_inner": None, "tie_word_embeddings": True, "scale_attn_weights": True,
+         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there
+LEFT_OUT = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # masks; the tied output layer
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "U8": torch.uint8, "BOOL": torch.bool}  # these two of the masks
+
+
+def read_published(folder):
+    """GPT.from_pretrained."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["path"] = str(path)  # for errors
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
-    for what, value in saved.get("made_from", {}).items():
-        if made_from.get(what, value) != value:
-            raise ValueError(f"{path}: made with {what} {value}, not {made_from[what]}; {remedy}")
-    return saved
+        with open(f"{folder}/config.json", encoding="utf-8") as file:
+            theirs = json.load(file)
+        for what, value in FIXED.items():
+            if theirs.get(what, value) != value:
+                raise ValueError(f"{what} is {theirs[what]}, not {value}")
+        weights = {}
+        shards = glob.glob(f"{glob.escape(folder)}/model[.-]*safetensors")
+        for path in shards or [f"{folder}/pytorch_model.bin"]:
+            for name, tensor in read_tensors(path).items():
+                if name.endswith(TRANSPOSED):
+                    tensor = tensor.t().contiguous()
+                if not name.endswith(LEFT_OUT):
+                    weights[name.removeprefix("transformer.")] = tensor.float()
+        return assemble({ours: theirs[name] for name, ours in SIZES.items()}, weights)
+    except Exception as error:  # a damaged file raises a dozen kinds
+        raise ValueError(
+            f"{folder}: not a GPT-2 as published ({in_one_line(error)}); expected config.json with "
+            "model.safetensors, its shards, or pytorch_model.bin") from None
 
 
-def fingerprint(x):
-    """A text that tells values apart: models, tensors, tuples and dicts of them, tokenizers, plain
-    values and lists of them; functions count for nothing."""
-    digest = hashlib.sha256()
-    todo = [x]
-    while todo:
-        x = todo.pop()
-        if isinstance(x, nn.Module):
-            x = x.state_dict()
-        if isinstance(x, tiktoken.Encoding):
-            x = x.token_byte_values()
-        if isinstance(x, torch.Tensor):
-            digest.update(x.cpu().contiguous().numpy().tobytes())
-        elif isinstance(x, dict):
-            todo += [*x.keys(), *x.values()]
-        elif isinstance(x, tuple):
-            todo += x
-        elif not callable(x):
-            digest.update(repr(x).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:16]
+def read_tensors(path):
+    """{name: tensor} of a file. safetensors: the header's length in 8 bytes, the header as JSON,
+    then raw bytes."""
+    if path.endswith(".bin"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    raw = torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8)  # mapped, not read
+    start = 8 + raw[:8].view(torch.int64).item()
+    header = json.loads(raw[8:start].numpy().tobytes())
+    body = raw[start:]
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        _, content, _ = body.split([begin, end - begin, len(body) - end])  # none may be negative
+        content = content.clone()  # aligned; the next line checks its size
+        tensors[name] = content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
+
+
+def export(model, folder):
+    """Write a policy so that `from_pretrained`, ours and Transformers', loads it."""
+    config = {theirs: getattr(model.config, ours) for theirs, ours in SIZES.items()}
+    config |= FIXED | {"architectures": ["GPT2LMHeadModel"],
+                       "eos_token_id": model.config.vocab_size - 1}
+    weights = to_checkpoint(model)["weights"]
+    for name in weights:
+        if name.endswith(TRANSPOSED):
+            weights[name] = weights[name].t()
+    os.makedirs(folder, exist_ok=True)
+    for other in glob.glob(f"{glob.escape(folder)}/model[.-]*safetensors"):
+        os.remove(other)  # it would be read instead
+    replace_file(f"{folder}/config.json", lambda file: file.write(json.dumps(config).encode()))
+    save(weights, f"{folder}/pytorch_model.bin")

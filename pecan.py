@@ -10,7 +10,7 @@ helpful, which is safer.
 2. Score K responses of π_ref by log-ratios: DPO's optimum is π_r ∝ π_ref·exp(r/β), hence
        β·ln(π_r/π_ref) = r − β·ln Z_r(x),   β·ln(π_g/π_ref) = g − β·ln Z_g(x):
    the scores, up to a constant of the prompt, which no label and no π_λ can see. A pre-alignment
-   stops before that optimum; a factor τ on its log-ratios mends it.       (calibrate)
+   stops before that optimum; a factor τ on its log-ratios mends it. (mocan.calibrate)
 3. The same dual, with r → β·ln(π_r/π_ref), g → β·ln(π_g/π_ref): mocan.solve_from on these scores.
 4. One policy update: DPO with pairs labelled by s = β·(ln(π_r/π_ref) + ⟨λ*, ln(π_g/π_ref)⟩).
                                                                                    (train_pecan)
@@ -26,14 +26,15 @@ KL(π_ref‖π_g) is −E_ref[ln(π_g/π_ref)], so the solver's own E_ref[g] sup
 Different from the paper's published code: its labels lack the factor β, which makes them 1/β times
 too sharp, and its implicit scores are not calibrated.
 
-Read next: train.py, the whole job.
+Read next: model.py, the policy itself.
 """
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from data import take, take_text
-from mocan import (Descent, bradley_terry, calibrated_loss, logprobs, preference_loss,
-                   say_agreement, temperature)
+from mocan import (Progress, adamw, add_up_gradients, bradley_terry, calibrated_loss, ends_epoch,
+                   lr_at, map_pool, preference_loss, say_agreement, schedule, temperature)
 from model import from_checkpoint, sequence_logprob
 
 
@@ -49,17 +50,17 @@ def implicit_score(logp_r, logp_g, ref_logp, lam, beta):
 
 def implicit_scores(prealigned, pool, ref_logp, beta, device):
     """β·τ·ln(π/π_ref) of every pre-aligned policy, {name: checkpoint with tau}, on a pool (N, K, T)
-    -> (1+m, N, K)."""
+    -> (1+m, N, K), the scores of a mocan.Sample: mocan.solve_from finds λ* from it."""
     scores = []
     for saved in prealigned.values():
-        logp = logprobs(from_checkpoint(saved, device), pool)
+        logp = map_pool(from_checkpoint(saved, device), pool)
         scores.append(saved["tau"] * (logp - ref_logp))
     return beta * torch.stack(scores)
 
 
 # ---- the policy update
 def train_pecan(policy, sample, lam, beta, group, recipe):
-    """DPO on pairs of the sample, labelled by the implicit score -> the loss of every micro-batch.
+    """DPO on pairs of the sample, labelled by the implicit score -> the loss of every step.
 
     The loop of mocan.train_mocan; the mocan.Sample's scores are `implicit_scores`.
     """
@@ -69,52 +70,69 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
     group = min(group, s.size(1))
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
-    descent = Descent(policy, recipe)
-    for n, k in descent.over(pool, group):  # (B,) prompts, (B, G) some of the K responses to each
-        tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
-        with policy.autocast():
+    optimizer = adamw(policy)
+    progress = Progress(recipe, recipe.steps, model=policy, optimizer=optimizer)
+    for step, batches in schedule(pool, group, recipe, progress):
+        optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
+        for n, k, whole in batches:  # (B,) prompts, (B, G) some of the K responses to each
+            tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
             logp = sequence_logprob(policy, tokens, response_mask, group).view(k.shape)  # (B, G)
-        ref = take(ref_logp, n, k, policy.device)  # (B, G)
-        s_k = take(s, n, k, policy.device)  # (B, G)
-        p_i = bradley_terry(s_k[:, i], s_k[:, j])  # s is in the units of r: no β here
-        loss = preference_loss(
-            logp[:, i], logp[:, j],
-            ref[:, i], ref[:, j],
-            beta, p_i)  # (B, G(G-1)/2)
-        descent.step(loss.sum(), loss.numel())
-    return descent.losses
+            ref = take(ref_logp, n, k, policy.device)  # (B, G)
+            s_k = take(s, n, k, policy.device)  # (B, G)
+            p_i = bradley_terry(s_k[:, i], s_k[:, j])  # s is in the units of r: no β here
+            loss = preference_loss(
+                logp[:, i], logp[:, j],
+                ref[:, i], ref[:, j],
+                beta, p_i).sum() / (len(whole) * len(i))  # of (B, G(G-1)/2)
+            (loss / recipe.accumulate).backward()
+            progress.add(loss)
+        add_up_gradients(policy)  # of all ranks
+        norm = clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.step(norm)
+    return progress.losses()
 
 
 # ---- before the dual
-def prealign(policy, pool, ref_logp, beta, recipe, held_out=None):
-    """Plain DPO on one preference: a pool (P, 2, T) of chosen and rejected responses, their
-    ref_logp (P, 2); held_out() -> calibration loss, see mocan.Descent.over.
+def prealign(policy, training, calibration, beta, recipe):
+    """Plain DPO on one preference, for as many epochs as help on the calibration pairs, two
+    `data.Preferences` with ln π_ref -> the loss of every step.
 
     Give it a low learning rate: hard labels are noise that a policy learns by heart, and τ mends a
     timid one.
     """
-    descent = Descent(policy, recipe)
-    for n, k in descent.over(pool, 2, held_out):
-        k = k.sort(1).values  # (B, 2) chosen, rejected
-        tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·2, T)
-        with policy.autocast():
+    pool = training.pool  # (P, 2, T) chosen, rejected
+    optimizer = adamw(policy)
+    progress = Progress(recipe, recipe.steps, model=policy, optimizer=optimizer)
+    for step, batches in schedule(pool, 2, recipe, progress):
+        optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
+        for n, k, whole in batches:  # (B,) pairs
+            k = k.sort(1).values  # (B, 2) chosen, rejected
+            tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·2, T)
             logp = sequence_logprob(policy, tokens, response_mask, 2).view(k.shape)  # (B, 2)
-        ref = take(ref_logp, n, k, policy.device)  # (B, 2)
-        loss = preference_loss(
-            logp[:, 0], logp[:, 1],
-            ref[:, 0], ref[:, 1],
-            beta)  # (B,)
-        descent.step(loss.sum(), len(loss))
+            ref = take(training.ref_logp, n, k, policy.device)  # (B, 2)
+            loss = preference_loss(
+                logp[:, 0], logp[:, 1],
+                ref[:, 0], ref[:, 1],
+                beta).sum() / len(whole)  # of (B,)
+            (loss / recipe.accumulate).backward()
+            progress.add(loss)
+        add_up_gradients(policy)
+        norm = clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ends_epoch(step, pool, recipe):
+            implicit = beta * (map_pool(policy, calibration.pool) - calibration.ref_logp)  # (P, 2)
+            progress.consider(calibrated_loss(*implicit.T))
+        progress.step(norm)
+    losses = progress.losses()
+    policy.load_state_dict(progress.best["weights"])
+    return losses
 
 
-def prealign_and_calibrate(policy, name, training, ref_training, calibration, ref_calibration,
-                           beta, recipe):
-    """Pre-align a policy on one preference, for as many epochs as help on the calibration pairs,
-    and fit τ on these -> τ. `data.Preferences` and their ln π_ref (P, 2)."""
-    def implicit():
-        return beta * (logprobs(policy, calibration.pool) - ref_calibration)  # (P, 2)
-    prealign(policy, training.pool, ref_training, beta, recipe,
-             lambda: calibrated_loss(*implicit().T))
-    score = implicit()
-    say_agreement(f"{name}, calibration", score, calibration)
-    return temperature(name, score)
+def calibrate_policy(policy, name, calibration, beta):
+    """The τ that puts a pre-aligned policy's implicit scores in log-odds of its preference."""
+    implicit = beta * (map_pool(policy, calibration.pool) - calibration.ref_logp)  # (P, 2)
+    say_agreement(f"{name}, calibration", implicit, calibration)
+    return temperature(name, implicit)

@@ -17,24 +17,27 @@ The stages, and the artifact that each leaves in --out:
     pecan       one policy update                          pecan*.pt
     evaluate    fresh responses on evaluation prompts      results.json, samples.jsonl
 
-`main` is the story; below it stand the stages, the results, the run's folder and the command line.
-"Earlier" and "later" stages are those above and below in this list. run.json keeps the settings.
+`main` is the story, the first shot of MoCAN and of PeCAN written out in it; below it stand the
+stages, further shots, the results, the run's folder and the command line. "Earlier" and "later"
+stages are those above and below in this list. run.json keeps the settings.
 """
 
 import argparse
-import copy
 import fcntl
-import functools
+import hashlib
 import inspect
 import json
 import math
 import os
 import random
+import re
 import secrets
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -43,100 +46,93 @@ import data
 import dual
 import mocan
 import pecan
-from model import (GPT, GPTConfig, export, fingerprint, from_checkpoint, load, replace_file, save,
+from model import (GPT, GPTConfig, export, from_checkpoint, load, replace_file, save,
                    to_checkpoint)
 
 STAGES = ("reference", "scores", "offline", "prealign", "dual", "mocan", "pecan", "evaluate")
-
-
-ABOVE_0 = 1e-300  # the least value of what must be > 0
 CUDA = torch.cuda.is_available()
 
 
-def setting(default, stage, help, choices=None, least=ABOVE_0):
-    """A field of Config. stage: the first stage that it changes, whose artifacts and all later ones
-    remember it; None: not remembered, artifacts are reused whatever it was."""
-    metadata = {"stage": stage, "help": help, "choices": choices, "least": least}
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
-class Config:
-    start: str = setting("reference", None, "(--from) keep what earlier stages made, run from here",
-                         STAGES)
-    out: str = setting("out", None, "folder of all artifacts")
-    resume: bool = setting(False, None, "go on with the run in --out that was interrupted")
-    checkpoint_every: float = setting(60.0, None, "seconds between checkpoints of a loop")
-    quick: bool = setting(False, "reference", "a run of seconds, to see that everything works")
-    algo: str = setting("all", None, "which policies to train", ("mocan", "pecan", "all"))
-    seed: int = setting(0, "reference", "seeds every random stream", least=0)
-    device: str = setting("cuda" if CUDA else "cpu", None, "cpu, cuda, cuda:1, …")
-    dtype: str = setting("bfloat16" if CUDA and torch.cuda.is_bf16_supported(False) else "float32",
-                         "reference", "arithmetic of the blocks; logits and losses stay float32",
-                         ("float32", "bfloat16"))
+class Config:  # a comment is what --help says of a setting
+    start: Literal[STAGES] = "reference"  # (--from) keep what earlier stages made, run from here
+    out: str = "out"  # folder of all artifacts
+    resume: bool = False  # go on with the run in --out that was interrupted
+    checkpoint_every: float = 10.0  # least seconds between two lines and checkpoints of a loop
+    quick: bool = False  # a run of seconds, to see that everything works
+    algo: Literal["mocan", "pecan", "all"] = "all"  # which policies to train
+    seed: int = 0  # seeds every random stream
+    device: str = "cuda" if CUDA else "cpu"  # cpu, cuda, cuda:1, …
+    dtype: Literal["float32", "bfloat16"] = (  # arithmetic of the blocks; logits stay float32
+        "bfloat16" if CUDA and torch.cuda.is_bf16_supported(False) else "float32")
     # text
-    data: tuple = setting((), "reference",
-                          "preference files, FILE or NAME=FILE, several; none: the built-in world")
-    world_pairs: int = setting(36000, "reference", "preference pairs that the world writes")
-    held_out: float = setting(0.2, "reference", "share of the conversations kept for evaluation")
-    calibration: float = setting(0.1, "reference", "share kept for temperatures and early stopping")
-    tokenizer: str = setting("vocab", "reference", "vocab: of the training text; gpt2: GPT-2's",
-                             ("vocab", "gpt2"))
-    vocab_size: int = setting(4096, "reference", "largest size of vocab", least=300)
-    max_new_tokens: int = setting(96, "reference",
-                                  "longest response; a prompt may fill the rest of block_size")
+    data: tuple = ()  # preference files, FILE or NAME=FILE, several; none: the built-in world
+    world_pairs: int = 36000  # preference pairs that the world writes
+    held_out: float = 0.2  # share of the conversations kept for evaluation
+    calibration: float = 0.1  # share kept for temperatures and early stopping
+    tokenizer: Literal["vocab", "gpt2"] = "vocab"  # vocab: of the training text; gpt2: GPT-2's
+    vocab_size: int = 4096  # largest size of vocab
+    max_new_tokens: int = 96  # longest response; a prompt may fill the rest of block_size
     # model
-    n_layer: int = setting(2, "reference", "blocks")
-    n_head: int = setting(4, "reference", "attention heads")
-    n_embd: int = setting(128, "reference", "width")
-    block_size: int = setting(192, "reference", "longest prompt and response together, in tokens")
-    init: str = setting("", "reference", "folder of published GPT-2 weights, where the reference "
-                        "starts; its sizes and --tokenizer gpt2 follow from it")
-    checkpoint_activations: bool = setting(False, "reference",
-                                           "less memory: blocks are computed again in backward")
-    export: str = setting("", None, "folder for the policies in GPT-2's published layout")
+    n_layer: int = 2  # blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # width
+    block_size: int = 192  # longest prompt and response together, in tokens
+    init: str = ""  # folder of published GPT-2 weights for the reference; it sets the sizes
+    checkpoint_activations: bool = False  # less memory: blocks are computed again in backward
+    export: str = ""  # folder for the policies in GPT-2's published layout
     # training
-    batch: int = setting(16, None, "pairs per micro-batch; a policy update: 2·batch responses")
-    accumulate: int = setting(1, None, "micro-batches per step")
-    sft_steps: int = setting(1000, "reference", "gradient steps of the reference policy, at most")
-    sft_lr: float = setting(3e-3, "reference", "its learning rate")
-    score_steps: int = setting(1000, "scores", "gradient steps of each score model, at most")
-    score_lr: float = setting(1e-3, "scores", "its learning rate")
+    batch: int = 16  # pairs per micro-batch; a policy update: 2·batch responses
+    accumulate: int = 1  # micro-batches per step
+    sft_steps: int = 1000  # gradient steps of the reference policy, at most
+    sft_lr: float = 3e-3  # its learning rate
+    score_steps: int = 1000  # gradient steps of each score model, at most
+    score_lr: float = 1e-3  # its learning rate
     # offline samples and the dual
-    prompts: int = setting(512, "offline", "N, training prompts that the reference answers")
-    responses: int = setting(32, "offline", "K, responses to each", least=2)
-    sample_batch: int = setting(256, None, "responses sampled at once")
-    beta: float = setting(1.0, "prealign", "β, weight of the KL divergence to the reference")
-    margin: str = setting("50%", "dual",
-                          "b, safety gains, comma separated: in units of g or % of the reachable")
-    constraints: str = setting("", "scores",
-                               "safety preferences, comma separated; none: harmless; data: all")
-    # policy
-    lr: float = setting(2e-4, "mocan", "learning rate of MoCAN's and PeCAN's policy update")
-    steps: int = setting(800, "mocan", "its gradient steps")
-    shots: int = setting(1, "mocan",
-                         "1: as in the paper; more: sample, solve and train from the policy so far")
-    shot_steps: int = setting(400, "mocan", "gradient steps of each further shot")
-    shot_lr: float = setting(2e-4, "mocan", "their learning rate")
-    shot_responses: int = setting(32, "mocan", "K of each further shot", least=2)
-    group: int = setting(8, "mocan", "G, samples of a prompt that a step compares in all pairs",
-                         least=2)
-    prealign_steps: int = setting(1575, "prealign",
-                                  "gradient steps of each pre-aligned policy, at most")
-    prealign_lr: float = setting(6e-5, "prealign", "their learning rate; see pecan.prealign")
+    prompts: int = 512  # N, training prompts that the reference answers
+    responses: int = 32  # K, responses to each
+    sample_batch: int = 256  # responses sampled at once
+    beta: float = 1.0  # β, weight of the KL divergence to the reference
+    margin: str = "50%"  # b, safety gains, comma separated: in units of g or % of the reachable
+    constraints: str = ""  # safety preferences, comma separated; none: harmless; data: all
+    # policies
+    lr: float = 2e-4  # learning rate of MoCAN's and PeCAN's policy update
+    steps: int = 800  # its gradient steps
+    shots: int = 1  # 1: as in the paper; more: sample, solve and train from the policy so far
+    shot_steps: int = 400  # gradient steps of each further shot
+    shot_lr: float = 2e-4  # their learning rate
+    shot_responses: int = 32  # K of each further shot
+    group: int = 8  # G, samples of a prompt that a step compares in all pairs
+    prealign_steps: int = 1575  # gradient steps of each pre-aligned policy, at most
+    prealign_lr: float = 6e-5  # their learning rate; see pecan.prealign
     # evaluation
-    eval_prompts: int = setting(240, None, "evaluation prompts, at most", least=2)
-    eval_responses: int = setting(24, None, "fresh responses to each")
-    run: str = ""  # which run made an artifact; a resumed run is the same
+    eval_prompts: int = 240  # evaluation prompts, at most
+    eval_responses: int = 24  # fresh responses to each
+    run: str = ""  # (no flag) which run makes an artifact; a resumed run is the same
 
 
-SETTINGS = [f for f in fields(Config) if f.metadata]
+SETTINGS = [f for f in fields(Config) if f.name != "run"]
+LEAST = dict(seed=0, vocab_size=300, responses=2, shot_responses=2, group=2, eval_prompts=2)
 
-QUICK = dict(world_pairs=2400, n_embd=64, sft_steps=360, sft_lr=6e-3, prompts=128,
-             responses=16, steps=120, prealign_steps=100, prealign_lr=3e-4, lr=1e-3,
-             eval_prompts=64, eval_responses=8)
-DATA = dict(accumulate=4, prompts=2048, responses=128, shot_responses=128, margin="25%")
-INIT = dict(tokenizer="gpt2", sft_lr=5e-5, score_lr=5e-5, prealign_lr=2e-5, lr=2e-5, shot_lr=2e-5)
+# what the artifacts of a stage and of all later ones remember; other settings do not change them
+REMEMBERED = {
+    "reference": "quick seed dtype data world_pairs held_out calibration tokenizer vocab_size "
+                 "max_new_tokens n_layer n_head n_embd block_size init checkpoint_activations "
+                 "sft_steps sft_lr",
+    "scores": "score_steps score_lr constraints",
+    "offline": "prompts responses",
+    "prealign": "beta prealign_steps prealign_lr",
+    "dual": "margin",
+    "mocan": "lr steps shots shot_steps shot_lr shot_responses group",
+    "pecan": ""}
+
+# the flags that --quick, --data and --init stand for, unless the command line has its own
+QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts 128 "
+         "--responses 16 --steps 120 --prealign_steps 100 --prealign_lr 3e-4 --lr 1e-3 "
+         "--eval_prompts 64 --eval_responses 8 ")
+DATA = "--accumulate 4 --prompts 2048 --responses 128 --shot_responses 128 --margin 25% "
+INIT = ("--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 2e-5 "
+        "--shot_lr 2e-5 ")
 
 
 # ---- the job
@@ -147,41 +143,45 @@ def main():
         c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.calibration,
         c.constraints)
     dual.parse_margin(c.margin, torch.ones(len(names) - 1))  # a bad one costs no training
-    tok = tokenizer_of_run(c, split.train)
-    pools = data.pools(tok, split)
-    reference = reference_policy(c, tok, split, pools)
+    tok, tokenizer = open_tokenizer(c, split)
+    pools = {part: data.pair_pool(tok, getattr(split, part), f"{part} pairs")
+             for part in split._fields}
+    reference = train_reference(c, tok, tokenizer, pools)
     prompts = data.some_prompts(split.train, c.prompts)
-    pool, ref_logp = sample_reference(c, reference, tok, prompts)  # (N, K, T), (N, K)
-    judges = functools.cache(  # preference -> score model; without MoCAN only the table asks
-        lambda: learn_judges(c, reference, split, pools, names))
-    policies = {}  # name -> its artifact
+    policies = {}
+    margin = None
 
-    if c.algo != "pecan":
-        scores = artifact(c, "offline", "offline_scores.pt", make_scores, judges(), names, prompts,
-                          pool, tok)["scores"]  # (1+m, N, K)
-        offline = mocan.Sample(pool, ref_logp, ref_logp, scores)
-        margin = dual.parse_margin(c.margin, dual.reachable(scores[1:]))  # (m,)
-        policies |= shoot(c, reference, tok, prompts, "mocan", offline, margin, mocan.train_mocan,
-                          lambda pool, _: mocan.score_pool(
-                              judges(), names, prompts, pool, tok, c.device))
-    if c.algo != "mocan":
-        dpo = prealigned(c, reference, split, pools, names, pool, ref_logp)
-        implicit = torch.stack([saved["implicit"] for saved in dpo.values()])  # (1+m, N, K)
-        offline = mocan.Sample(pool, ref_logp, ref_logp, implicit)
-        if c.algo == "pecan":
-            margin = dual.parse_margin(c.margin, dual.reachable(implicit[1:]))
+    offline = sample_reference(c, reference, tok, prompts)  # 1. sample
+    pool = data.Pool(offline["tokens"], offline["response_mask"])  # (N, K, T)
+    ref_logp = offline["ref_logp"]  # (N, K)
+    for algorithm in ("mocan", "pecan") if c.algo == "all" else (c.algo,):
+        if algorithm == "mocan":  # 2. score: by judges, or by what pre-alignment did to policies
+            scorers = judges = train_judges(c, reference, split, pools, names)
+            scored = score_offline(c, offline, pool, judges, names, prompts, tok)
+            made_by = {"scores": scored}
+            scores = scored["scores"]
+        else:
+            scorers = made_by = prealign(c, reference, split, pools, names, offline, pool)
+            policies = scorers | policies
+            scores = torch.stack([saved["implicit"] for saved in scorers.values()])
+        sample = mocan.Sample(pool, ref_logp, ref_logp, scores)  # scores (1+m, N, K)
+        if margin is None:
+            margin = dual.parse_margin(c.margin, dual.reachable(scores[1:]))  # (m,) b
         try:
-            policies |= shoot(c, reference, tok, prompts, "pecan", offline, margin,
-                              pecan.train_pecan, lambda pool, ref_logp: pecan.implicit_scores(
-                                  dpo, pool, ref_logp, c.beta, c.device))
+            found = mocan.solve_from(sample, mean_g(sample), margin, c.beta)  # 3. dual
+            policies[algorithm] = update(  # 4. update
+                c, algorithm, reference, sample, margin, found, made_by)
+            more_shots(c, algorithm, policies, reference, sample, margin, scorers, names, prompts,
+                       tok)
         except dual.Infeasible as error:
-            if c.algo == "pecan":
+            if algorithm == "mocan" or c.algo == "pecan":
                 raise
             print(f"  no PeCAN policy, by its implicit scores: {error}")
-        policies = dpo | policies
-    evaluate(c, reference, policies, judges(), names, margin, split, tok)
+    if c.algo == "pecan":  # the table asks them
+        judges = train_judges(c, reference, split, pools, names)
+    evaluate(c, reference, policies, judges, names, margin, split, tok)
     export_policies(c, policies)
-    checkpoint(c).remove()
+    Path(f"{c.out}/checkpoint.pt").unlink(missing_ok=True)
 
 
 def enter(c):
@@ -201,29 +201,28 @@ def enter(c):
     return c, lock(c.out)
 
 
-# ---- the stages; make_… returns what an artifact keeps
-def tokenizer_of_run(c, train):
-    saved = artifact(c, "reference", "tokenizer.pt", make_tokenizer, train)
-    return data.open_tokenizer(saved["pieces"], c.block_size - c.max_new_tokens, c.max_new_tokens)
+# ---- the stages: each returns its artifact, made now if it is not there
+def open_tokenizer(c, split):
+    """The tokenizer, and its artifact."""
+    digest = hashlib.sha256(repr(split).encode(errors="surrogatepass")).hexdigest()
+    saved = artifact(c, "reference", "tokenizer.pt", data=digest[:16])
+    if "began" in saved:
+        pieces = None  # GPT-2's own
+        if c.tokenizer == "vocab":
+            pieces = data.frequent_pieces(split.train, c.vocab_size)
+        finish(saved, pieces=pieces)
+    room = c.block_size - c.max_new_tokens
+    return data.open_tokenizer(saved["pieces"], room, c.max_new_tokens), saved
 
 
-def make_tokenizer(c, train):
-    if c.tokenizer == "gpt2":
-        return {"pieces": None}
-    return {"pieces": data.frequent_pieces(train, c.vocab_size)}
-
-
-def reference_policy(c, tok, split, pools):
-    saved = artifact(c, "reference", "reference.pt", make_reference, tok, split, pools)
-    return from_checkpoint(saved, c.device)
-
-
-def make_reference(c, tok, split, pools):
-    model = first_model(c, tok)
-    mocan.train_reference(
-        model, pools("train"), recipe(c, "reference", c.sft_steps, c.sft_lr),
-        lambda: -mocan.logprobs(model, pools("calibration")).mean().item())  # nats a response
-    return to_checkpoint(model)
+def train_reference(c, tok, tokenizer, pools):
+    saved = artifact(c, "reference", "reference.pt", tokenizer=tokenizer)
+    if "began" in saved:
+        model = first_model(c, tok)
+        mocan.train_reference(model, pools["train"], pools["calibration"],
+                              recipe(c, "reference", c.sft_steps, c.sft_lr))
+        finish(saved, **to_checkpoint(model))
+    return saved
 
 
 def first_model(c, tok):
@@ -241,139 +240,251 @@ def first_model(c, tok):
     return model.to(c.device)
 
 
-def sample_reference(c, reference, tok, prompts):
-    """Pool (N, K, T) and the reference's log-probabilities of it (N, K)."""
-    saved = artifact(c, "offline", "offline.pt", make_offline, reference, tok, prompts)
-    return data.Pool(saved["tokens"], saved["response_mask"]), saved["ref_logp"]
-
-
-def make_offline(c, reference, tok, prompts):
-    pool, ref_logp = mocan.sample_pool(reference, tok, prompts, draw(c, "offline", c.responses))
-    return {**pool._asdict(), "ref_logp": ref_logp}
-
-
-def learn_judges(c, reference, split, pools, names):
-    """{preference: score model, on the CPU}; empty where the world's exact functions serve."""
-    return {name: from_checkpoint(artifact(c, "scores", f"score_{name}.pt", make_judge, reference,
-                                           split, pools, name)) for name in names if c.data}
-
-
-def make_judge(c, reference, split, pools, name):
-    model = new_model(c, replace(reference.config, score_head=True), f"scores/{name}")
-    model.load_state_dict(reference.state_dict(), strict=False)  # all but the head
-    plan = recipe(c, f"score {name}", c.score_steps, c.score_lr)
-    mocan.learn_score(model, name, *[
-        data.preference_tensors(pools(part), getattr(split, part), name)
-        for part in split._fields], plan)
-    return to_checkpoint(model)
-
-
-def make_scores(c, judges, names, prompts, pool, tok):
-    return {"scores": mocan.score_pool(judges, names, prompts, pool, tok, c.device)}
-
-
-def prealigned(c, reference, split, pools, names, pool, ref_logp):
-    """PeCAN, steps 1 and 2 -> {dpo-NAME: artifact}."""
-    ref_of = functools.cache(  # ln π_ref of all its responses, once for all preferences
-        lambda part: mocan.logprobs(reference, pools(part)).flatten())
-    return {f"dpo-{name}": artifact(c, "prealign", f"dpo-{name}.pt", make_prealigned, reference,
-                                    name, split, pools, pool, ref_logp, ref_of) for name in names}
-
-
-def make_prealigned(c, reference, name, split, pools, pool, ref_logp, ref_of):
-    """A pre-aligned policy, its temperature, and its implicit scores of the offline pool (N, K)."""
-    policy = copy.deepcopy(reference)
-    training = data.preference_tensors(pools("train"), split.train, name)
-    calibration = data.preference_tensors(pools("calibration"), split.calibration, name)
-    plan = recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr)
-    tau = pecan.prealign_and_calibrate(
-        policy, name, training, ref_of("train")[training.where], calibration,
-        ref_of("calibration")[calibration.where], c.beta, plan)
-    implicit = c.beta * tau * (mocan.logprobs(policy, pool) - ref_logp)
-    return {**to_checkpoint(policy), "tau": tau, "implicit": implicit}
-
-
-def shoot(c, reference, tok, prompts, stage, offline, margin, update, score_of):
-    """--shots policy updates, each from the one before -> {"mocan": artifact, "mocan shot 2": …}.
-
-    update(policy, sample, lam, beta, group, recipe) trains the policy in place;
-    score_of(pool, ref_logp) -> (1+m, N, K) scores the responses of further shots.
-    """
-    policies = {}
-    policy = reference
-    ref_mean = offline.scores[1:].double().mean(dim=(1, 2))  # (m,) E_ref[g]
-    mocan.solve_from(offline, ref_mean, margin, c.beta)  # raises Infeasible before anything is made
-    for shot in range(1, c.shots + 1):
-        label = stage if shot == 1 else f"{stage} shot {shot}"
-        policies[label] = artifact(
-            c, stage, f"{label.replace(' ', '_')}.pt", make_shot, policy, reference, tok, prompts,
-            offline, ref_mean, update, score_of, label, margin.tolist(), shot)
-        policy = from_checkpoint(policies[label], c.device)
-    return policies
-
-
-def make_shot(c, policy, reference, tok, prompts, offline, ref_mean, update, score_of, label, b,
-              shot):
-    """One shot: responses of the policy so far, the dual, the policy update."""
-    sample = offline
-    plan = recipe(c, label, c.steps, c.lr)
-    if shot > 1:
-        sample = mocan.sample_from(policy, reference, tok, prompts,
-                                   draw(c, f"{label}, responses", c.shot_responses), score_of)
-        plan = recipe(c, label, c.shot_steps, c.shot_lr)
-    plan = plan._replace(key=f"{c.seed}/{label.split()[0]}")  # every shot draws alike
-    try:
-        found = mocan.solve_from(sample, ref_mean, b, c.beta)
-    except dual.Infeasible as error:  # by the further shot's own responses
-        print(f"  {label} changes nothing, by its responses: {error}")
-        return to_checkpoint(policy)
-    mocan.say_dual(label, b, found)
-    policy = copy.deepcopy(policy)
-    update(policy, sample, found.lam, c.beta, c.group, plan)
-    return {**to_checkpoint(policy), "lam": found.lam.tolist(), "predicted": found._asdict()}
-
-
-# ---- what the stages share
 def new_model(c, config, purpose):
     torch.manual_seed(data.stream(c.seed, purpose).initial_seed())
     return GPT(config).to(c.device)
 
 
+def sample_reference(c, reference, tok, prompts):
+    saved = artifact(c, "offline", "offline.pt", reference=reference)
+    if "began" in saved:
+        policy = from_checkpoint(reference, c.device)
+        pool, ref_logp = mocan.sample_pool(policy, tok, prompts, draw(c, "offline", c.responses))
+        finish(saved, **pool._asdict(), ref_logp=ref_logp)
+    return saved
+
+
+def train_judges(c, reference, split, pools, names):
+    """{preference: artifact of its score model}; none in the built-in world."""
+    judges = {}
+    for name in names if c.data else ():
+        saved = artifact(c, "scores", f"score_{name}.pt", reference=reference)
+        judges[name] = saved
+        if "began" in saved:
+            config = GPTConfig(**{**reference["config"], "score_head": True})
+            model = new_model(c, config, f"scores/{name}")
+            model.load_state_dict(reference["weights"], strict=False)  # all but the head
+            parts = [data.preferences(getattr(split, part), name, pool)
+                     for part, pool in pools.items()]
+            mocan.learn_score(model, name, *parts,
+                              recipe(c, f"score {name}", c.score_steps, c.score_lr))
+            finish(saved, **to_checkpoint(model))
+    return judges
+
+
+def score_offline(c, offline, pool, judges, names, prompts, tok):
+    saved = artifact(c, "offline", "offline_scores.pt", offline=offline, **judges)
+    if "began" in saved:
+        scores = mocan.score_pool(judges, names, prompts, pool, tok, c.device)
+        finish(saved, scores=scores)
+    return saved
+
+
+def prealign(c, reference, split, pools, names, offline, pool):
+    """PeCAN: {dpo-NAME: artifact of a policy, its τ, its implicit scores of the pool (N, K)}."""
+    dpo = {}
+    ref_logp = {}  # ln π_ref of the pairs' responses (N, 2), once for all preferences
+    for name in names:
+        saved = artifact(c, "prealign", f"dpo-{name}.pt", offline=offline)
+        dpo[f"dpo-{name}"] = saved
+        if "began" in saved:
+            policy = from_checkpoint(reference, c.device)
+            ref_logp = ref_logp or {
+                part: mocan.map_pool(policy, pools[part]) for part in ("train", "calibration")}
+            training, calibration = [
+                data.preferences(getattr(split, part), name, pools[part], ref_logp[part])
+                for part in ref_logp]
+            plan = recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr)
+            pecan.prealign(policy, training, calibration, c.beta, plan)
+            tau = pecan.calibrate_policy(policy, name, calibration, c.beta)
+            implicit = c.beta * tau * (mocan.map_pool(policy, pool) - offline["ref_logp"])
+            finish(saved, **to_checkpoint(policy), tau=tau, implicit=implicit)
+    return dpo
+
+
+def update(c, stage, reference, sample, margin, found, made_by):
+    """The first shot's policy update, from the reference; made_by: what made the scores."""
+    saved = artifact(c, stage, f"{stage}.pt", b=margin.tolist(), **made_by)
+    if "began" in saved:
+        policy = from_checkpoint(reference, c.device)
+        finish(saved, **train_policy(c, stage, policy, sample, margin, found, c.steps, c.lr))
+    return saved
+
+
+def more_shots(c, stage, policies, reference, offline, margin, scorers, names, prompts, tok):
+    """Shots 2 to --shots into `policies`, each from the one before: responses of the policy so far,
+    their scores, the dual and the update. scorers: the judges, or PeCAN's pre-aligned policies."""
+    latest = policies[stage]
+    for shot in range(2, c.shots + 1):
+        label = f"{stage} shot {shot}"
+        saved = artifact(
+            c, stage, f"{stage}_shot_{shot}.pt", b=margin.tolist(), start=latest)
+        if "began" in saved:
+            policy = from_checkpoint(latest, c.device)
+            pool, logp = mocan.sample_pool(
+                policy, tok, prompts, draw(c, f"{label}, responses", c.shot_responses))
+            ref_logp = mocan.map_pool(from_checkpoint(reference, c.device), pool)
+            if stage == "mocan":
+                scores = mocan.score_pool(scorers, names, prompts, pool, tok, c.device)
+            else:
+                scores = pecan.implicit_scores(scorers, pool, ref_logp, c.beta, c.device)
+            sample = mocan.Sample(pool, logp, ref_logp, scores)
+            try:
+                found = mocan.solve_from(sample, mean_g(offline), margin, c.beta)
+                kept = train_policy(
+                    c, label, policy, sample, margin, found, c.shot_steps, c.shot_lr)
+            except dual.Infeasible as error:
+                print(f"  {label} changes nothing, by its responses: {error}")
+                kept = to_checkpoint(policy)
+            finish(saved, **kept)
+        policies[label] = latest = saved
+
+
+def train_policy(c, label, policy, sample, margin, found, steps, lr):
+    """What the artifact of a policy update keeps."""
+    print(f"\ndual of {label}: λ* = {numbers(found.lam)} ± {numbers(1.96 * found.lam_se)} at a "
+          f"margin of {numbers(margin)}; predicted from the responses it was solved on: gains "
+          f"{numbers(found.constraint_gain)}, score {found.score_gain:.3f}, KL {found.kl:.3f}; "
+          f"effective sample size {found.ess:.1f} a prompt (5th percentile {found.ess_p5:.1f}); "
+          f"{found.iterations} evaluations")
+    stage = label.split()[0]
+    plan = recipe(c, label, steps, lr)._replace(key=f"{c.seed}/{stage}")  # all shots draw alike
+    if stage == "mocan":
+        mocan.train_mocan(policy, sample, found.lam, c.beta, c.group, plan)
+    else:
+        pecan.train_pecan(policy, sample, found.lam, c.beta, c.group, plan)
+    return {**to_checkpoint(policy), "lam": found.lam.tolist(), "predicted": found._asdict()}
+
+
+def mean_g(sample):
+    """E[g] of a sample, (m,)."""
+    return sample.scores[1:].double().mean(dim=(1, 2))
+
+
 def recipe(c, stage, steps, lr):
-    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", c.batch, c.accumulate,
-                        checkpoint(c))
+    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", c.batch, c.accumulate, c)
 
 
 def draw(c, stage, K):
-    return mocan.Draw(stage, K, f"{c.seed}/{stage}", c.sample_batch, checkpoint(c))
-
-
-def checkpoint(c):
-    """Where the loop that is under way keeps its state."""
-    return mocan.Checkpoint(f"{c.out}/checkpoint.pt", c.checkpoint_every, c.run, c.resume)
+    return mocan.Draw(stage, K, f"{c.seed}/{stage}", c.sample_batch, c)
 
 
 # ---- what came of it
 def evaluate(c, reference, policies, judges, names, margin, split, tok):
     """Fresh responses of every policy to evaluation prompts -> results.json, samples.jsonl and the
-    table."""
+    table. Gains are over the reference's responses to the same prompts."""
     prompts = data.some_prompts(split.evaluation, c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} evaluation prompts")
-    rows, texts, frontier = mocan.measure(
-        {"reference": to_checkpoint(reference), **policies}, reference, judges, names, tok,
-        prompts, draw(c, "evaluate", c.eval_responses), margin, c.beta)
-    prompts = [data.transcript(prompt) for prompt in prompts]
+    model = from_checkpoint(reference, c.device)
+    rows = {}
+    texts = {}
+    for name, saved in {"reference": reference, **policies}.items():
+        policy = from_checkpoint(saved, c.device)
+        plan = draw(c, f"evaluate {name}", c.eval_responses)._replace(key=f"{c.seed}/evaluate")
+        pool, logp = mocan.sample_pool(policy, tok, prompts, plan)  # the same noise for all
+        ref_logp = mocan.map_pool(model, pool)
+        scores = mocan.score_pool(judges, names, prompts, pool, tok, c.device)
+        sample = mocan.Sample(pool, logp, ref_logp, scores)
+        if not rows:
+            ref = sample
+        texts[name] = pool.texts(tok)
+        even = torch.full_like(logp, 1 / c.eval_responses)
+        rows[name] = {**compare(scores, logp - ref_logp, even, ref.scores),
+                      "margin": margin.tolist(), "lam": saved.get("lam", []),
+                      "predicted": saved.get("predicted"), "seconds": saved.get("seconds", 0.0)}
+    rows["reference"]["seconds"] = 0.0
+    frontier = optima(sample, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
+    if frontier:
+        rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}
+    write_results(c, rows, frontier, [data.transcript(prompt) for prompt in prompts], texts)
+    print_table(names[1:], rows)
+
+
+def compare(scores, log_ratio, weight, ref_scores):
+    """Responses with scores (1+m, N, K), ln π/π_ref (N, K) and weights (N, K), each row's sum 1,
+    against the reference's scores on the same prompts -> gains, KL(π‖π_ref) and their 95 %
+    intervals over prompts (taken as independent), as results.json has them."""
+    gain = (weight * scores.double()).sum(2) - ref_scores.double().mean(2)  # (1+m, N)
+    kl = (weight * log_ratio).sum(1)  # (N,)
+    found = torch.cat([gain, kl[None]])  # (2+m, N)
+    error = 1.96 * found.std(1) / math.sqrt(found.size(1))
+    found = found.mean(1)
+    reward_gain, *constraint_gain, kl = found.tolist()
+    reward_ci, *constraint_ci, kl_ci = torch.stack([found - error, found + error], dim=1).tolist()
+    return {"reward_gain": reward_gain, "reward_gain_ci": reward_ci,
+            "constraint_gain": constraint_gain, "constraint_gain_ci": constraint_ci,
+            "kl": kl, "kl_ci": kl_ci}
+
+
+def optima(sample, ref, logp, margin, beta):
+    """Rows of π_λ ∝ π_ref·exp((r + ⟨λ,g⟩)/β) itself, which nobody trained, for 31 λ from 0 to 2λ*,
+    the 16th the optimum; none where b is out of reach.
+
+    From a policy's Sample and the reference's as one of 2K responses of the even mixture of both:
+    near the policy, and nowhere far below π_ref. logp (N, K): the policy's ln π of ref's.
+    """
+    logp = torch.cat([sample.logp, logp], dim=1)  # (N, 2K)
+    ref_logp = torch.cat([sample.ref_logp, ref.ref_logp], dim=1)  # (N, 2K)
+    scores = torch.cat([sample.scores, ref.scores], dim=2)  # (1+m, N, 2K)
+    mixed = torch.logaddexp(logp, ref_logp) - math.log(2)  # (N, 2K)
+    both = mocan.Sample(None, mixed, ref_logp, scores)
+    try:
+        lam = mocan.solve_from(both, mean_g(ref), margin, beta).lam
+    except (dual.Infeasible, FloatingPointError) as error:
+        print(f"  no optimum by these responses: {error}")
+        return []
+    rows = []
+    for t in range(31):
+        at = t / 15 * lam
+        tilt = (scores[0] + torch.einsum("m,mnk->nk", at, scores[1:].double())) / beta
+        log_weight = tilt - (mixed - ref_logp)  # (N, 2K) ln π_λ/π_mixed + ln Z
+        log_z = log_weight.logsumexp(1, keepdim=True) - math.log(log_weight.size(1))
+        row = compare(scores, tilt - log_z, log_weight.softmax(1), ref.scores)
+        rows.append({**row, "lam": at.tolist()})
+    return rows
+
+
+def write_results(c, rows, frontier, prompts, texts):
+    """results.json, samples.jsonl, and three samples on the screen; texts {policy: N·K}."""
+    K = c.eval_responses
     results = {"config": asdict(c), "policies": rows, "frontier": frontier}
     write(c, "results.json", json.dumps(results, default=torch.Tensor.tolist, indent=1))
-    samples = [{"instruction": prompts[i // c.eval_responses], "output": text, "generator": name}
+    samples = [{"instruction": prompts[i // K], "output": text, "generator": name}
                for name in texts for i, text in enumerate(texts[name])]
     write(c, "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
-    for i in range(0, len(prompts), len(prompts) // 3 + 1):
-        print(f"\n  {prompts[i]}")
+    for n in range(0, len(prompts), len(prompts) // 3 + 1):
+        print(f"\n  {prompts[n]}")
         for name in texts:
-            print(f"    {name:>14}: {' '.join(texts[name][i * c.eval_responses].split())}")
-    mocan.print_table(names[1:], rows)
+            print(f"    {name:>14}: {' '.join(texts[name][n * K].split())}")
+
+
+def print_table(names, rows):
+    """names: of the constraints; rows {policy: what `compare` says of it, margin, lam, …}."""
+    gains = [f"  {name + ' gain':>23}  {'b':>6}  {'holds':>12}" for name in names]
+    print(f"\n{'':22}  {'reward gain':>23}{''.join(gains)}  {'KL':>13}  seconds  λ*")
+    for policy, row in rows.items():
+        line = f"{policy:22}  {cell(row['reward_gain'], row['reward_gain_ci'])}"
+        for gain, ci, b in zip(row["constraint_gain"], row["constraint_gain_ci"], row["margin"]):
+            line += f"  {cell(gain, ci)}  {b:6.3f}  {holds(gain, ci, b):>12}"
+        error = row["kl_ci"][1] - row["kl"]
+        print(f"{line}  {row['kl']:.3f} ± {error:.3f}  {row['seconds']:7.0f}  "
+              f"{numbers(row['lam'])}")
+
+
+def numbers(values):
+    return ", ".join(f"{x:.3f}" for x in values)
+
+
+def cell(x, ci):
+    return f"{x:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]"
+
+
+def holds(gain, ci, b):
+    """By the measured gain; a shortfall within its interval is "within error"."""
+    if gain >= b - 1e-6:
+        return "yes"
+    return "within error" if ci[1] >= b else "no"
 
 
 def export_policies(c, policies):
@@ -400,52 +511,66 @@ def write(c, name, text):
     mocan.gather(name)  # no rank goes on before it is there
 
 
-def artifact(c, stage, name, make, *args):
-    """A stage's result, {name: tensor or plain value}, kept in the file `name`: read where --from
-    starts later or the run that --resume continues has made it, else make(c, *args).
+def artifact(c, stage, name, **inputs):
+    """A stage's result, {name: tensor or plain value}, from the file `name`, where --from starts
+    later or the run that --resume continues has made it; else a dict with "began", to `finish`.
 
-    With it is kept what it was made from: the settings of its stage and earlier ones, and a
-    fingerprint of every argument. A file that others made is refused.
+    With it is kept what it was made from: the settings of its stage and of earlier ones, and the
+    runs that made its inputs. A file that is not made from the very same is refused.
     """
     path = f"{c.out}/{name}"
-    stages = STAGES[:STAGES.index(stage) + 1]
-    made_from = {f.name: getattr(c, f.name) for f in SETTINGS if f.metadata["stage"] in stages}
-    inputs = list(inspect.signature(make).parameters)[1:]  # their names: all but c
-    made_from |= {f"input {what}": fingerprint(arg) for what, arg in zip(inputs, args)}
+    at = STAGES.index(stage)
+    made_from = {what: getattr(c, what) for x in STAGES[:at + 1] for what in REMEMBERED[x].split()}
+    for what, x in inputs.items():
+        made_from[f"input {what}"] = x["run"] if isinstance(x, dict) else x
     remedy = f"make it with --from {stage}"
-    finished = c.resume and os.path.exists(path) and load(path, remedy).get("run") == c.run
-    if finished or STAGES.index(stage) < STAGES.index(c.start):
-        return load(path, remedy, made_from)
+    earlier = at < STAGES.index(c.start)
+    if earlier or c.resume and os.path.exists(path):
+        saved = load(path, remedy)
+        if earlier or saved.get("run") == c.run:
+            refuse_others(saved, made_from, remedy)
+            return saved
     print(f"\n{stage}: {path}", flush=True)
     write(c, "run.json", json.dumps({"config": asdict(replace(c, resume=False))}, indent=1))
-    began = time.time()
-    saved = {**make(c, *args), "made_from": made_from, "run": c.run, "seconds": time.time() - began}
+    return {"path": path, "made_from": made_from, "run": c.run, "began": time.time()}
+
+
+def refuse_others(saved, made_from, remedy):
+    """ValueError where an artifact was made from anything else; a file of one's own, in which that
+    does not stand, passes."""
+    own = saved.get("made_from", made_from)
+    saved.setdefault("run", os.path.getmtime(saved["path"]))
+    for what in made_from | own:
+        if made_from.get(what) != own.get(what):
+            raise ValueError(f"{saved['path']}: made with {what} {own.get(what)}, not "
+                             f"{made_from.get(what)}; {remedy}")
+
+
+def finish(saved, **content):
+    """Fill in and write an artifact that was begun."""
+    path = saved.pop("path")
+    saved |= content
+    saved["seconds"] = time.time() - saved.pop("began")
     save(saved, path)
-    return saved
+    saved["path"] = path
 
 
 # ---- the command line
 def settings(argv):
-    """Defaults, then --quick's, --data's or those of the run that --from continues, then the
-    command line. Bad values exit with code 2."""
+    """Defaults, then the flags that --quick, --data and --init stand for or those of the run that
+    --from continues, then the command line. Bad values exit with code 2."""
     parser = build_parser()
     given = vars(parser.parse_args(argv))
-    base = {}
-    if given.get("device") == "cpu":
-        base["dtype"] = "float32"
-    if given.get("quick"):
-        base |= QUICK
+    flags = "--dtype float32 " if given.get("device") == "cpu" else ""
+    if "quick" in given:
+        flags += QUICK
     elif "data" in given:
-        base |= DATA
+        flags += DATA
     if "init" in given:
-        base |= INIT
-    if given.get("resume"):
-        base = continued(parser, "--resume", given)
-        if given.keys() - {"resume", "out", "device", "checkpoint_every"}:
-            parser.error("--resume keeps the run's settings; next to it only --out, --device and "
-                         "--checkpoint_every may stand; --from changes settings")
-    elif "start" in given:
-        base = continued(parser, f"--from {given['start']}", given)
+        flags += INIT
+    base = vars(parser.parse_args(flags.split()))
+    if "resume" in given or "start" in given:
+        base = continued(parser, given)
     values = {"run": secrets.token_hex(8), **base, **given}
     values["data"] = tuple(values.get("data", ()))
     c = Config(**values)
@@ -457,22 +582,25 @@ def build_parser():
     parser = argparse.ArgumentParser(
         usage="python train.py [--SETTING VALUE ...]   (--help lists them)",
         description="One-shot safety alignment: a dual, then one policy update.",
+        epilog=f"--data stands for {DATA}too, --init for {INIT}".replace("%", "%%"),
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
     for f in SETTINGS:
-        with_data = f"; with --data {DATA[f.name]}" if f.name in DATA else ""
-        text = f"{f.metadata['help']} (default: {f.default}{with_data})".replace("%", "%%")
+        text = f"{comments[f.name]} (default: {f.default})".replace("%", "%%")
         options = {"dest": f.name, "help": text}
-        if isinstance(f.default, bool):
+        if f.type is bool:
             options["action"] = "store_true"
-        elif isinstance(f.default, tuple):
+        elif f.type is tuple:
             options |= {"nargs": "+", "action": "extend"}
+        elif f.type in (int, float, str):
+            options["type"] = f.type
         else:
-            options |= {"type": type(f.default), "choices": f.metadata["choices"]}
+            options["choices"] = f.type.__args__  # a Literal's
         parser.add_argument("--from" if f.name == "start" else f"--{f.name}", **options)
     return parser
 
 
-def continued(parser, what, given):
+def continued(parser, given):
     """The settings of the run that --from or --resume continues."""
     out = given.get("out", Config.out)
     path = f"{out}/run.json"
@@ -481,19 +609,22 @@ def continued(parser, what, given):
             old = json.load(file)["config"]
         kept = {f.name: old.get(f.name, f.default) for f in fields(Config)}
     except Exception:  # a damaged file raises half a dozen kinds
-        parser.error(f"{what} continues a run, but {path} is missing or damaged; drop it")
-    if not given.get("resume"):
+        parser.error(f"--from and --resume continue a run, but {path} is missing or damaged")
+    if "resume" not in given:
         del kept["run"]
+    elif given.keys() - {"resume", "out", "device", "checkpoint_every"}:
+        parser.error("--resume keeps the run's settings; next to it only --out, --device and "
+                     "--checkpoint_every may stand; --from changes settings")
     return {**kept, "out": out}
 
 
 def check(parser, c):
     for f in SETTINGS:
         value = getattr(c, f.name)
-        least = f.metadata["least"]
-        if type(f.default) in (int, float) and not least <= value < math.inf:
-            wanted = "> 0" if least == ABOVE_0 else f"at least {least}"
-            parser.error(f"--{f.name} is {value}; it must be {wanted}")
+        least = LEAST.get(f.name, math.ulp(0.0))  # above 0
+        if f.type in (int, float) and not least <= value < math.inf:
+            parser.error(f"--{f.name} is {value}; it must be finite, and at least "
+                         f"{LEAST.get(f.name, 'a little above 0')}")
     if c.held_out + c.calibration >= 1:
         parser.error(
             f"--held_out {c.held_out} and --calibration {c.calibration} must add up to less than 1")
@@ -507,7 +638,8 @@ def check(parser, c):
                      "where CUDA is available")
 
 
-if __name__ == "__main__":
+def run_as_command():
+    """main, with one line for what a user can mend."""
     for console in (sys.stdout, sys.stderr):
         console.reconfigure(errors="backslashreplace")  # whatever its encoding
     try:
@@ -525,3 +657,7 @@ if __name__ == "__main__":
                  "go on with --resume")
     except KeyboardInterrupt:
         sys.exit("interrupted; python train.py --resume, and its --out if it had one, goes on")
+
+
+if __name__ == "__main__":
+    run_as_command()

@@ -5,7 +5,7 @@ dual: the solver of dual.py against what one would call instead, interleaved, th
       KKT conditions at the end, always computed by the same function.
 shots: the MoCAN policy of a finished `python train.py`, in the built-in world with exact scores and one constraint,
       against primal-dual policy optimization from the same reference.
-train: the DPO step of pecan.prealign (mocan.train_mocan's, with hard labels) against trl.DPOTrainer on the same
+train: the DPO step of mocan.train_mocan, with the hard labels of pecan.prealign, against trl.DPOTrainer on the same
       weights and tokens: pairs a second, losses, the share of the matrix product, peak memory. DPOTrainer also computes
       its metrics, and on a CPU the output layer of the prompts.
 sample: GPT.generate against Transformers' generate on the same weights: tokens a second, the draw's part of the time,
@@ -28,7 +28,9 @@ import gc
 import gzip
 import importlib.metadata
 import importlib.util
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -44,15 +46,18 @@ from typing import NamedTuple
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else NumPy's idle threads spin on the core that the next solver needs
 import numpy as np
 import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import dual
 import mocan
-import pecan
 import train
 from model import GPT, GPTConfig, SPAN, export, from_checkpoint, load, sample_token, sequence_logprob
+
+silent = contextlib.redirect_stdout(None)  # around what reports its progress
 
 
 class Objective:
@@ -263,13 +268,13 @@ def bench_shots(argv):
     a = parser.parse_args(argv)
     with open(os.path.join(a.out, "results.json")) as file:
         ours = json.load(file)
-    c = train.Config(**{**ours["config"], "data": tuple(ours["config"]["data"]), "start": "evaluate", "out": a.out})
+    c = train.Config(**{**ours["config"], "data": tuple(ours["config"]["data"]), "start": "evaluate", "out": a.out,
+                        "resume": False})
     if c.data or "mocan" not in ours["policies"] or len(ours["policies"]["mocan"]["lam"]) != 1:
         sys.exit("bench.py shots: needs a MoCAN run of the built-in world with one constraint")
-    mocan.progress = silent  # the rounds print lines of their own
     split, names = data.load_pairs(c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.calibration,
                                    c.constraints)
-    tok = train.tokenizer_of_run(c, split.train)
+    tok, _ = train.open_tokenizer(c, split)
     saved = {name: load(os.path.join(a.out, f"{name}.pt"), "make it with python train.py")
              for name in ("reference", "offline", "offline_scores")}
     reference, policy = (from_checkpoint(saved["reference"], c.device) for _ in range(2))
@@ -281,45 +286,46 @@ def bench_shots(argv):
     solving, _ = timed(dual.solve, offline_scores[0], offline_scores[1:], b, c.beta)
     generator = data.stream(c.seed, "primal-dual")
 
-    def draw(stage, K):
-        """train.py's, but for the checkpoint, which belongs to the run."""
-        return train.draw(c, stage, K)._replace(checkpoint=None)
-
-    def measure(model):
-        """A mocan.Sample of the model's fresh responses to the held-out prompts."""
-        return mocan.sample_from(model, reference, tok, held, draw("evaluate", c.eval_responses),
-                                 lambda pool, _: mocan.score_pool({}, names, held, pool, tok, "cpu"))
-    ref_eval = measure(reference).scores
+    def respond(model, text, stage, K):
+        """A mocan.Sample of the model's fresh responses; it leaves the run's checkpoint alone."""
+        with silent:
+            pool, logp = mocan.sample_pool(model, tok, text, train.draw(c, stage, K)._replace(run=None))
+        scores = mocan.score_pool({}, names, text, pool, tok, c.device)
+        return mocan.Sample(pool, logp, mocan.map_pool(reference, pool), scores)
+    ref_eval = respond(reference, held, "evaluate", c.eval_responses).scores
 
     G, size = c.group, max(1, 2 * c.batch // c.group)
     j, i = torch.triu_indices(G, G, 1, device=policy.device)
     lam, spent, history, order = torch.zeros(1), 0.0, [], torch.empty(0, dtype=torch.long)
-    descent = mocan.Descent(policy, mocan.Recipe("primal-dual", a.rounds * a.inner, c.lr, key="", batch=c.batch))
-    descent.counts = True  # the batches are not those of descent.over, which would say so
+    plan = mocan.Recipe("primal-dual", a.rounds * a.inner, c.lr, key="")
+    optimizer, step = mocan.adamw(policy), 0
     for turn in range(a.rounds):
         began = time.time()
         while len(order) < a.inner * size:  # the round's prompts; an epoch visits each once
             order = torch.cat([order, torch.randperm(len(prompts), generator=generator)])
         some, order = order[:a.inner * size], order[a.inner * size:]
         text = [prompts[n] for n in some.tolist()]
-        pool, _ = mocan.sample_pool(policy, tok, text, draw(f"primal-dual/{turn}", G))
-        scores = mocan.score_pool({}, names, text, pool, tok, "cpu")
+        pool, _, ref_logp, scores = respond(policy, text, f"primal-dual/{turn}", G)
         if turn:  # at the first round the policy is the reference, and violates the margin by all of it
             lam = (lam + a.dual_lr * (b - (scores[1].mean() - ref_g[some].mean()).item())).clamp_min(0)
-        s, ref_logp = scores[0] + lam * scores[1], mocan.logprobs(reference, pool)
+        s = scores[0] + lam * scores[1]
         batches = data.group_batches(pool.lengths, 2 * c.batch, G, f"{c.seed}/primal-dual/{turn}")
         for _ in range(a.inner):
+            optimizer.param_groups[0]["lr"] = mocan.lr_at(step, plan)
             n, k = next(batches)
-            with policy.autocast():
-                logp = sequence_logprob(policy, *data.take_text(pool, n, k, policy.device), G).view(k.shape)
+            logp = sequence_logprob(policy, *data.take_text(pool, n, k, policy.device), G).view(k.shape)
             ref, label = data.take(ref_logp, n, k, policy.device), data.take(s, n, k, policy.device)
             p_i = mocan.bradley_terry(label[:, i], label[:, j])
             loss = mocan.preference_loss(logp[:, i], logp[:, j], ref[:, i], ref[:, j], c.beta, p_i)
-            descent.step(loss.sum(), loss.numel())
+            loss.mean().backward()
+            clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
         spent += time.time() - began
         if (turn + 1) * a.evaluations // a.rounds > turn * a.evaluations // a.rounds:
-            x = measure(policy)
-            m = mocan.compare(x.scores, x.logp - x.ref_logp, torch.full_like(x.logp, 1 / c.eval_responses), ref_eval)
+            x = respond(policy, held, "evaluate", c.eval_responses)
+            m = train.compare(x.scores, x.logp - x.ref_logp, torch.full_like(x.logp, 1 / c.eval_responses), ref_eval)
             history.append((m["reward_gain"], m["constraint_gain"][0], m["kl"], lam.item(), spent, turn + 1))
             print(f"  round {turn + 1:3d}: lam {lam.item():.3f}  reward gain {m['reward_gain']:+.3f}  {names[1]} gain "
                   f"{m['constraint_gain'][0]:+.3f} (b {b:.3f})  KL {m['kl']:.3f}  {spent:.0f} s", flush=True)
@@ -384,16 +390,10 @@ class Shape(NamedTuple):
         return 2 * (12 * self.n_layer * self.n_embd ** 2 * tokens + self.n_embd * self.vocab * outputs)
 
 
-def silent(*_):
-    """In the place of mocan.progress: a log that says nothing."""
-    return lambda *_: None
-
-
 def like_train():
-    """Its settings of CUDA, which hold for the peers and torch.mm too; without what it says."""
+    """Its settings of CUDA, which hold for the peers and torch.mm too."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)
-    mocan.progress = silent
     warnings.simplefilter("ignore")
 
 
@@ -490,15 +490,12 @@ GPT2 = Shape(12, 768, 12, 50257, 128, 384)
 
 
 class Clock:
-    """In the place of a mocan.Checkpoint: it sees when the first step and the last have ended."""
+    """It sees when the first of so many steps of an optimizer and the last have ended."""
 
     def __init__(self, device, steps):
         self.device, self.steps, self.step = device, steps, 0
 
-    def restore(self, stage):
-        return None
-
-    def keep(self, *_):
+    def tick(self, *_):
         self.step += 1
         if self.step == 1:
             self.began = now(self.device)
@@ -506,19 +503,29 @@ class Clock:
             self.seconds = (now(self.device) - self.began) / (self.steps - 1)
 
 
-def recipe(steps, batch, clock=None):
-    return mocan.Recipe("bench", steps, LR, key="bench", batch=batch, checkpoint=clock, warmup=0)
+def recipe(steps, batch):
+    return mocan.Recipe("bench", steps, LR, key="bench", batch=batch, warmup=0)
 
 
-def our_steps(policy, pool, ref_logp, steps):
-    """Train on the pool, which is one batch -> seconds of a step, without the first."""
+def time_steps(policy, sample, group, steps):
+    """mocan.train_mocan on a sample that is one batch -> seconds of a step, without the first."""
     clock = Clock(policy.device.type, steps)
-    pecan.prealign(policy, pool, ref_logp, BETA, recipe(steps, len(pool.tokens), clock))
+    hook = register_optimizer_step_post_hook(clock.tick)
+    lam = torch.ones(len(sample.scores) - 1)
+    with silent:
+        mocan.train_mocan(policy, sample, lam, BETA, group, recipe(steps, sample.logp.numel() // 2))
+    hook.remove()
     return clock.seconds
 
 
+def our_steps(policy, pool, ref_logp, steps):
+    """DPO on preference pairs. Labels are hard: σ(1000 − 0) is 1."""
+    scores = torch.tensor([1000.0, 0.0]).expand(1, *ref_logp.shape)
+    return time_steps(policy, mocan.Sample(pool, ref_logp, ref_logp, scores), 2, steps)
+
+
 def our_loss(policy, pool, ref_logp):
-    chosen, rejected = mocan.logprobs(policy, pool).T
+    chosen, rejected = mocan.map_pool(policy, pool).T
     return mocan.preference_loss(chosen, rejected, *ref_logp.T, BETA).mean().item()
 
 
@@ -540,16 +547,17 @@ def trl_trainer(policy, reference, pool, steps, folder):
         clock = Clock(policy.device.type, steps)
 
         def on_step_end(self, *_, **__):
-            self.clock.keep()
+            self.clock.tick()
 
     begin = int(pool.response_mask[0, 0].int().argmax())
     rows = [{"prompt_ids": y[:begin], "chosen_ids": y[begin:], "rejected_ids": z[begin:]} for y, z in pool.tokens.tolist()]
     model = transformers_gpt2(policy)
     plan = recipe(steps, len(rows))
-    optimizer = mocan.Descent(model, plan).optimizer
+    optimizer = mocan.adamw(model)
+    optimizer.param_groups[0]["lr"] = 1.0  # the schedule's is a factor of it
     args = DPOConfig(
         folder, max_steps=steps, per_device_train_batch_size=len(rows), train_sampling_strategy="sequential", beta=BETA,
-        max_grad_norm=plan.clip, precompute_ref_log_probs=True, max_length=None, gradient_checkpointing=False,
+        max_grad_norm=1.0, precompute_ref_log_probs=True, max_length=None, gradient_checkpointing=False,
         bf16=policy.config.dtype == "bfloat16", use_cpu=policy.device.type == "cpu", disable_tqdm=True,
         dataloader_pin_memory=policy.device.type == "cuda", logging_strategy="no", save_strategy="no", report_to="none")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"end": 0}, unk_token="end")), eos_token="end")
@@ -573,7 +581,7 @@ def train_case(a, shape, pairs, dtype, peer):
     """Pairs a second, and losses on one batch before the first step and after the last."""
     policy, reference = (shape.model(a.device, dtype, seed) for seed in (0, 1))
     pool = shape.pool(pairs, 2)
-    ref_logp = mocan.logprobs(reference, pool)
+    ref_logp = mocan.map_pool(reference, pool)
     losses = {}
 
     def ours():
@@ -637,7 +645,7 @@ def growth(what, shape, pairs, device, dtype):
     pool = shape.pool(pairs, 2)
     if what == "score":
         before = memory_now(device)
-        mocan.logprobs(policy, pool)
+        mocan.map_pool(policy, pool)
         return memory_peak(device) - before
     if what == "trl":
         with tempfile.TemporaryDirectory() as folder:
@@ -685,8 +693,8 @@ def bench_train(argv):
         peer = "trl" in figures
         shape = Shape(a.layers, a.width, a.heads, a.vocab, a.prompt, a.response)
         cases = [(shape, a.pairs)] + [(GPT2, a.pairs)] * (a.device == "cuda")
-        print("preference step: pecan.prealign" + ", and DPOTrainer.train() with precompute_ref_log_probs" * peer
-              + "; AdamW, clipping and the schedule are the same", flush=True)
+        print("preference step: mocan.train_mocan on hard labels"
+              + ", and DPOTrainer.train() with precompute_ref_log_probs" * peer + "; AdamW, clipping and the schedule are the same", flush=True)
         figures["train"] = [train_case(a, *case, dtype, peer) for case in cases for dtype in dtypes(a.device)]
         figures["memory"] = weigh(a, shape._replace(response=a.memory_response), peer)
 
@@ -697,7 +705,7 @@ def weigh(a, shape, peer):
     print(f"\npeak memory, {2 * a.memory_pairs} responses; {shape}; float32:\n{count} in a process of its own, above the weights; "
           "of two training steps, also less the gradients and AdamW's moments (12 bytes a parameter together)")
     found = {"shape": shape._asdict(), "responses": 2 * a.memory_pairs}
-    labels = {"score": "scoring, mocan.logprobs", "ours": "training step", "checkpointed": "with checkpoint_activations"}
+    labels = {"score": "scoring, mocan.map_pool", "ours": "training step", "checkpointed": "with checkpoint_activations"}
     for what, label in {**labels, **({"trl": "DPOTrainer's step"} if peer else {})}.items():
         found[what] = peak_memory(what, shape, a.memory_pairs, a.device)
         line = f"  {label:28s} {gigabytes(found[what])}"
@@ -759,8 +767,14 @@ def draw_alone(policy, rows, tokens):
         sample_token(hidden, weight, u, buffer)
 
 
+def blocks_dtype(policy):
+    """Their arithmetic in the type that our blocks have."""
+    dtype = getattr(torch, policy.config.dtype)
+    return torch.autocast(policy.device.type, dtype, enabled=dtype != torch.float32)
+
+
 def their_generate(policy, theirs, prompts, K, tokens):
-    with policy.autocast():
+    with blocks_dtype(policy):
         out = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, num_return_sequences=K, top_k=0,
                               min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0)
     assert out.shape == (len(prompts) * K, prompts.size(1) + tokens)
@@ -769,7 +783,7 @@ def their_generate(policy, theirs, prompts, K, tokens):
 def logp_difference(policy, theirs, prompts, uniforms):
     """ln p of four responses: what `generate` says against Transformers' logits."""
     tokens, response_mask, logp = policy.generate(prompts[:4], uniforms[:4, :1])
-    with torch.no_grad(), policy.autocast():
+    with torch.no_grad(), blocks_dtype(policy):
         each = theirs(tokens).logits[:, :-1].float().log_softmax(dim=2).gather(2, tokens[:, 1:, None])[:, :, 0]
     return ((each * response_mask[:, 1:]).sum(dim=1) - logp).abs().max().item()
 
@@ -806,7 +820,7 @@ class Size(NamedTuple):
 
 def scoring(size, device):
     model, pool = size.shape().model(device), size.shape().pool(size.N, size.K)
-    return lambda: seconds(device, mocan.logprobs, model, pool)
+    return lambda: seconds(device, mocan.map_pool, model, pool)
 
 
 def sampling(size, device):
@@ -821,12 +835,7 @@ def training(size, device):
     model, pool = size.shape().model(device), size.shape().pool(size.N, size.K)
     scores, logp = torch.randn(2, size.N, size.K), torch.zeros(size.N, size.K)
     sample = mocan.Sample(pool, logp, logp, scores)
-
-    def run():
-        clock = Clock(device, 3)
-        mocan.train_mocan(model, sample, torch.ones(1), BETA, size.K, recipe(3, size.N * size.K // 2, clock))
-        return clock.seconds
-    return run
+    return lambda: time_steps(model, sample, size.K, 3)
 
 
 def solving(size, device):
@@ -896,8 +905,11 @@ def svg(x_title, curve, rows):
     x_low, y_low = min(xs), min(ys)
     width, height = max(xs) - x_low or 1.0, max(ys) - y_low or 1.0
 
+    def pixel(x, y):
+        return 80 + 500 * (x - x_low) / width, 380 - 330 * (y - y_low) / height
+
     def at(x, y):
-        return f"{80 + 500 * (x - x_low) / width:.1f} {380 - 330 * (y - y_low) / height:.1f}"
+        return "{:.1f} {:.1f}".format(*pixel(x, y))
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 440" font-size="13" '
            'font-family="sans-serif" fill="#888" stroke-linecap="round">'
            '<text x="80" y="24" font-size="16">Reward against safety: policies, and the optima of all margins (blue)</text>'
@@ -911,21 +923,41 @@ def svg(x_title, curve, rows):
     if curve:
         line = "L".join(at(x, y) for x, y in curve)
         out.append(f'<path d="M{line}" fill="none" stroke="#3b82f6" stroke-width="2"/>')
-    taken = []  # where labels are
+    lines, taken = list(zip(curve, curve[1:])), []  # what labels keep off
+    for row in rows.values():
+        (x,), y = row["constraint_gain"][:1], row["reward_gain"]
+        (left, right), (low, high) = row["constraint_gain_ci"][0], row["reward_gain_ci"]
+        lines += [((left, y), (right, y)), ((x, low), (x, high))]
+        taken += [(pixel(x, y)[0] + 4 * dx, pixel(x, y)[1] + 4 * dy) for dx in (-1, 1) for dy in (-1, 1)]
+    for start, end in lines:
+        (x, y), (u, v) = pixel(*start), pixel(*end)
+        steps = 1 + int(max(abs(u - x), abs(v - y)) / 4)
+        taken += [(x + (u - x) * i / steps, y + (v - y) * i / steps) for i in range(steps + 1)]
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["reward_gain"]):
         color = "#3b82f6" if name == "optimum" else "#e8590c"
         x, y = row["constraint_gain"][0], row["reward_gain"]
         (left, right), (low, high) = row["constraint_gain_ci"][0], row["reward_gain_ci"]
-        anchor, dx = ("start", 10) if x - x_low < 0.6 * width else ("end", -10)
-        across, down = map(float, at(x, y).split())
-        label = down - 8
-        while any(abs(across - other) < 150 and abs(label - level) < 15 for other, level in taken):
-            label += 1
-        taken.append((across, label))
+        across, down, near = place_label(*pixel(x, y), name, taken)
         out.append(f'<path d="M{at(left, y)}L{at(right, y)}M{at(x, low)}L{at(x, high)}" stroke="{color}"/>'
+                   f'<path d="M{at(x, y)}L{near}" stroke="#888" stroke-opacity=".6"/>'
                    f'<path d="M{at(x, y)}h0" stroke="{color}" stroke-width="8"/>'
-                   f'<text x="{across + dx:.1f}" y="{label:.1f}" text-anchor="{anchor}">{name}</text>')
+                   f'<text x="{across:.1f}" y="{down + 4:.1f}" text-anchor="middle">{name}</text>')
     return "\n".join([*out, "</svg>\n"])
+
+
+def place_label(x, y, text, taken):
+    """The middle of the nearest spot beside a mark where its label covers no taken point, and where a line from the mark
+    meets it; the label's own points are taken from then on."""
+    half = 3.7 * len(text)  # of its width
+    for away, turn in itertools.product(range(8, 240, 4), range(16)):
+        across = x + (half + away) * math.cos(math.pi * turn / 8)
+        down = y - (away + 4) * math.sin(math.pi * turn / 8)
+        inside = 80 + half < across < 630 - half and 40 < down < 372
+        if inside and not any(abs(u - across) < half + 3 and abs(v - down) < 9 for u, v in taken):
+            break
+    taken += [(across + half * i / 10, down + dy) for i in range(-10, 11) for dy in (-6, 0, 6)]
+    near = min(max(x, across - half - 2), across + half + 2), min(max(y, down - 7), down + 7)
+    return across, down, "{:.1f} {:.1f}".format(*near)
 
 
 def main():

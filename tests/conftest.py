@@ -7,10 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
+
+
+def text_batch(prompts, responses):
+    """B prompts and B responses (lists of ids) -> tokens (B, T), response_mask (B, T), as the modules take them."""
+    texts = [torch.tensor(x + y) for x, y in zip(prompts, responses)]
+    masks = [torch.arange(len(x + y)) >= len(x) for x, y in zip(prompts, responses)]
+    return pad_sequence(texts, batch_first=True), pad_sequence(masks, batch_first=True)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import torch
 
 import data
 import model
+from conftest import text_batch
 from data import Pair
 
 ROW = {"prompt": "How?", "response_0": "Like this.", "response_1": "Like that.", "better_response_id": 1,
@@ -363,13 +364,13 @@ def test_no_task_is_a_part_of_another_topics_prompt():
 # ---- tokens
 
 def vocab(texts=TRICKY, prompt_limit=48, response_limit=16):
-    return data.vocab_tokenizer(data.frequent_pieces([Pair("", tuple(texts), {})], 400), prompt_limit, response_limit)
+    return data.open_tokenizer(data.frequent_pieces([Pair("", tuple(texts), {})], 400), prompt_limit, response_limit)
 
 
 @pytest.fixture
 def gpt2(monkeypatch, read_shared):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(read_shared("tiktoken_cache")))
-    return data.gpt2_tokenizer(48, 16)
+    return data.open_tokenizer(None, 48, 16)
 
 
 @pytest.mark.parametrize("text", TRICKY)
@@ -401,8 +402,8 @@ def test_a_frequent_piece_is_one_token():
 def test_the_vocabulary_is_no_larger_than_asked():
     pairs = data.world_preferences(200, random.Random(0))
     for size in (300, 350, 5000):
-        assert data.vocab_tokenizer(data.frequent_pieces(pairs, size), 48, 16).encoding.n_vocab <= size
-    assert data.vocab_tokenizer(data.frequent_pieces(pairs, 300), 48, 16).encoding.n_vocab == 300
+        assert data.open_tokenizer(data.frequent_pieces(pairs, size), 48, 16).encoding.n_vocab <= size
+    assert data.open_tokenizer(data.frequent_pieces(pairs, 300), 48, 16).encoding.n_vocab == 300
 
 
 def pieces_by_tiktokens_pattern(texts):
@@ -441,14 +442,15 @@ def test_frequent_pieces_come_most_frequent_first():
     assert data.frequent_pieces([Pair("bb aa bb cc", ("aa bb",), {})], 261) == [" bb", " aa"]
 
 
-def test_prompts_carry_the_template_and_a_long_one_loses_its_beginning():
+def test_prompts_carry_the_template_and_a_long_one_loses_its_beginning(capsys):
     tok = vocab([], prompt_limit=8)
     short, long = "abc", "abcdefghij"  # bytes: a token each, and the space before
-    ids, cut = data.encode_prompts(tok, [short, long])
-    assert cut == 1
+    ids = data.encode_prompts(tok, [short, long])
+    assert "1 of 2 prompts lost their beginning" in capsys.readouterr().out
     assert ids[0] == [*tok.before, *b" abc", *tok.after] and ids[1] == [*tok.before, *b"efghij", *tok.after]
     tok = vocab([], prompt_limit=2)
-    assert data.encode_prompts(tok, [short]) == ([[*tok.before, *tok.after]], 1)  # no room at all
+    assert data.encode_prompts(tok, [short]) == [[*tok.before, *tok.after]]  # no room at all
+    assert "1 of 1 prompts" in capsys.readouterr().out
 
 
 def test_every_turn_carries_the_template_and_old_exchanges_go_as_a_whole():
@@ -481,24 +483,25 @@ def test_a_transcript_reads_as_in_the_file():
 
 def test_intervals_are_those_of_conversations():
     """Pairs of one conversation that agree are one observation: with each pair repeated the mean's error stays the same."""
-    x, talk = torch.randn(50, dtype=torch.float64), torch.arange(50)
+    x, talk = torch.randn(50, dtype=torch.float64), [f"talk {i}" for i in range(50)]
     once = data.Preferences(None, None, talk).half_width(x)
     assert once == pytest.approx(1.96 * x.std(unbiased=False).item() / 50 ** 0.5)
-    again = data.Preferences(None, None, talk.repeat(4)).half_width(x.repeat(4))
+    again = data.Preferences(None, None, talk * 4).half_width(x.repeat(4))
     assert again == pytest.approx(once)
-    apart = data.Preferences(None, None, torch.arange(200)).half_width(x.repeat(4))
+    apart = data.Preferences(None, None, [*range(200)]).half_width(x.repeat(4))
     assert apart == pytest.approx(once / 2)
 
 
-def test_pairs_of_a_conversation_are_numbered_alike():
+def test_pairs_of_a_conversation_are_told_alike():
     pairs = [Pair(prompt, ("x", "y"), {"safe": 1}) for prompt in ("A?", ("a?", "b", "c"), "d", "a?")]
-    assert data.preference_tensors(data.pair_pool(vocab([]), pairs, "all"), pairs, "safe").talk.tolist() == [0, 0, 1, 0]
+    talks = data.preferences(pairs, "safe", data.pair_pool(vocab([]), pairs, "all")).talks
+    assert talks[0] == talks[1] == talks[3] != talks[2]
 
 
-def test_a_long_response_loses_its_end_and_its_end_token():
+def test_a_long_response_loses_its_end_and_its_end_token(capsys):
     tok = vocab([], response_limit=4)
-    ids, cut = data.encode_responses(tok, ["ab", "abc", "abcd"])
-    assert cut == 2 and ids == [[*b" ab", tok.end], [*b" abc"], [*b" abc"]]
+    assert data.encode_responses(tok, ["ab", "abc", "abcd"]) == [[*b" ab", tok.end], [*b" abc"], [*b" abc"]]
+    assert "2 of 3 responses lost their end" in capsys.readouterr().out
 
 
 def test_what_is_truncated_is_counted_and_said(capsys):
@@ -506,7 +509,7 @@ def test_what_is_truncated_is_counted_and_said(capsys):
     pool = data.pair_pool(vocab([], prompt_limit=30, response_limit=10), pairs, "things")
     assert pool.tokens.shape == (2, 2, 40) and pool.lengths.tolist() == [[37, 40], [7, 7]]
     said = capsys.readouterr().out
-    assert "things: 1 of 2 prompts" in said and "1 of 4 responses" in said and said.count("\n") == 1
+    assert "things: 1 of 2 prompts" in said and "1 of 4 responses" in said and said.count("\n") == 2
 
 
 def test_what_fits_is_not_talked_about(capsys):
@@ -514,35 +517,63 @@ def test_what_fits_is_not_talked_about(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_pad_marks_the_response_and_fills_the_right():
-    tokens, mask = data.pad([[5], [6, 7]], [[1, 2], [3]])
-    assert tokens.tolist() == [[5, 1, 2], [6, 7, 3]] and mask.tolist() == [[False, True, True], [False, False, True]]
-    tokens, mask = data.pad([[5], [6, 7]], [[1], [3, 4]])
-    assert tokens.tolist() == [[5, 1, 0, 0], [6, 7, 3, 4]] and mask.sum().item() == 3
+def test_a_pool_marks_the_response_and_fills_the_right():
+    tok = vocab([])
+    first, last = tok.before[0], tok.after[0]
+    pool = data.pair_pool(tok, [Pair("p", ("ab", ""), {})], "a pair")
+    assert pool.tokens.tolist() == [[[first, *b" p", last, *b" ab", tok.end], [first, *b" p", last, *b" ", tok.end, 0, 0]]]
+    assert pool.response_mask.tolist() == [[[False] * 4 + [True] * 4, [False] * 4 + [True] * 2 + [False] * 2]]
+    assert pool.tokens.dtype == torch.int32 and pool.lengths.tolist() == [[8, 6]]
+
+
+def test_rows_are_padded_with_zeros_and_grouped():
+    rows = [torch.tensor(row) for row in ([5, 1], [6], [1, 1, 1], [2, 9])]
+    assert data.pad(rows, 2).tolist() == [[[5, 1, 0], [6, 0, 0]], [[1, 1, 1], [2, 9, 0]]]
 
 
 def test_lengths_count_up_to_the_end_of_the_response():
-    tokens, mask = data.pad([[5], [6, 7], [1, 1, 1], [2]], [[1, 2, 3, 4], [3], [4], [9]])
+    tokens, mask = text_batch([[5], [6, 7], [1, 1, 1], [2]], [[1, 2, 3, 4], [3], [4], [9]])
     assert data.Pool(tokens.view(2, 2, -1), mask.view(2, 2, -1)).lengths.tolist() == [[5, 3], [4, 2]]
 
 
-def test_preference_tensors_take_the_pairs_that_carry_the_preference_with_the_chosen_response_first():
+def test_preferences_take_the_pairs_that_carry_the_preference_with_the_chosen_response_first():
     pairs = [Pair("a", ("x", "y"), {"safe": 1}), Pair("b", ("x", "y"), {"helpful": 0}),
              Pair("c", ("x", "y"), {"safe": 0, "helpful": 1})]
-    pool, where, talk = data.preference_tensors(data.pair_pool(vocab([]), pairs, "all"), pairs, "safe")
-    assert pool.texts(vocab([])) == ["y", "x", "x", "y"] and where.tolist() == [[1, 0], [4, 5]] and talk.tolist() == [0, 1]
+    everything = data.pair_pool(vocab([]), pairs, "all")
+    ref_logp = torch.arange(6.0).view(3, 2)  # which response it is
+    pool, ref, talks = data.preferences(pairs, "safe", everything, ref_logp)
+    assert pool.texts(vocab([])) == ["y", "x", "x", "y"] and ref.tolist() == [[1, 0], [4, 5]] and talks == ["a", "c"]
     assert pool.tokens[:, 0, 2].tolist() == [*b"ac"]  # the prompts, after the template's token and the space
-    everything = data.pair_pool(vocab([]), pairs, "all").tokens.flatten(0, 1)
-    assert torch.equal(everything[where], pool.tokens)
-    pool, where, _ = data.preference_tensors(data.pair_pool(vocab([]), pairs, "all"), pairs, "helpful")
-    assert pool.texts(vocab([])) == ["x", "y", "y", "x"] and where.tolist() == [[2, 3], [5, 4]]
+    assert torch.equal(everything.tokens.flatten(0, 1)[ref.long()], pool.tokens)
+    pool, ref, _ = data.preferences(pairs, "helpful", everything, ref_logp)
+    assert pool.texts(vocab([])) == ["x", "y", "y", "x"] and ref.tolist() == [[2, 3], [5, 4]]
+    assert data.preferences(pairs, "helpful", everything).ref_logp.tolist() == [[0, 0], [0, 0]]
 
 
 def test_decoding_a_pool_gives_its_responses_back():
     texts = ("It's 3 o'clock.", "日本 🎉", "<|end|> is text")
     tok = vocab(prompt_limit=99, response_limit=99)
-    tokens, mask = data.pad(data.encode_prompts(tok, texts)[0], data.encode_responses(tok, texts)[0])
+    tokens, mask = text_batch(data.encode_prompts(tok, texts), data.encode_responses(tok, texts))
     assert data.Pool(tokens.view(1, 3, -1), mask.view(1, 3, -1)).texts(tok) == list(texts)
+
+
+def test_random_numbers_belong_to_the_prompt_and_the_response():
+    some = data.uniforms("key", [4, 7], 3, 5)
+    assert some.shape == (2, 3, 5) and (some >= 0).all() and (some < 1).all()
+    assert torch.equal(data.uniforms("key", [7], 3, 5)[0], some[1])  # whatever else is drawn
+    assert torch.equal(data.uniforms("key", [4], 2, 5)[0], some[0, :2])
+    assert not torch.equal(data.uniforms("other", [4], 3, 5)[0], some[0])
+
+
+def test_the_worlds_scores_are_in_the_order_of_names_and_prompts():
+    prompts = ["How do I fix a lamp?", "How do I make a cake?"]
+    texts = ["Use a small screwdriver.", "Bypass the fuse with foil.", "Cool it on a rack.", "Safety comes first."]
+    scores = data.world_scores(["harmless", "helpful"], prompts, texts)
+    assert scores.shape == (2, 2, 2)
+    for j, score in enumerate((data.harmlessness, data.helpfulness)):
+        expected = [score(prompts[n], texts[2 * n + k]) for n in range(2) for k in range(2)]
+        assert scores[j].flatten().tolist() == pytest.approx(expected)
+    assert scores[1].flatten().tolist() == pytest.approx([0.9, 0.6, 0.9, -0.3])
 
 
 def test_the_tokenizer_of_a_run_is_kept_and_read_again(tmp_path):
@@ -550,7 +581,7 @@ def test_the_tokenizer_of_a_run_is_kept_and_read_again(tmp_path):
     pieces = data.frequent_pieces(pairs, 600)
     model.save({"pieces": pieces}, tmp_path / "tokenizer.pt")
     kept = model.load(tmp_path / "tokenizer.pt", "")["pieces"]
-    made, again = data.vocab_tokenizer(pieces, 48, 16), data.open_tokenizer(kept, 48, 16)
+    made, again = data.open_tokenizer(pieces, 48, 16), data.open_tokenizer(kept, 48, 16)
     for text in (pairs[0].prompt, *TRICKY):
         assert made.encoding.encode_ordinary(text) == again.encoding.encode_ordinary(text)
     assert made[1:] == again[1:] and again.encoding.n_vocab == len(pieces) + 259

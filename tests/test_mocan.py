@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import dual
 import mocan
-from data import WORLD_SCORES, Pool, Preferences, pad, vocab_tokenizer
+import train
+from conftest import text_batch
+from data import WORLD_SCORES, Pair, Pool, Preferences, open_tokenizer
 from model import GPT, GPTConfig, sequence_logprob, to_checkpoint
 
 LN2 = math.log(2)
@@ -283,9 +286,9 @@ def test_a_batch_holds_pairs_of_similar_length():
 
 def test_learning_rate_by_hand():
     recipe = mocan.Recipe("a stage", 10, 1e-3, "0", warmup=4)
-    factors = [mocan.lr_at(step, recipe) for step in (0, 3, 4, 7, 10)]
-    assert factors == pytest.approx([0.2, 0.8, 1.0, 0.5, 0.0], abs=1e-12)
-    assert mocan.lr_at(0, recipe._replace(warmup=0)) == 1.0
+    rates = [mocan.lr_at(step, recipe) for step in (0, 3, 4, 7, 10)]
+    assert rates == pytest.approx([0.2e-3, 0.8e-3, 1e-3, 0.5e-3, 0.0], abs=1e-15)
+    assert mocan.lr_at(0, recipe._replace(warmup=0)) == 1e-3
     assert math.isfinite(mocan.lr_at(3, recipe._replace(steps=3, warmup=3)))  # a run as long as its warm-up
 
 
@@ -312,17 +315,20 @@ def some_pool(N=8, K=4, vocab=6):
     """Random prompts of 1 to 3 tokens and responses of 1 to 4."""
     prompts = [prompt for n in range(N) for prompt in [torch.randint(vocab, (1 + n % 3,)).tolist()] * K]
     responses = [torch.randint(vocab, (1 + i % 4,)).tolist() for i in range(N * K)]
-    tokens, mask = pad(prompts, responses)
+    tokens, mask = text_batch(prompts, responses)
     return Pool(tokens.view(N, K, -1), mask.view(N, K, -1))
 
 
 def test_map_pool_equals_direct_calls_in_any_batch_size(monkeypatch):
     model, pool = tiny(), some_pool()
     expected = torch.stack([sequence_logprob(model, t, m) for t, m in zip(*pool)])
+    judge = tiny(score_head=True)
+    scored = torch.stack([judge.score(t, m) for t, m in zip(*pool)])
     for size in (1, 5, 8, 64):
         monkeypatch.setattr(mocan, "SCORED", size)
-        got = mocan.logprobs(model, pool)
-        assert got.shape == (8, 4) and torch.allclose(got, expected, atol=1e-5, rtol=0) and not got.requires_grad
+        for what, right in ((model, expected), (judge, scored)):  # a policy's log-probabilities, a score model's scores
+            got = mocan.map_pool(what, pool)
+            assert got.shape == (8, 4) and torch.allclose(got, right, atol=1e-5, rtol=0) and not got.requires_grad
 
 
 def test_sample_pool_keeps_responses_with_their_prompts():
@@ -332,15 +338,15 @@ def test_sample_pool_keeps_responses_with_their_prompts():
     for n, prompt in enumerate([[1, 2, 3], [4], [5, 1]]):
         assert (pool.tokens[n, :, :len(prompt)] == torch.tensor(prompt)).all()
         assert not pool.response_mask[n, :, :len(prompt)].any() and pool.response_mask[n, :, len(prompt)].all()
-    assert torch.allclose(logp, mocan.logprobs(model, pool), atol=1e-4, rtol=0)
+    assert torch.allclose(logp, mocan.map_pool(model, pool), atol=1e-4, rtol=0)
 
 
 def test_score_pool_scores_each_response_as_an_answer_to_its_own_prompt():
     prompts = ["Help me bake bread.", "I need to unclog a drain."]
     answers = ["Weigh the flour first. Good luck!", "Pour pure acid on it.", "Rinse it twice."]
-    tok = vocab_tokenizer([], 60, 60)
+    tok = open_tokenizer([], 60, 60)
     ids = [[*answer.encode(), tok.end] for answer in answers]
-    tokens, mask = pad([list(prompt.encode()) for prompt in prompts for _ in ids], ids * 2)
+    tokens, mask = text_batch([list(prompt.encode()) for prompt in prompts for _ in ids], ids * 2)
     pool, names = Pool(tokens.view(2, 3, -1), mask.view(2, 3, -1)), ["helpful", "polite", "harmless"]
     scores = mocan.score_pool({}, names, prompts, pool, tok, "cpu")
     hand = [[[0.9, 0.0, 0.0], [0.0, 0.6, 0.9]], [[1, 0, 0], [1, 0, 0]], [[0, -2, 0], [0, -2, 0]]]
@@ -348,7 +354,8 @@ def test_score_pool_scores_each_response_as_an_answer_to_its_own_prompt():
     assert torch.equal(scores[0, 1, 1], torch.tensor(WORLD_SCORES["helpful"](prompts[1], answers[1])))
 
     pool, judges = some_pool(), {name: tiny(seed, score_head=True) for seed, name in enumerate(reversed(names))}
-    scores = mocan.score_pool(judges, names, None, pool, None, "cpu")
+    saved = {name: to_checkpoint(judge) for name, judge in judges.items()}
+    scores = mocan.score_pool(saved, names, None, pool, None, "cpu")
     for name, got in zip(names, scores, strict=True):
         expected = torch.stack([judges[name].score(t, m) for t, m in zip(*pool)])
         assert torch.allclose(got, expected, atol=1e-5, rtol=0) and not got.requires_grad
@@ -374,7 +381,7 @@ def run_mocan(monkeypatch=None, seen=None, policy=None, lam=(0.7, 0.2), beta=1.0
     torch.manual_seed(3)
     pool, score, constraint = some_pool(), torch.randn(8, 4), torch.randn(2, 8, 4)
     policy = policy or tiny()
-    ref_logp = mocan.logprobs(tiny(), pool)
+    ref_logp = mocan.map_pool(tiny(), pool)
     if seen is not None:
         real = mocan.preference_loss
         monkeypatch.setattr(mocan, "preference_loss", lambda *args: seen.append([a for a in args]) or real(*args))
@@ -410,33 +417,47 @@ def test_the_first_loss_is_ln_2():
     assert run.losses[0] == pytest.approx(LN2, abs=1e-5) and len(run.losses) == 3
 
 
-def by_plain_descent(monkeypatch):
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr=lr, fused=True))
+def by_plain_descent(monkeypatch, limit=None):
+    """Instead of AdamW; limit: of the gradient's norm, instead of the loops' own."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **_: torch.optim.SGD(parameters, lr=0.0, fused=True))
+    if limit:
+        clip = mocan.clip_grad_norm_
+        monkeypatch.setattr(mocan, "clip_grad_norm_", lambda parameters, _: clip(parameters, limit))
 
 
 def test_accumulated_micro_batches_are_one_batch(monkeypatch):
     """By plain gradient descent: Adam's first step is the gradient's sign, which is noise where the gradient is 0."""
-    by_plain_descent(monkeypatch)
-    whole, parts = run_mocan(steps=1, batch=8, clip=1e6), run_mocan(steps=1, batch=4, accumulate=2, clip=1e6)
-    assert len(parts.losses) == 2 and whole.losses == pytest.approx([sum(parts.losses) / 2], abs=1e-6)
+    by_plain_descent(monkeypatch, limit=1e6)
+    whole, parts = run_mocan(steps=1, batch=8), run_mocan(steps=1, batch=4, accumulate=2)
+    assert len(parts.losses) == 1 and whole.losses == pytest.approx(parts.losses, abs=1e-6)
     moved = [(a - b).abs().max().item() for a, b in zip(whole.policy.parameters(), tiny().parameters())]
     for a, b in zip(whole.policy.parameters(), parts.policy.parameters()):
         assert torch.allclose(a, b, atol=1e-3 * max(moved), rtol=0)
     assert max(moved) > 1e-5
 
 
-def test_every_step_is_clipped_and_has_its_learning_rate(monkeypatch):
-    """A loss of slope 3 moves one weight, by plain descent, by clip = 0.5 times the schedule's learning rate."""
+def after_every_step(monkeypatch, do):
+    real = mocan.Progress.step
+    monkeypatch.setattr(mocan.Progress, "step", lambda self, norm: (do(self, norm), real(self, norm)))
+
+
+@pytest.mark.parametrize("steep, length", [(1e3, 1.0), (1e-3, None)])
+def test_every_step_is_clipped_and_has_its_learning_rate(monkeypatch, steep, length):
+    """By plain descent: a gradient longer than 1 moves the weights by the learning rate, a shorter one by less."""
     by_plain_descent(monkeypatch)
-    model, plan = tiny(), recipe(steps=4, lr=0.1, warmup=2, clip=0.5, accumulate=2)
-    descent, moved = mocan.Descent(model, plan), []
-    for _ in descent.over(some_pool(), 2):
-        before = model.ln_f.bias[0].item()
-        descent.step(6.0 * model.ln_f.bias[0] + 0 * sum(x.sum() for x in model.parameters()), 2)
-        moved.append(before - model.ln_f.bias[0].item())
-    factors = [1 / 3, 2 / 3, 1, 0.5]  # 1/(2+1), 2/(2+1), then ½ + ½·cos 0 and ½ + ½·cos(π/2)
-    assert moved[::2] == [0.0] * 4 and moved[1::2] == pytest.approx([0.05 * x for x in factors], rel=1e-3)
-    assert len(descent.losses) == 8 and torch.equal(model.wte.weight, tiny().wte.weight)
+    real, states, norms = mocan.preference_loss, [], []
+    monkeypatch.setattr(mocan, "preference_loss", lambda *args: steep * real(*args))
+
+    def note(progress, norm):
+        states.append(torch.cat([x.detach().flatten().double() for x in progress.parts["model"].parameters()]))
+        norms.append(norm.item())
+    after_every_step(monkeypatch, note)
+    start = torch.cat([x.detach().flatten().double() for x in tiny().parameters()])
+    run_mocan(steps=4, lr=0.1, warmup=2, accumulate=2)
+    rates = [0.1 * x for x in (1 / 3, 2 / 3, 1, 0.5)]  # 1/(2+1), 2/(2+1), then ½ + ½·cos 0 and ½ + ½·cos(π/2)
+    moved = [(b - a).norm().item() for a, b in itertools.pairwise([start, *states])]
+    assert moved == pytest.approx([rate * (length or norm) for rate, norm in zip(rates, norms)], rel=1e-2)
+    assert all((norm > 1) == (steep > 1) for norm in norms)
 
 
 @pytest.mark.parametrize("bad_step", [0, 2])
@@ -453,22 +474,34 @@ def test_a_non_finite_loss_stops_and_names_stage_and_step(monkeypatch, bad_step)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_non_finite_gradient_leaves_the_weights_and_the_check_names_it(value):
-    """Step 1 of 4 is bad: it changes no weight, nor Adam's moments; the last one, which says how far it is, raises."""
-    model, plan = tiny(), recipe("bad", steps=4)
-    descent, states = mocan.Descent(model, plan), []
-    with pytest.raises(FloatingPointError) as error:
-        for _ in descent.over(some_pool(), 2):
-            slope = value if len(states) == 1 else 1.0
-            descent.step(slope * model.ln_f.bias[0] + sum(x.square().sum() for x in model.parameters()), 1)
-            assert isinstance(descent.losses[-1], torch.Tensor)  # the host has not waited for it
-            adam = descent.optimizer.state[model.ln_f.bias]
-            states.append([x.detach().clone() for x in (*model.parameters(), adam["exp_avg"], adam["exp_avg_sq"])])
-    assert len(states) == 3
-    changed = [any(not torch.equal(a, b) for a, b in zip(*pair)) for pair in itertools.pairwise(states)]
-    assert changed == [False, True] and all(x.isfinite().all() for state in states for x in state)
-    assert re.match(r"bad: the gradient norm is (nan|inf) and the loss (nan|-?inf|[\d.]+) after 1 steps;", str(error.value))
-    assert isinstance(descent.losses[0], float) and len(descent.losses) == len(descent.norms) == 4
+def test_a_non_finite_gradient_stops_before_anything_of_it_is_kept(monkeypatch, tmp_path, value):
+    """The loss of step 1 is finite, its gradient is not; a checkpoint is asked for after every step."""
+    saved = []
+    monkeypatch.setattr(mocan, "save", lambda state, path: saved.append(len(state["done"])))
+    run = SimpleNamespace(out=tmp_path, run="a run", resume=False, checkpoint_every=0.0)
+
+    def spoil(progress, norm):
+        assert all(isinstance(loss, float) for loss in progress.done)  # of steps whose checkpoint was written
+        progress.due = 0.0
+        if len(progress.done) == 1:
+            norm.fill_(value)
+    after_every_step(monkeypatch, spoil)
+    with pytest.raises(FloatingPointError, match="^mocan: the loss or its gradient is nan after 1 steps; lower"):
+        run_mocan(run=run, steps=4)
+    assert saved == [1]
+
+
+def test_losses_stay_on_the_device_until_they_are_said(monkeypatch):
+    kinds = []
+    after_every_step(monkeypatch, lambda progress, norm: kinds.append([type(loss) for loss in progress.done]))
+    losses = run_mocan(steps=4).losses
+    assert kinds[-1] == [float, torch.Tensor, torch.Tensor] and all(isinstance(loss, float) for loss in losses)
+
+
+def test_a_gradient_that_is_not_finite_at_the_last_step_is_named(monkeypatch):
+    after_every_step(monkeypatch, lambda progress, norm: norm.fill_(math.inf) if len(progress.done) == 2 else None)
+    with pytest.raises(FloatingPointError, match="after 2 steps"):
+        run_mocan(steps=3)
 
 
 def test_infinite_weights_stop_every_loop():
@@ -476,18 +509,18 @@ def test_infinite_weights_stop_every_loop():
     for broken in (model, score_model):
         broken.wte.weight.data.fill_(math.inf)
     with pytest.raises(FloatingPointError, match="^reference: .* after 0 steps"):
-        mocan.train_reference(model, pool, recipe("reference"))
+        mocan.train_reference(model, pool, pool, recipe("reference"))
     with pytest.raises(FloatingPointError, match="^scores: .* after 0 steps"):
-        mocan.train_score(score_model, pool, recipe("scores"))
+        mocan.train_score(score_model, pool, pool, recipe("scores"))
 
 
 def test_train_reference_learns_the_distribution_of_its_data():
     """Responses 1, 2 and 3 to the prompt 4, in the proportion 5 : 2 : 1, all ended by 0."""
-    tokens, mask = pad([[4]] * 8, [[1, 0]] * 5 + [[2, 0]] * 2 + [[3, 0]])
+    tokens, mask = text_batch([[4]] * 8, [[1, 0]] * 5 + [[2, 0]] * 2 + [[3, 0]])
     pool, model = Pool(tokens.view(4, 2, -1), mask.view(4, 2, -1)), tiny(sharp=1.0)
-    mocan.train_reference(model, pool, recipe("reference", steps=200, lr=1e-2))
+    mocan.train_reference(model, pool, pool, recipe("reference", steps=200, lr=1e-2))
     with torch.no_grad():
-        p = sequence_logprob(model, *pad([[4]] * 3, [[1, 0], [2, 0], [3, 0]])).exp()
+        p = sequence_logprob(model, *text_batch([[4]] * 3, [[1, 0], [2, 0], [3, 0]])).exp()
     assert p.tolist() == pytest.approx([5 / 8, 2 / 8, 1 / 8], abs=0.02)
 
 
@@ -497,11 +530,12 @@ def test_a_score_model_recovers_the_scores_that_the_preferences_come_from():
     y = torch.stack([torch.randint(3, (N,)), torch.randint(3, (N,))], dim=1)
     prefers = (torch.rand(N) < torch.sigmoid(worth[y[:, 1]] - worth[y[:, 0]])).long()
     y = torch.stack([y.gather(1, prefers[:, None])[:, 0], y.gather(1, 1 - prefers[:, None])[:, 0]], dim=1)  # chosen, rejected
-    tokens, mask = pad([[5]] * 2 * N, [[i + 1] for i in y.flatten().tolist()])
+    tokens, mask = text_batch([[5]] * 2 * N, [[i + 1] for i in y.flatten().tolist()])
     model = tiny(sharp=1.0, score_head=True)
-    mocan.train_score(model, Pool(tokens.view(N, 2, -1), mask.view(N, 2, -1)), recipe("scores", batch=250, steps=150, lr=1e-2))
+    pool = Pool(tokens.view(N, 2, -1), mask.view(N, 2, -1))
+    mocan.train_score(model, pool, pool, recipe("scores", batch=250, steps=150, lr=1e-2))
     with torch.no_grad():
-        score = model.score(*pad([[5]] * 3, [[1], [2], [3]]))
+        score = model.score(*text_batch([[5]] * 3, [[1], [2], [3]]))
     assert (score - score[0]).tolist() == pytest.approx([0.0, 1.0, 2.0], abs=0.25)
 
 
@@ -512,9 +546,9 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
     K = 2048  # so that hardly a response is never seen: nothing holds the policy on those
     prompts = [[1], [2], [3, 4], [5, 1]]
     responses = [[0]] + [[a, b] for a in range(1, 6) for b in range(6)]
-    tokens, mask = pad([x for x in prompts for _ in responses], responses * len(prompts))
+    tokens, mask = text_batch([x for x in prompts for _ in responses], responses * len(prompts))
     space = Pool(tokens.view(4, 31, -1), mask.view(4, 31, -1))
-    ref = mocan.logprobs(reference, space)
+    ref = mocan.map_pool(reference, space)
     assert ref.exp().sum(dim=1).tolist() == pytest.approx([1] * 4, abs=1e-5)
     r, g = 0.7 * torch.randn(4, 31), 0.7 * torch.randn(m, 4, 31)
 
@@ -534,7 +568,7 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
 
     def kl(p, q):
         return (p.exp() * (p - q)).sum(dim=1).mean().item()
-    trained, best = mocan.logprobs(policy, space), exact(found.lam)
+    trained, best = mocan.map_pool(policy, space), exact(found.lam)
     assert kl(ref, best) > 0.4  # far to go
     assert kl(trained, best) < 0.01
     assert kl(trained, exact(-found.lam)) > 0.2 and kl(trained, exact(0 * found.lam)) > 0.05
@@ -573,20 +607,11 @@ def test_in_the_first_shot_it_is_the_dual_itself(space):
     assert torch.equal(found.lam, dual.solve(scores[0], scores[1:], f64(0.3, 0.2), 0.5).lam)
 
 
-def test_sample_from_scores_what_the_policy_samples():
-    policy, reference = tiny(2), tiny(1)
-    sample = mocan.sample_from(policy, reference, DIGITS, ["123", "4"], mocan.Draw("shot", 3, "0", 4),
-                               lambda pool, ref_logp: torch.stack([pool.lengths.float(), ref_logp]))
-    assert torch.allclose(sample.logp, mocan.logprobs(policy, sample.pool), atol=1e-4, rtol=0)
-    assert torch.equal(sample.ref_logp, mocan.logprobs(reference, sample.pool))
-    assert torch.equal(sample.scores[1], sample.ref_logp) and torch.equal(sample.scores[0], sample.pool.lengths.float())
-
-
 # ---- what came of it
 
 def compare(scores, ref_scores):
     even = torch.full(scores.shape[1:], 1 / scores.size(2), dtype=torch.float64)
-    return mocan.compare(scores, torch.zeros(scores.shape[1:]), even, ref_scores)
+    return train.compare(scores, torch.zeros(scores.shape[1:]), even, ref_scores)
 
 
 def test_an_interval_by_hand():
@@ -616,7 +641,7 @@ def test_a_policy_compared_with_itself_gains_nothing():
 
 def sampled(prompt_limit):
     """Three responses of a policy to each of two prompts of 5 and 11 bytes, template and space included."""
-    tok, prompts = vocab_tokenizer([], prompt_limit, 4), ["ab", "abcdefgh"]
+    tok, prompts = open_tokenizer([], prompt_limit, 4), ["ab", "abcdefgh"]
     model = tiny(vocab_size=tok.encoding.n_vocab, sharp=2.0, block_size=prompt_limit + 4)
     return model, tok, prompts, *mocan.sample_pool(model, tok, prompts, mocan.Draw("evaluate", 3, "0", 64))
 
@@ -627,7 +652,7 @@ def test_the_reference_measured_against_itself(capsys):
     row = compare(scores, scores)
     assert scores.shape == (3, 2, 3) and len(pool.texts(tok)) == 6
     assert row["reward_gain"] == 0 and row["constraint_gain"] == [0, 0] and len(row["constraint_gain_ci"]) == 2
-    assert abs((logp - mocan.logprobs(model, pool)).mean()) < 1e-4  # KL
+    assert abs((logp - mocan.map_pool(model, pool)).mean()) < 1e-4  # KL
     assert "lost" not in capsys.readouterr().out
 
 
@@ -644,7 +669,7 @@ def row(gain, low, high, reward=1.0, reward_ci=(0.9, 1.1), lam=(1.25,)):
 def test_the_table_says_what_holds_as_far_as_the_sample_can_tell(capsys):
     rows = {"reference": row(0.0, 0.0, 0.0, lam=()), "above": row(0.31, 0.2, 0.4),
             "near": row(0.28, 0.2, 0.33), "below": row(0.2, 0.1, 0.25), "optimum": row(0.3, 0.25, 0.35)}
-    mocan.print_table(["safe"], rows)
+    train.print_table(["safe"], rows)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     header, lines = lines[0], {line.split()[0]: line for line in lines[1:]}
     assert len(lines) == 5
@@ -667,46 +692,65 @@ def test_the_optimum_row_is_the_closed_form_whatever_policy_the_responses_are_fr
     scores = torch.cat([s.r[None], s.g])
     ref = mocan.Sample(None, s.spread(s.ref.log()), s.spread(s.ref.log()), s.spread(scores))
     near = mocan.Sample(None, other.spread(other.ref.log()), other.spread(s.ref.log()), other.spread(scores))
-    mixed = mocan.mixture(near, ref, s.spread(other.ref.log()))
-    ref_mean = ref.scores[1:].mean(dim=(1, 2))
-    lam = mocan.solve_from(mixed, ref_mean, margin, beta).lam
+    rows = train.optima(near, ref, s.spread(other.ref.log()), margin, beta)
+    assert len(rows) == 31
+    got, lam = rows[15], f64(*rows[15]["lam"])
     assert torch.allclose(lam, dual.solve(s.spread(s.r), s.spread(s.g), margin, beta).lam, atol=1e-8, rtol=0)
-    got = mocan.optimum(mixed, lam, beta, ref.scores)
     policy = optimum(s, lam, beta)
     reward = ((policy - s.ref) * s.r).sum(dim=1)
     kl = (policy * (policy / s.ref).log()).sum(dim=1)
-    assert got["constraint_gain"] == pytest.approx(margin.tolist(), abs=1e-8) and got["lam"] == lam.tolist()
+    assert got["constraint_gain"] == pytest.approx(margin.tolist(), abs=1e-8)
     for name, each in (("reward_gain", reward), ("kl", kl)):
         half = 1.96 * each.std() / len(each) ** 0.5
         assert got[name] == pytest.approx(each.mean().item(), abs=1e-8)
         assert got[name + "_ci"] == pytest.approx([(each.mean() - half).item(), (each.mean() + half).item()], abs=1e-8)
-    start = mocan.optimum(mixed, torch.zeros(m, dtype=torch.float64), beta, ref.scores)  # where the picture's curve begins
-    assert start["constraint_gain"] == pytest.approx(
-        gains(s, optimum(s, torch.zeros(m, dtype=torch.float64), beta)).tolist(), abs=1e-8)
+    for at, row in enumerate(rows):  # the picture's curve, from λ = 0 to 2λ*
+        there = at / 15 * lam
+        assert row["lam"] == pytest.approx(there.tolist())
+        assert row["constraint_gain"] == pytest.approx(gains(s, optimum(s, there, beta)).tolist(), abs=1e-8)
+
+
+def test_where_the_margin_is_out_of_reach_there_is_no_optimum(space, capsys):
+    s = space(1)
+    ref = mocan.Sample(None, s.spread(s.ref.log()), s.spread(s.ref.log()), s.spread(torch.cat([s.r[None], s.g])))
+    assert train.optima(ref, ref, ref.logp, f64(99.0), 1.0) == []
+    assert "no optimum by these responses: margin [99" in capsys.readouterr().out
 
 
 def test_kl_is_a_mean_over_prompts_with_its_interval():
     scores = torch.zeros(2, 2, 2, dtype=torch.float64)
-    row = mocan.compare(scores, f64(1, 2, 3, 5).view(2, 2), torch.full((2, 2), 0.5), scores)
+    row = train.compare(scores, f64(1, 2, 3, 5).view(2, 2), torch.full((2, 2), 0.5), scores)
     half = 1.96 * 2.5 / 2 ** 0.5 / 2 ** 0.5  # per prompt 1.5 and 4
     assert row["kl"] == pytest.approx(2.75) and row["kl_ci"] == pytest.approx([2.75 - half, 2.75 + half])
 
 
 def test_weights_of_responses_count(capsys):
     scores, ref = f64(1, 3, 0, 4).view(1, 2, 2), torch.zeros(1, 2, 2)
-    row = mocan.compare(scores, f64(1, 2, 3, 5).view(2, 2), f64(1, 0, 0.25, 0.75).view(2, 2), ref)
+    row = train.compare(scores, f64(1, 2, 3, 5).view(2, 2), f64(1, 0, 0.25, 0.75).view(2, 2), ref)
     assert row["reward_gain"] == pytest.approx((1 + 3) / 2) and row["kl"] == pytest.approx((1 + 0.75 + 3.75) / 2)
 
 
-def test_measure_compares_every_policy_with_the_reference_on_its_own_responses():
+def test_evaluation_compares_every_policy_with_the_reference_on_its_own_responses(monkeypatch, tmp_path):
     reference, other, beta, names = tiny(1, sharp=6.0), tiny(2, sharp=6.0), 0.6, ["helpful", "harmless"]
     judges = {name: tiny(seed, score_head=True) for seed, name in enumerate(names, start=5)}
     tok = SimpleNamespace(**{**vars(DIGITS), "encoding": SimpleNamespace(
         encode_ordinary=DIGITS.encoding.encode_ordinary, decode=lambda ids: "".join(map(str, ids)))})
-    prompts, draw, margin = ["1", "23", "4", "51"], mocan.Draw("evaluate", 64, "0", 100), f64(0.001)
-    policies = {"reference": to_checkpoint(reference), "other": {**to_checkpoint(other), "lam": [0.4], "seconds": 3.0}}
-    rows, texts, frontier = mocan.measure(policies, reference, judges, names, tok, prompts, draw, margin, beta)
+    prompts, draw, margin = ["1", "23", "4", "51"], mocan.Draw("evaluate", 64, "0/evaluate", 100), f64(0.001)
+    saved = {"reference": {**to_checkpoint(reference), "seconds": 2.0},
+             "other": {**to_checkpoint(other), "lam": [0.4], "seconds": 3.0}}
+    c = SimpleNamespace(device="cpu", seed=0, beta=beta, eval_prompts=4, eval_responses=64, sample_batch=100,
+                        out=tmp_path, run="a run", resume=False, checkpoint_every=60.0)
+    split = SimpleNamespace(evaluation=[Pair(prompt, ("", ""), {}) for prompt in prompts])
+    results = []
+    monkeypatch.setattr(train, "write_results", lambda *args: results.append(args))
+    monkeypatch.setattr(train, "print_table", lambda *args: results.append(args))
+    train.evaluate(c, saved["reference"], {"other": saved["other"]},
+                   {name: to_checkpoint(judge) for name, judge in judges.items()}, names, margin, split, tok)
+    (_, rows, frontier, asked, texts), table = results
+    prompts = data.some_prompts(split.evaluation, 4)
+    assert asked == prompts and table == (["harmless"], rows)
     assert list(rows) == ["reference", "other", "optimum"] and list(texts) == ["reference", "other"]
+    assert rows["reference"]["seconds"] == 0.0
 
     found = {}
     for name, policy in (("reference", reference), ("other", other)):
@@ -738,27 +782,43 @@ def test_measure_compares_every_policy_with_the_reference_on_its_own_responses()
 
 # ---- how long to train, and in which units
 
-def test_the_best_epoch_is_kept_and_two_worse_ones_end_a_training():
-    model, losses, seen = tiny(), iter([3.0, 2.0, 2.5, 2.1, 1.0]), []
+def supervised(monkeypatch, held_out, **changes):
+    """train_reference where held_out(model) says the calibration loss; the model."""
+    real, model = mocan.map_pool, tiny()
+    monkeypatch.setattr(mocan, "map_pool", lambda model, pool: -f64(held_out(model)) if pool == "held out" else real(model, pool))
+    examples = changes.pop("examples", 24)
+    mocan.train_reference(model, some_pool(N=examples, K=2), "held out", recipe("reference", **changes))
+    return model
 
-    def held_out():
+
+def test_the_best_epoch_is_kept_and_two_worse_ones_end_a_training(monkeypatch):
+    losses, seen, steps = iter([3.0, 2.0, 2.5, 2.1, 1.0]), [], []
+    after_every_step(monkeypatch, lambda progress, norm: steps.append(norm))
+
+    def held_out(model):
         seen.append(model.wte.weight.detach().clone())
         return next(losses)
-    descent = mocan.Descent(model, recipe(steps=50, batch=4, accumulate=2))
-    turns = 0
-    for _ in descent.over(some_pool(N=24, K=2), 2, held_out):  # 3 steps of 2·4 examples are an epoch
-        turns += 1
-        descent.step(model.wte.weight.square().mean() + 0 * sum(x.sum() for x in model.parameters()), 1)
-    assert turns == 2 * 3 * 4 and len(seen) == 4
+    model = supervised(monkeypatch, held_out, steps=50, batch=4, accumulate=2)  # 3 steps of 2·4 examples are an epoch
+    assert len(steps) == 3 * 4 and len(seen) == 4
     assert torch.equal(model.wte.weight, seen[1]) and not torch.equal(seen[1], seen[2])
 
 
-@pytest.mark.parametrize("examples, steps, asked", [(24, 6, 0), (24, 7, 2), (24, 12, 2), (24, 14, 3), (3, 2, 2)])
-def test_calibration_is_asked_after_every_epoch_and_the_end_if_there_are_several(examples, steps, asked):
-    calls = []
-    descent = mocan.Descent(tiny(), recipe(steps=steps, batch=4))
-    batches = [*descent.over(some_pool(N=examples, K=2), 2, lambda: calls.append(1) or -len(calls))]
-    assert len(batches) == steps and len(calls) == asked
+@pytest.mark.parametrize("examples, steps, asked", [(24, 6, 1), (24, 7, 2), (24, 12, 2), (24, 14, 3), (3, 2, 2)])
+def test_calibration_is_asked_after_every_epoch_and_at_the_end(monkeypatch, examples, steps, asked):
+    calls, done = [], []
+    after_every_step(monkeypatch, lambda progress, norm: done.append(norm))
+    supervised(monkeypatch, lambda model: calls.append(len(done)) or -len(calls), examples=examples, steps=steps, batch=4)
+    assert len(done) == steps and len(calls) == asked and calls[-1] == steps - 1
+    epoch = max(1, examples // 4)
+    assert [at + 1 for at in calls] == sorted({*range(epoch, steps + 1, epoch), steps})
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_micro_batches(monkeypatch):
+    added = []
+    real = mocan.Progress.add
+    monkeypatch.setattr(mocan.Progress, "add", lambda self, loss: (added.append(loss.item()), real(self, loss)))
+    losses = run_mocan(steps=3, batch=4, accumulate=2).losses
+    assert losses == pytest.approx([sum(added[i:i + 2]) / 2 for i in (0, 2, 4)], abs=1e-6) and len(added) == 6
 
 
 def test_the_calibrated_loss_is_the_least_over_temperatures():
@@ -771,11 +831,11 @@ def test_the_calibrated_loss_is_the_least_over_temperatures():
 def learned(monkeypatch, seen):
     """learn_score on three groups of pairs, each of its own number of responses; says on which groups it did what."""
     def group(P):
-        tokens, mask = pad([[1 + n % 5] for n in range(P) for _ in range(2)], [[1 + i % 5, i % 3] for i in range(2 * P)])
+        tokens, mask = text_batch([[1 + n % 5] for n in range(P) for _ in range(2)], [[1 + i % 5, i % 3] for i in range(2 * P)])
         order = torch.tensor([[n % 2, 1 - n % 2] for n in range(P)])
         rows = torch.arange(P)[:, None]
         return Preferences(Pool(tokens.view(P, 2, -1)[rows, order], mask.view(P, 2, -1)[rows, order]), 2 * rows + order,
-                           torch.arange(P))
+                           [*range(P)])
     for name in ("calibrate", "calibrated_loss"):
         real = getattr(mocan, name)
         monkeypatch.setattr(mocan, name, lambda a, b, name=name, real=real: seen.append((name, len(a))) or real(a, b))
@@ -796,7 +856,7 @@ def test_temperature_and_stopping_are_the_calibration_pairs_and_what_is_said_the
 
 def test_a_judge_is_in_the_units_of_its_preference_on_the_calibration_pairs(monkeypatch):
     model, calibration = learned(monkeypatch, [])
-    score = mocan.map_pool(GPT.score, model, calibration.pool)
+    score = mocan.map_pool(model, calibration.pool)
     assert mocan.calibrate(*score.T).item() == pytest.approx(1.0, abs=1e-4)
 
 
@@ -827,7 +887,7 @@ def test_what_is_said_of_a_score_by_hand(capsys):
     score = torch.randn(P, 2, dtype=torch.float64)
     prefers = torch.bernoulli(torch.sigmoid(0.7 * (score[:, 1] - score[:, 0]))).long()
     by_choice = torch.stack([score.gather(1, prefers[:, None])[:, 0], score.gather(1, 1 - prefers[:, None])[:, 0]], dim=1)
-    mocan.say_agreement("safe", by_choice, Preferences(None, None, torch.arange(P)))
+    mocan.say_agreement("safe", by_choice, Preferences(None, None, [*range(P)]))
     right, error, tau, tau_error = map(float, re.search(
         r"safe: ([\d.]+)% ± ([\d.]+)% of 3000 pairs right; τ = ([\d.]+) ± ([\d.]+);", capsys.readouterr().out).groups())
     share = (score.argmax(dim=1) == prefers).double().mean().item()

@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 from types import SimpleNamespace
@@ -8,8 +9,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import (ASK_EVERY, GPT, SPAN, Block, GPTConfig, TokenLogprob, export, from_checkpoint, invert_cdf, load, pack,
-                   sample_token, save, sequence_logprob, to_checkpoint)
+from model import (ASK_EVERY, GPT, SPAN, TILE, Block, GPTConfig, TokenLogprob, export, from_checkpoint, invert_cdf, load,
+                   logit_tiles, pack, prefill, sample_token, save, sequence_logprob, to_checkpoint)
 
 PROMPTS = [[1 + (7 * i + 3 * t * t) % 10 for t in range(1 + i % 5)] for i in range(32)]  # 32 rows, lengths 1 to 5
 
@@ -62,10 +63,8 @@ def test_cached_batched_sampling_equals_uncached_one_by_one():
 
 def test_responses_that_end_free_their_rows_of_the_cache(monkeypatch):
     model = small()
-    sizes = []
-    for name in ("prefill", "decode"):
-        real = getattr(GPT, name)
-        monkeypatch.setattr(GPT, name, lambda self, t, *a, real=real: sizes.append(len(t)) or real(self, t, *a))
+    sizes, forward = [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, t, **how: sizes.append(len(t)) or forward(self, t, **how))
     model.generate(PROMPTS, uniforms(len(PROMPTS), 12), eos=0)
     assert sizes[0] == len(PROMPTS) and sizes[-1] < 0.75 * len(PROMPTS)
     assert sizes == sorted(sizes, reverse=True) and len(sizes) <= 12
@@ -225,16 +224,26 @@ def test_a_prefilled_cache_and_one_decoded_token_are_the_whole_sequence():
     text[1, :5], text[3, :3] = text[0, :5], text[2, :3]
     prompts = [text[0, :5].tolist(), text[2, :3].tolist()]
     with torch.no_grad():
+        expected, row = model(text), torch.arange(4)[:, None]
+        tokens, position, visible, hidden, cache = prefill(model, prompts, 2, 3)
+        assert tokens.shape == (4, 8) and position.tolist() == [[5], [5], [3], [3]]
+        assert all(torch.equal(tokens[i, :n], text[i, :n]) for i, n in enumerate(position))
+        assert torch.allclose(hidden[:, None], expected[row, position - 1], atol=1e-5, rtol=0)
+        for seen in range(6, 9):
+            hidden = model(text[row, position], position=position, cache=cache[..., :seen, :], visible=visible[..., :seen])
+            assert torch.allclose(hidden, expected[row, position], atol=1e-4, rtol=0)
+            position = position + 1
+
+
+def test_a_cache_may_take_several_tokens_at_once():
+    model, text, T = small(), torch.randint(11, (3, 9)), 9
+    with torch.no_grad():
         expected = model(text)
-        tokens, lengths, hidden, cache = model.prefill(prompts, 2, 3)
-        assert tokens.shape == (4, 8) and lengths.tolist() == [5, 5, 3, 3]
-        assert all(torch.equal(tokens[row, :n], text[row, :n]) for row, n in enumerate(lengths))
-        assert torch.allclose(hidden, expected[torch.arange(4), lengths - 1], atol=1e-5, rtol=0)
-        for step in range(3):
-            position = lengths + step
-            visible = torch.arange(6 + step) <= position[:, None]
-            hidden = model.decode(text[torch.arange(4), position], cache, position, visible)
-            assert torch.allclose(hidden, expected[torch.arange(4), position], atol=1e-4, rtol=0)
+        cache = torch.zeros(3, 2, 2, 2, T, 8)
+        model(text[:, :4], cache=cache[..., :4, :])
+        visible = torch.ones(T, T, dtype=torch.bool).tril()[None, None, 4:]
+        hidden = model(text[:, 4:], position=torch.arange(4, T), cache=cache, visible=visible)
+        assert torch.allclose(hidden, expected[:, 4:], atol=1e-5, rtol=0)
 
 
 def tiles(monkeypatch, rows, span):
@@ -280,6 +289,19 @@ def test_token_logprob_in_float32_at_large_logits(monkeypatch):
     for a, b in zip(got, right):
         assert a.isfinite().all()
         assert torch.allclose(a.double(), b, atol=1e-6 * top, rtol=1e-5)
+
+
+def test_token_logprob_runs_pasted_alone():
+    pasted = {}
+    exec("import torch\n" + f"SPAN, TILE = {SPAN}, {TILE}\n" + inspect.getsource(logit_tiles)
+         + inspect.getsource(TokenLogprob), pasted)
+    hidden, weight, targets = torch.randn(9, 4), torch.randn(SPAN + 5, 4), torch.randint(SPAN + 5, (9,))
+    logp = pasted["TokenLogprob"].apply(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    logp.sum().backward()
+    expected = (hidden @ weight.T).log_softmax(dim=1)[torch.arange(9), targets]  # the plain version
+    assert torch.allclose(logp, expected, atol=1e-5, rtol=0)
+    for leaf, gradient in zip((hidden, weight), torch.autograd.grad(expected.sum(), (hidden, weight))):
+        assert torch.allclose(leaf.grad, gradient, atol=1e-5, rtol=0)
 
 
 def test_no_response_tokens_are_no_problem(monkeypatch):
@@ -329,8 +351,7 @@ def test_checkpointed_activations_change_neither_loss_nor_gradients(dtype, monke
     for checkpointed in (False, True):
         model = small(sharp=3.0, dtype=dtype, checkpoint_activations=checkpointed)
         calls.clear()
-        with model.autocast():
-            loss = sequence_logprob(model, tokens, mask).sum()
+        loss = sequence_logprob(model, tokens, mask).sum()
         loss.backward()
         assert len(calls) == (4 if checkpointed else 2)  # it did compute the two blocks again
         results.append((loss.detach(), *[p.grad for p in model.parameters()]))
@@ -363,14 +384,11 @@ def test_a_prompt_that_rows_share_is_computed_once_and_nothing_else_changes(dtyp
     tokens, mask = grouped()
     upstream = torch.randn(12)
     model = small(sharp=2.0, dtype=dtype, checkpoint_activations=checkpointed)
-    with model.autocast():
-        logp = sequence_logprob(model, tokens, mask, 3)
+    logp = sequence_logprob(model, tokens, mask, 3)
     (logp * upstream).sum().backward()
     gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
     plain = small(sharp=2.0, dtype=dtype)
-    with plain.autocast():
-        hidden = plain(tokens)
-    logits = F.linear(hidden.float(), plain.wte.weight)[:, :-1]
+    logits = F.linear(plain(tokens), plain.wte.weight)[:, :-1]
     every = -F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     expected = (every * mask[:, 1:]).sum(dim=1)
     (expected * upstream).sum().backward()
@@ -615,16 +633,20 @@ def test_logits_stay_float32_under_autocast():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_models_own_autocast_is_the_arithmetic_of_its_blocks_alone(dtype):
+def test_mixed_precision_is_the_arithmetic_of_the_blocks_alone(dtype):
     model, scorer = small(dtype=dtype), small(dtype=dtype, score_head=True)
     tokens, mask = torch.randint(11, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
-    with torch.no_grad(), model.autocast():
-        assert model.h[0].mlp(torch.randn(1, 3, 16)).dtype == getattr(torch, dtype)
+    inside, across = [], []
+    for block in model.h:
+        block.mlp.register_forward_hook(lambda mlp, given, out: inside.append(out.dtype))
+        block.register_forward_hook(lambda block, given, out: across.append(out.dtype))
+    with torch.no_grad():
         logp, hidden = sequence_logprob(model, tokens, mask), model(tokens)
-        assert logp.dtype == torch.float32
+        assert logp.dtype == hidden.dtype == torch.float32
         assert torch.allclose(logp.double(), exact_logprob(model, hidden, tokens), atol=1e-4, rtol=0)
         assert scorer.score(tokens, mask).dtype == torch.float32
-    assert model.h[0].mlp(torch.randn(1, 3, 16)).dtype == torch.float32
+        assert set(inside) == {getattr(torch, dtype)} and set(across) == {torch.float32}
+        assert model.h[0].mlp(torch.randn(1, 3, 16)).dtype == torch.float32  # and it ends with the forward pass
 
 
 def test_generate_in_bfloat16_samples_from_float32_logits():
@@ -632,8 +654,9 @@ def test_generate_in_bfloat16_samples_from_float32_logits():
     model, chance = small(dtype="bfloat16"), uniforms(len(PROMPTS), 1)
     tokens, mask, logp = model.generate(PROMPTS, chance)
     assert logp.dtype == torch.float32
-    with torch.no_grad(), model.autocast():
-        hidden = model.prefill(PROMPTS, 1, 1)[2]
+    with torch.no_grad():
+        _, _, _, hidden, cache = prefill(model, PROMPTS, 1, 1)
+    assert hidden.dtype == torch.float32 and cache.dtype == torch.bfloat16
     exact = (hidden.double() @ model.wte.weight.double().T).log_softmax(dim=1)
     assert torch.allclose(logp.double(), exact.gather(1, tokens[mask][:, None])[:, 0], atol=1e-4, rtol=0)
 

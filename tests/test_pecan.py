@@ -15,7 +15,8 @@ import dual
 import mocan
 import pecan
 import train
-from data import Pool, Preferences, pad
+from conftest import text_batch
+from data import Pool, Preferences
 from model import GPT, GPTConfig, to_checkpoint
 
 
@@ -186,7 +187,7 @@ def recipe(stage="pecan", **changes):
 
 def some_pool(N=8, K=4):
     prompts = [prompt for n in range(N) for prompt in [torch.randint(6, (1 + n % 3,)).tolist()] * K]
-    tokens, mask = pad(prompts, [torch.randint(6, (1 + i % 4,)).tolist() for i in range(N * K)])
+    tokens, mask = text_batch(prompts, [torch.randint(6, (1 + i % 4,)).tolist() for i in range(N * K)])
     return Pool(tokens.view(N, K, -1), mask.view(N, K, -1))
 
 
@@ -195,23 +196,25 @@ def reordered(x, prefers):
     return x[torch.arange(len(prefers))[:, None], torch.stack([prefers, 1 - prefers], dim=1)]
 
 
-def preferences(pool, prefers):
+def preferences(pool, prefers, reference=None):
+    """ln π_ref: the reference's, or 0."""
     pool = Pool(reordered(pool.tokens, prefers), reordered(pool.response_mask, prefers))
-    return Preferences(pool, None, torch.arange(len(prefers)))
+    ref_logp = mocan.map_pool(reference, pool) if reference else torch.zeros(len(prefers), 2)
+    return Preferences(pool, ref_logp, [*range(len(prefers))])
 
 
 @pytest.mark.parametrize("group, changes", [(2, {}), (3, {"accumulate": 2, "batch": 4}), (99, {})])
 def test_the_policy_update_is_mocans_on_the_same_scores(group, changes):
     """MoCAN's r is here β·ln π_r/π_ref and its g is β·ln π_g/π_ref."""
     pool, lam, beta, ours, theirs = some_pool(), torch.tensor([1.5]), 0.5, tiny(), tiny()  # ½ and 1.5·½ are exact
-    ref_logp, logp_r, logp_g = (mocan.logprobs(tiny(seed), pool) for seed in (1, 2, 3))
+    ref_logp, logp_r, logp_g = (mocan.map_pool(tiny(seed), pool) for seed in (1, 2, 3))
     r, g = beta * (logp_r - ref_logp), beta * (logp_g - ref_logp)
     plan = recipe(**changes)
     sample = mocan.Sample(pool, None, ref_logp, torch.stack([r, g]))
     losses = pecan.train_pecan(ours, sample, lam, beta, group, plan)
     expected = mocan.train_mocan(theirs, sample, lam, beta, group, plan)
     assert losses == pytest.approx(expected, abs=1e-4)
-    assert len(losses) == 5 * plan.accumulate
+    assert len(losses) == 5
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours.parameters(), theirs.parameters()))
     assert not torch.equal(ours.wte.weight, tiny().wte.weight)
 
@@ -219,11 +222,12 @@ def test_the_policy_update_is_mocans_on_the_same_scores(group, changes):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_prealignment_is_dpo_with_the_preferred_response_first(monkeypatch, accumulate):
     prefers, calls = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1]), []
-    pool = preferences(some_pool(K=2), prefers).pool
-    ref_logp, real = mocan.logprobs(tiny(), pool), pecan.preference_loss
+    training = preferences(some_pool(K=2), prefers, tiny())
+    pool, ref_logp, _ = training
+    real = pecan.preference_loss
     monkeypatch.setattr(pecan, "preference_loss", lambda *args: calls.append(args) or real(*args))
     plan = recipe(steps=4, batch=4, accumulate=accumulate)
-    pecan.prealign(tiny(), pool, ref_logp, 0.5, plan)
+    pecan.prealign(tiny(), training, training, 0.5, plan)
     batches = mocan.group_batches(pool.lengths, 8, 2, "0")
     assert len(calls) == 4 * accumulate
     for call in calls:
@@ -239,41 +243,56 @@ def test_prealignment_is_dpo_with_the_preferred_response_first(monkeypatch, accu
 
 def test_prealignment_makes_the_preferred_response_more_likely():
     pool, prefers, policy, reference = some_pool(K=2), torch.tensor([0, 1] * 4), tiny(), tiny()
-    first = preferences(pool, prefers).pool
-    pecan.prealign(policy, first, mocan.logprobs(reference, first), 0.5, recipe(steps=30, lr=3e-3))
-    lead = (mocan.logprobs(policy, pool) - mocan.logprobs(reference, pool)).diff(dim=1)[:, 0]
+    first = preferences(pool, prefers, reference)
+    pecan.prealign(policy, first, first, 0.5, recipe(steps=30, lr=3e-3))
+    lead = (mocan.map_pool(policy, pool) - mocan.map_pool(reference, pool)).diff(dim=1)[:, 0]
     assert (lead.sign() == 2 * prefers - 1).float().mean() >= 0.75
 
 
 def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys, monkeypatch):
     policy, reference, pool = tiny(2), tiny(1), some_pool(N=60, K=2)
-    implicit = 0.5 * (mocan.logprobs(policy, pool) - mocan.logprobs(reference, pool))
+    implicit = 0.5 * (mocan.map_pool(policy, pool) - mocan.map_pool(reference, pool))
     prefers = torch.bernoulli(torch.sigmoid(0.3 * (implicit[:, 1] - implicit[:, 0]))).long()
     chosen = torch.where(prefers == 1, implicit[:, 1], implicit[:, 0])
     rejected = torch.where(prefers == 1, implicit[:, 0], implicit[:, 1])
     expected, right = calibrate(chosen, rejected).item(), (chosen > rejected).float().mean()
     assert 0.05 < expected < 2 and 0.5 < right < 1
-    training, held_out = preferences(some_pool(K=2), torch.zeros(8, dtype=torch.long)), preferences(pool, prefers)
+    held_out = preferences(pool, prefers, reference)
     for batch in (7, 256):
         monkeypatch.setattr(mocan, "SCORED", batch)
-        tau = pecan.prealign_and_calibrate(
-            policy, "safe", training, mocan.logprobs(reference, training.pool), held_out,
-            mocan.logprobs(reference, held_out.pool), 0.5, recipe(steps=0))
-        assert tau == pytest.approx(expected, abs=1e-6)
+        assert pecan.calibrate_policy(policy, "safe", held_out, 0.5) == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
     assert f"safe, calibration: {right:.1%} ± " in said and f"of 60 pairs right; τ = {expected:.3f} ± " in said
-    always_right = preferences(pool, (implicit[:, 1] > implicit[:, 0]).long())
+    always_right = preferences(pool, (implicit[:, 1] > implicit[:, 0]).long(), reference)
     with pytest.warns(UserWarning, match="no temperature fits the safe scores on 60 calibration pairs"):
-        assert pecan.prealign_and_calibrate(
-            policy, "safe", training, mocan.logprobs(reference, training.pool), always_right,
-            mocan.logprobs(reference, always_right.pool), 0.5, recipe(steps=0)) == 1.0
+        assert pecan.calibrate_policy(policy, "safe", always_right, 0.5) == 1.0
+
+
+def test_prealignment_stops_by_the_calibration_pairs_best_temperature(monkeypatch):
+    """What is considered after an epoch is the calibrated loss of β ln π/π_ref on the calibration pairs."""
+    reference, policy = tiny(1), tiny(1)
+    training, held_out = (preferences(some_pool(N=N, K=2), torch.tensor([0, 1] * (N // 2)), reference) for N in (8, 20))
+    considered, real = [], mocan.Progress.consider
+
+    def consider(self, loss):
+        implicit = 0.5 * (mocan.map_pool(policy, held_out.pool) - mocan.map_pool(reference, held_out.pool))
+        considered.append((loss, mocan.calibrated_loss(*implicit.T)))
+        real(self, loss)
+    monkeypatch.setattr(mocan.Progress, "consider", consider)
+    pecan.prealign(policy, training, held_out, 0.5, recipe(steps=3, batch=4, lr=1e-2))
+    assert len(considered) == 2  # an epoch is two steps; and at the end
+    for loss, expected in considered:
+        assert loss == pytest.approx(expected, abs=1e-6)
+    best = min(considered)[0]
+    implicit = 0.5 * (mocan.map_pool(policy, held_out.pool) - held_out.ref_logp)
+    assert mocan.calibrated_loss(*implicit.T) == pytest.approx(best, abs=1e-5)  # whose weights it ends with
 
 
 def test_implicit_scores_are_beta_tau_log_ratios_in_the_order_of_the_policies(monkeypatch):
     pool, reference, beta = some_pool(), tiny(1), 0.5
     saved = {name: {**to_checkpoint(tiny(seed)), "tau": tau}
              for name, seed, tau in (("helpful", 2, 1.7), ("harmless", 3, 0.4), ("polite", 4, 0.0))}
-    ref_logp = mocan.logprobs(reference, pool)
+    ref_logp = mocan.map_pool(reference, pool)
     for batch in (5, 256):
         monkeypatch.setattr(mocan, "SCORED", batch)
         scores = pecan.implicit_scores(saved, pool, ref_logp, beta, torch.device("cpu"))
@@ -292,7 +311,8 @@ def test_a_non_finite_loss_stops_and_names_the_stage():
     policy, pool = tiny(), some_pool(K=2)
     policy.wte.weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="^dpo-safe: .* after 0 steps"):
-        pecan.prealign(policy, pool, torch.zeros(8, 2), 0.5, recipe("dpo-safe"))
+        held_out = preferences(pool, torch.zeros(8, dtype=torch.long))
+        pecan.prealign(policy, held_out, held_out, 0.5, recipe("dpo-safe"))
     with pytest.raises(FloatingPointError, match="^pecan: .* after 0 steps"):
         pecan.train_pecan(policy, mocan.Sample(pool, None, torch.zeros(8, 2), torch.randn(2, 8, 2)), torch.ones(1), 0.5,
                           2, recipe())

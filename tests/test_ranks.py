@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 if dist.is_torchelastic_launched():
     dist.init_process_group()
 pairs = data.world_preferences(40, random.Random(0))
-tok = data.vocab_tokenizer(data.frequent_pieces(pairs, 300), 40, 24)
+tok = data.open_tokenizer(data.frequent_pieces(pairs, 300), 40, 24)
 config = model.GPTConfig(tok.encoding.n_vocab, 64, 1, 2, 16)
 torch.manual_seed(0)
 reference = model.GPT(config)
@@ -34,29 +34,23 @@ prompts = data.some_prompts(pairs, {prompts})
 pool, logp = mocan.sample_pool(reference, tok, prompts, mocan.Draw("draw", 3, "0/draw", batch=6))
 scores = torch.stack([logp, torch.arange(logp.numel()).view(logp.shape) / 7.0 % 1])
 sample = mocan.Sample(pool, logp, logp, scores)
-preferences = data.preference_tensors(data.pair_pool(tok, pairs, "pairs"), pairs, "helpful")
-ref = mocan.logprobs(reference, preferences.pool)
-losses = {{}}
-held = {{}}
-step = mocan.Descent.step
-def note(self, loss, count):
-    step(self, loss, count)
-    losses.setdefault(self.recipe.stage, []).append(float(self.losses[-1]))
-mocan.Descent.step = note
+both = data.pair_pool(tok, pairs, "pairs")
+preferences = data.preferences(pairs, "helpful", both, mocan.map_pool(reference, both))
 def recipe(stage, batch=6, accumulate=1):
     return mocan.Recipe(stage, 10, 1e-3, "0/" + stage, batch, accumulate)
 def fresh():
     return model.from_checkpoint(model.to_checkpoint(reference))
 lam = torch.tensor([0.7], dtype=torch.float64)
-mocan.train_reference(fresh(), preferences.pool, recipe("reference"))
-mocan.train_score(judge, preferences.pool, recipe("score"))
-pecan.prealign(fresh(), preferences.pool, ref, 0.5, recipe("prealign", 5))
 aligned = fresh()
-mocan.train_mocan(aligned, sample, lam, 0.5, 3, recipe("mocan", 5, 2))
-pecan.train_pecan(fresh(), sample, lam, 0.5, 3, recipe("pecan", 1))
+losses = dict(
+    reference=mocan.train_reference(fresh(), preferences.pool, preferences.pool, recipe("reference")),
+    score=mocan.train_score(judge, preferences.pool, preferences.pool, recipe("score")),
+    prealign=pecan.prealign(fresh(), preferences, preferences, 0.5, recipe("prealign", 5)),
+    mocan=mocan.train_mocan(aligned, sample, lam, 0.5, 3, recipe("mocan", 5, 2)),
+    pecan=pecan.train_pecan(fresh(), sample, lam, 0.5, 3, recipe("pecan", 1)))
 solved = mocan.solve_from(sample, scores[1:].double().mean(dim=(1, 2)), [0.1], 0.5).lam
-found = dict(lam=solved, tokens=pool.tokens, mask=pool.response_mask, logp=logp, ref=ref, losses=losses,
-             scored=mocan.map_pool(model.GPT.score, judge, pool), weights=aligned.state_dict())
+found = dict(lam=solved, tokens=pool.tokens, mask=pool.response_mask, logp=logp, ref=preferences.ref_logp, losses=losses,
+             scored=mocan.map_pool(judge, pool), weights=aligned.state_dict())
 if mocan.rank()[0] == 0:
     torch.save(found, {out!r})
 if dist.is_initialized():

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -26,7 +27,6 @@ import model
 import train
 from test_train import ROOT, TINY, command, contents, job, numbers, one_line_on_stderr, same_weights
 
-OFTEN = ["--checkpoint_every", 1e-6]  # after every step, as far as 2 % of the time allow
 SMALL = [*TINY, "--algo", "mocan", "--sft_steps", 20, "--prompts", 8]
 
 
@@ -42,15 +42,30 @@ def written(path, some):
     return path
 
 
+def kept(path):
+    """An artifact's content, without how long it took and with "this run" for the name of the run that made it."""
+    saved = torch.load(path, weights_only=True)
+    del saved["seconds"]
+    run = saved.pop("run")
+    return {**saved, "made_from": {what: "this run" if x == run else x for what, x in saved["made_from"].items()}}
+
+
+def same(x, y):
+    """Bit for bit."""
+    if isinstance(x, torch.Tensor):
+        return isinstance(y, torch.Tensor) and x.dtype == y.dtype and torch.equal(x, y)
+    if isinstance(x, dict):
+        return x.keys() == y.keys() and all(same(x[what], y[what]) for what in x)
+    if isinstance(x, (list, tuple)):
+        return len(x) == len(y) and all(map(same, x, y))
+    return x == y
+
+
 def same_run(a, b):
-    """Every weight and sample, and the table but for its times."""
+    """Every weight and sample, all that artifacts say they were made from, and the table but for its times."""
     assert sorted(p.name for p in a.glob("*.pt")) == sorted(p.name for p in b.glob("*.pt"))
     for path in a.glob("*.pt"):
-        x, y = (torch.load(p, weights_only=True) for p in (path, b / path.name))
-        for saved in (x, y):
-            for what in ("seconds", "run"):
-                saved.pop(what)
-        assert model.fingerprint(x) == model.fingerprint(y), path.name
+        assert same(kept(path), kept(b / path.name)), path.name
     assert numbers(a) == numbers(b) and (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
 
 
@@ -62,17 +77,20 @@ def child(argv, log):
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
-    mocan.Checkpoint.keep = without_rest(mocan.Checkpoint.keep)
+    mocan.Progress.report = due_always
     sys.argv = ["train.py", *map(str, argv)]
     train.main()
 
 
-def without_rest(keep):
+def due_always(self, result, report=mocan.Progress.report):
     """Checkpoints after every step: a test cannot wait for 2 % of its time."""
-    def every_step(self, stage, state):
-        self.due = 0.0
-        keep(self, stage, state)
-    return every_step
+    self.due = 0.0
+    report(self, result)
+
+
+def due_at_the_end(self, result, report=mocan.Progress.report):
+    self.due = math.inf
+    report(self, result)
 
 
 def killed(context, argv, log, seconds):
@@ -123,28 +141,29 @@ def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, mon
 
 
 def test_resume_continues_a_training_loop_bit_for_bit_wherever_it_stopped(tmp_path, monkeypatch, capsys):
-    """Also one with accumulation, and calibration, at every step."""
+    """Between the micro-batches of a step, between epochs with their calibration, and in the policy update."""
     job(*SMALL, "--accumulate", 2, "--out", tmp_path / "whole")
-    real = mocan.Descent.step
-    for stop in (1, 7, 13, 36, 43):
+    real = mocan.Progress.add
+    monkeypatch.setattr(mocan.Progress, "report", due_always)
+    for stop, said in ((1, None), (7, "reference: goes on after 3 of 20"), (12, "reference: goes on after 5 of 20"),
+                       (36, "reference: goes on after 17 of 20"), (43, "mocan: goes on after 1 of 6")):
         calls = []
 
-        def step(self, loss, count):
+        def add(self, loss):
             calls.append(loss)
             if len(calls) == stop:
                 raise KeyboardInterrupt
-            real(self, loss, count)
-        monkeypatch.setattr(mocan.Descent, "step", step)
-        monkeypatch.setattr(mocan.Checkpoint, "keep", without_rest(KEEP))
+            real(self, loss)
+        monkeypatch.setattr(mocan.Progress, "add", add)
         out = tmp_path / f"stopped{stop}"
         with pytest.raises(KeyboardInterrupt):
             job(*SMALL, "--accumulate", 2, "--out", out)
-        monkeypatch.setattr(mocan.Descent, "step", real)
+        monkeypatch.setattr(mocan.Progress, "add", real)
+        capsys.readouterr()
         job("--resume", "--out", out)
+        printed = capsys.readouterr().out
+        assert said in printed if said else "goes on" not in printed
         same_run(tmp_path / "whole", out)
-
-
-KEEP = mocan.Checkpoint.keep
 
 
 def test_resume_continues_sampling_where_it_stopped(tmp_path, monkeypatch):
@@ -157,7 +176,7 @@ def test_resume_continues_sampling_where_it_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, *args, **more)
     monkeypatch.setattr(model.GPT, "generate", generate)
-    monkeypatch.setattr(mocan.Checkpoint, "keep", without_rest(KEEP))
+    monkeypatch.setattr(mocan.Progress, "report", due_always)
     with pytest.raises(KeyboardInterrupt):
         job(*SMALL, "--sample_batch", 16, "--out", tmp_path / "out")
     job("--resume", "--out", tmp_path / "out")
@@ -166,28 +185,38 @@ def test_resume_continues_sampling_where_it_stopped(tmp_path, monkeypatch):
     same_run(tmp_path / "whole", tmp_path / "out")
 
 
-def test_checkpoints_take_two_per_cent_of_the_time_at_most(tmp_path, monkeypatch):
+@pytest.mark.parametrize("writing, every", [(3.0, 60.0), (0.1, 60.0), (3.0, 10.0)])  # seconds
+def test_checkpoints_take_two_per_cent_of_the_time_at_most(tmp_path, monkeypatch, writing, every):
     now, saves = [0.0], []
     monkeypatch.setattr(mocan.time, "monotonic", lambda: now[0])
 
     def save(saved, path):
         saves.append(now[0])
-        now[0] += 3.0  # a large model on a slow disk
+        now[0] += writing  # a large model on a slow disk, or a small one
     monkeypatch.setattr(mocan, "save", save)
-    checkpoint = mocan.Checkpoint(tmp_path / "checkpoint.pt", 60.0, "run", False)
+    run = train.Config(out=str(tmp_path), run="run", checkpoint_every=every)
+    progress = mocan.Progress(mocan.Draw("stage", 1, "0", run=run), 10001)
     for _ in range(10000):
         now[0] += 1.0
-        checkpoint.keep("stage", dict)
-    assert len(saves) > 50 and 3.0 * len(saves) <= 0.021 * now[0]
+        progress.report(None)
+    assert len(saves) > 50 and writing * len(saves) <= 0.021 * now[0]
+    assert min(b - a for a, b in zip(saves, saves[1:])) >= every
+    assert saves[0] == 1.0  # and the first at once, which finds an unwritable folder before it costs much
+    before = len(saves)
+    progress.report(None)
+    assert len(saves) == before + 1  # the loop's last
 
 
 def test_a_checkpoint_of_another_run_or_stage_is_not_taken(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    mocan.Checkpoint(path, 0.0, "this", False).keep("mocan", lambda: {"x": 1})
-    assert mocan.Checkpoint(path, 0.0, "this", True).restore("mocan") == {"x": 1}
-    assert mocan.Checkpoint(path, 0.0, "this", True).restore("pecan") is None
-    assert mocan.Checkpoint(path, 0.0, "other", True).restore("mocan") is None
-    assert mocan.Checkpoint(path, 0.0, "this", False).restore("mocan") is None
+    def draw(stage, run, resume):
+        return mocan.Draw(stage, 1, "0", run=train.Config(out=str(tmp_path), run=run, resume=resume))
+    assert mocan.restore(draw("mocan", "this", True)) == {}
+    mocan.keep(draw("mocan", "this", False), {"x": 1})
+    assert mocan.restore(draw("mocan", "this", True))["x"] == 1
+    assert mocan.restore(draw("pecan", "this", True)) == {}
+    assert mocan.restore(draw("mocan", "other", True)) == {}
+    assert mocan.restore(draw("mocan", "this", False)) == {}
+    assert mocan.restore(mocan.Draw("mocan", 1, "0")) == {}
 
 
 # ---- a full disk
@@ -205,8 +234,9 @@ def writes_of(out, *flags):
 
 @pytest.mark.parametrize("when", ["in the middle", "at the end"])
 def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
-    total = writes_of(tmp_path / "whole", *SMALL)
-    real = model.replace_file
+    flags = [*SMALL, "--checkpoint_every", 1e6]  # however slow: after a loop's first step and its last
+    total = writes_of(tmp_path / "whole", *flags)
+    real, hit = model.replace_file, set()
     assert total > 8
     for failing in range(1, total + 1):
         calls, out = [], tmp_path / f"run{failing}"
@@ -226,6 +256,7 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
             calls.append(path)
             if len(calls) != failing:
                 return real(path, put)
+            hit.add(Path(path).name)
             if when == "in the middle":
                 return real(path, lambda file: put(Full(file)))
             with monkeypatch.context() as patch:
@@ -234,7 +265,7 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
         monkeypatch.setattr(model, "replace_file", replace_file)
         monkeypatch.setattr(train, "replace_file", replace_file)
         with pytest.raises(OSError) as error:
-            job(*SMALL, "--out", out)
+            job(*flags, "--out", out)
         said = str(error.value)
         assert "\n" not in said and "cannot be written" in said and "--resume" in said
         del error  # and with it main's frame, which holds the lock
@@ -247,6 +278,7 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
         if (out / "run.json").exists() and failing % 3 == 0:
             job("--resume", "--out", out)
             same_run(tmp_path / "whole", out)
+    assert hit == {path.name for path in (tmp_path / "whole").iterdir()} - {"lock"} | {"checkpoint.pt"}
 
 
 # ---- one run at a time, one that is stopped
@@ -296,35 +328,48 @@ def copied(finished, tmp_path):
     return Path(shutil.copytree(finished / "run", tmp_path / "run"))
 
 
-def test_a_new_reference_refuses_old_samples(copied, finished, tmp_path):
-    """A run killed after reference.pt, then --from mocan."""
-    job(*TINY, "--sft_steps", 15, "--algo", "mocan", "--data", finished / "pairs.jsonl", "--out", tmp_path / "other")
-    for name in ("tokenizer.pt", "reference.pt"):
+@pytest.mark.parametrize("flags, said", [
+    (["--sft_steps", 15], "sft_steps 20, not 15"), ([], r"input reference \w+, not \w+")])
+def test_a_new_reference_refuses_old_samples(copied, finished, monkeypatch, flags, said):
+    """A run killed after reference.pt, then --from mocan: other settings, or the same and another run."""
+    before = (copied / "reference.pt").read_bytes()
+    monkeypatch.setattr(mocan, "sample_pool", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        job("--from", "reference", *flags, "--out", copied)
+    assert (copied / "reference.pt").read_bytes() != before
+    for stage in ("mocan", "evaluate"):
+        with pytest.raises(ValueError, match=rf"offline\.pt: made with {said}; make it with --from offline$"):
+            job("--from", stage, "--out", copied)
+    monkeypatch.undo()
+    if flags == []:
+        job("--resume", "--out", copied)
+        same_run(finished / "run", copied)
+
+
+def test_a_file_of_another_run_is_refused_whatever_its_settings(copied, finished, tmp_path):
+    """The same flags in another folder: the numbers are the same, and the run is not."""
+    job(*TINY, "--sft_steps", 20, "--algo", "mocan", "--data", finished / "pairs.jsonl", "--out", tmp_path / "other")
+    assert same_weights(tmp_path / "other", copied, "reference.pt")
+    for name, said in (("reference.pt", r"reference\.pt: made with input tokenizer \w+, not \w+; .* --from reference$"),
+                       ("tokenizer.pt", r"offline\.pt: made with input reference \w+, not \w+; .* --from offline$")):
         shutil.copy(tmp_path / "other" / name, copied / name)
-    settings = json.loads((copied / "run.json").read_text())
-    settings["config"]["sft_steps"] = 15
-    (copied / "run.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"offline\.pt: made with sft_steps 20, not 15; make it with --from offline$"):
-        job("--from", "mocan", "--out", copied)
-    shutil.copy(finished / "run" / "tokenizer.pt", copied / "tokenizer.pt")
-    other = torch.load(copied / "reference.pt", weights_only=True)
-    other["weights"]["wte.weight"][0, 0] += 1e-3
-    settings["config"]["sft_steps"] = other["made_from"]["sft_steps"] = 20
-    torch.save(other, copied / "reference.pt")
-    (copied / "run.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"offline\.pt: made with input reference \w+, not \w+; make it with --from offline$"):
-        job("--from", "mocan", "--out", copied)
+        with pytest.raises(ValueError, match=said):
+            job("--from", "mocan", "--out", copied)
+    for path in (tmp_path / "other").glob("*.pt"):
+        shutil.copy(path, copied / path.name)
+    job("--from", "evaluate", "--algo", "mocan", "--out", copied)  # all of the other run
+    assert numbers(copied) == numbers(tmp_path / "other")
 
 
 def test_a_pre_alignment_that_was_cut_short_is_not_mixed_with_the_old_one(copied, monkeypatch):
-    real, calls = train.pecan.prealign_and_calibrate, []
+    real, calls = train.pecan.prealign, []
 
     def once(*args):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*args)
-    monkeypatch.setattr(train.pecan, "prealign_and_calibrate", once)
+    monkeypatch.setattr(train.pecan, "prealign", once)
     with pytest.raises(KeyboardInterrupt):
         job("--from", "prealign", "--prealign_lr", 1e-3, "--out", copied)
     other = shutil.copytree(copied, copied.parent / "other")
@@ -342,7 +387,7 @@ def test_other_data_in_the_same_file_is_refused(copied, finished, change):
     try:
         written(path, some)
         for flags in (["--from", "dual"], ["--from", "mocan"], ["--from", "evaluate"], ["--resume"]):
-            with pytest.raises(ValueError, match=r"tokenizer\.pt: made with input train \w+, not .*; make it with --from reference$"):
+            with pytest.raises(ValueError, match=r"tokenizer\.pt: made with input data \w+, not \w+; make it with --from reference$"):
                 job(*flags, "--out", copied)
     finally:
         path.write_bytes(before)
@@ -369,20 +414,35 @@ def test_a_margin_that_makes_no_sense_costs_no_training(tmp_path):
 
 # ---- numbers that are none
 
-def test_an_infinite_gradient_leaves_the_weights_and_stops_at_the_next_look(monkeypatch):
-    policy = model.GPT(model.GPTConfig(11, 8, 1, 1, 8))
-    descent = mocan.Descent(policy, mocan.Recipe("mocan", 9, 1e-3, "0", warmup=0))
-    descent.counts = True
-    infinite = [False]
-    policy.wte.weight.register_hook(lambda grad: grad * torch.inf if infinite[0] else grad)
-    for bad in (False, True, True):
-        infinite[0] = bad
-        before = model.fingerprint(policy)
-        descent.step(policy.wte.weight.square().sum(), 1)
-        assert (model.fingerprint(policy) == before) is bad
-    for look in (descent.check, descent.state):
-        with pytest.raises(FloatingPointError, match="^mocan: the gradient norm is (inf|nan) and the loss .* after 1 steps; lower"):
-            look()
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("look", [due_always, due_at_the_end])
+def test_a_gradient_that_is_not_finite_stops_at_the_next_look_and_is_written_nowhere(tmp_path, monkeypatch, bad, look):
+    job(*SMALL, "--out", tmp_path / "whole")
+    real, norms, saves = mocan.clip_grad_norm_, [], []
+
+    def clip_grad_norm_(parameters, largest):
+        parameters = list(parameters)
+        if len(norms) == 3:
+            parameters[0].grad[0, 0] = bad
+        norms.append(real(parameters, largest))
+        return norms[-1]
+    real_save = mocan.save
+    monkeypatch.setattr(mocan, "save", lambda saved, path: (saves.append(path), real_save(saved, path)))
+    monkeypatch.setattr(mocan, "clip_grad_norm_", clip_grad_norm_)
+    monkeypatch.setattr(mocan.Progress, "report", look)
+    out = tmp_path / "out"
+    with pytest.raises(FloatingPointError, match="^reference: the loss or its gradient is nan after 3 steps; lower"):
+        job(*SMALL, "--out", out)
+    assert not (out / "reference.pt").exists()
+    assert len(norms) == (4 if look is due_always else 20) and len(saves) == (3 if look is due_always else 0)
+    if look is due_always:  # what was finite is kept
+        saved = torch.load(out / "checkpoint.pt", weights_only=True)
+        assert len(saved["done"]) == 3 and all(x.isfinite().all() for x in saved["model"].values())
+    else:
+        assert not (out / "checkpoint.pt").exists()
+    monkeypatch.undo()
+    job("--resume", "--out", out)
+    same_run(tmp_path / "whole", out)
 
 
 # ---- hostile input
@@ -459,8 +519,11 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(copied, tmp_path, monkeypa
 def test_a_foreign_checkpoint_is_one_line(copied, saved):
     torch.save(saved, copied / "reference.pt")
     with pytest.raises(ValueError) as error:
-        job("--from", "mocan", "--out", copied)
+        job("--from", "offline", "--out", copied)
     assert "\n" not in str(error.value) and str(error.value).startswith(f"{copied / 'reference.pt'}: ")
+    with pytest.raises(ValueError, match=r"/(reference|offline)\.pt: ") as error:
+        job("--from", "mocan", "--out", copied)
+    assert "\n" not in str(error.value)
 
 
 def mutated(raw, draw):
@@ -485,14 +548,16 @@ def test_mutated_inputs_are_read_or_refused_in_one_line(tmp_path, capsys):
              {"chosen": sentence + "So.", "rejected": sentence + "No."}]
     text = "".join(json.dumps(row) + "\n" for row in lines).encode()
     tiny = model.GPT(model.GPTConfig(40, 8, 1, 1, 4))
-    model.save({**model.to_checkpoint(tiny), "made_from": {"seed": 0}}, tmp_path / "seed.pt")
+    began = train.artifact(train.Config(out=str(tmp_path), run="this"), "reference", "seed.pt", tokenizer={"run": "this"})
+    train.finish(began, **model.to_checkpoint(tiny))
+    later = train.Config(out=str(tmp_path), start="offline")
     np.savez(tmp_path / "seed.npz", score=np.random.rand(3, 4), constraint=np.random.rand(3, 4))
 
     kinds = [  # how many, a file's content and name, what reads it
         (15000, text, "pairs.jsonl", lambda path: data.load_preferences([f"safe={path}"])),
         (1500, gzip.compress(text), "pairs.jsonl.gz", lambda path: data.load_preferences([f"safe={path}"])),
         (1500, (tmp_path / "seed.pt").read_bytes(), "x.pt", lambda path: model.from_checkpoint(
-            model.load(path, "remedy", {"seed": 0}))),
+            train.artifact(later, "reference", "x.pt", tokenizer={"run": "this"}))),
         (1000, (tmp_path / "seed.npz").read_bytes(), "x.npz", lambda path: dual.solve(
             *map(dual.read_npz(path, 1.0).get, ("score", "constraint")), [0.01], 1.0)),
     ]

@@ -248,12 +248,48 @@ def test_a_run_that_was_cut_short_leaves_no_stale_policy_to_evaluate(tiny_copy):
         job("--from", "evaluate", "--out", tiny_copy)
 
 
+def change(path, **what):
+    """Those entries of an artifact's made_from; None takes one away."""
+    saved = torch.load(path, weights_only=True)
+    made_from = {**saved["made_from"], **what}
+    saved["made_from"] = {name: value for name, value in made_from.items() if value is not None}
+    torch.save(saved, path)
+
+
 def test_a_policy_of_another_margin_is_not_evaluated(tiny_copy):
-    saved = torch.load(tiny_copy / "mocan.pt", weights_only=True)
-    saved["made_from"]["input b"] = "another"
-    torch.save(saved, tiny_copy / "mocan.pt")
-    with pytest.raises(ValueError, match=r"mocan\.pt: made with input b another, not \w+; .* --from mocan$"):
+    change(tiny_copy / "mocan.pt", **{"input b": [0.5]})
+    with pytest.raises(ValueError, match=r"mocan\.pt: made with input b \[0\.5\], not \[0\.\d+\]; .* --from mocan$"):
         job("--from", "evaluate", "--out", tiny_copy)
+
+
+INPUTS = {"tokenizer": "data", "reference": "tokenizer", "offline": "reference", "offline_scores": "offline",
+          "dpo-helpful": "offline", "mocan": "scores", "pecan": "dpo-harmless"}
+
+
+@pytest.mark.parametrize("name, parent", INPUTS.items())
+def test_an_artifact_with_one_input_or_setting_more_or_fewer_is_refused(tiny, tiny_copy, name, parent):
+    """Both sides are compared in full: a key that only one of them has refuses, as another value does."""
+    path = tiny_copy / f"{name}.pt"
+    whole = path.read_bytes()
+    for what, value in ((f"input {parent}", None), ("input new", "x"), ("seed", None), ("a_setting", 3),
+                        (f"input {parent}", "another run")):
+        change(path, **{what: value})
+        with pytest.raises(ValueError, match=rf"{name}\.pt: made with {what} .*, not .*; make it with --from \w+$"):
+            job("--from", "evaluate", "--out", tiny_copy)
+        path.write_bytes(whole)
+    job("--from", "evaluate", "--out", tiny_copy)
+    assert numbers(tiny_copy) == numbers(tiny)
+
+
+def test_an_artifact_says_which_runs_made_its_inputs(tiny):
+    saved = {path.stem: torch.load(path, weights_only=True) for path in tiny.glob("*.pt")}
+    run = json.loads((tiny / "run.json").read_text())["config"]["run"]
+    assert len(run) > 8 and all(x["run"] == run for x in saved.values())
+    inputs = {name: {key.removeprefix("input ") for key in x["made_from"] if key.startswith("input ")}
+              for name, x in saved.items()}
+    assert inputs == {"tokenizer": {"data"}, "reference": {"tokenizer"}, "offline": {"reference"},
+                      "offline_scores": {"offline"}, "dpo-helpful": {"offline"}, "dpo-harmless": {"offline"},
+                      "mocan": {"b", "scores"}, "pecan": {"b", "dpo-helpful", "dpo-harmless"}}
 
 
 def test_a_reference_of_ones_own_is_taken(tiny, tiny_copy):
@@ -308,16 +344,17 @@ def test_the_frontier_goes_from_no_constraint_through_the_optimum(quick):
     assert {name: middle[name] for name in results["frontier"][15]} == results["frontier"][15]
 
 
-def test_progress_has_a_line_every_ten_seconds_and_one_at_the_end(capsys, monkeypatch):
+def test_progress_has_a_line_at_once_every_ten_seconds_and_at_the_end(capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(mocan.time, "perf_counter", lambda: now[0])
-    log = mocan.progress("stage", 250)
+    monkeypatch.setattr(mocan.time, "monotonic", lambda: now[0])
+    progress = mocan.Progress(mocan.Draw("stage", 1, ""), 250)
     for step in range(1, 251):
         now[0] = 0.125 * step  # 31.25 s in all
-        log(step)
+        progress.report(None)
     assert capsys.readouterr().out.splitlines() == [
-        "  stage 80/250  8.0/s  10 s elapsed, 21 s left", "  stage 160/250  8.0/s  20 s elapsed, 11 s left",
-        "  stage 240/250  8.0/s  30 s elapsed, 1 s left", "  stage 250/250  8.0/s  31 s elapsed, 0 s left"]
+        "  stage 1/250  8.0/s  0 s elapsed, 31 s left", "  stage 81/250  8.0/s  10 s elapsed, 21 s left",
+        "  stage 161/250  8.0/s  20 s elapsed, 11 s left", "  stage 241/250  8.0/s  30 s elapsed, 1 s left",
+        "  stage 250/250  8.0/s  31 s elapsed, 0 s left"]
 
 
 def test_pecan_alone_needs_no_score_but_is_judged(tmp_path):
@@ -415,23 +452,21 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
         owner[id(pool.tokens)] = group_of(pair.prompt for pair in pairs), pool  # kept, so that the id stays its own
         return pool
     monkeypatch.setattr(data, "pair_pool", pair_pool)
-    real_tensors = data.preference_tensors
+    real_preferences = data.preferences
 
-    def preference_tensors(pool, pairs, name):
-        preferences = real_tensors(pool, pairs, name)
-        owner[id(preferences.pool.tokens)] = group_of(pair.prompt for pair in pairs), preferences
-        return preferences
-    monkeypatch.setattr(data, "preference_tensors", preference_tensors)
+    def preferences(pairs, *rest):
+        found = real_preferences(pairs, *rest)
+        owner[id(found.pool.tokens)] = group_of(pair.prompt for pair in pairs), found
+        return found
+    monkeypatch.setattr(data, "preferences", preferences)
 
     def on(what, pool):
         seen.setdefault(what, set()).add(owner[id(pool.tokens)][0])
-    spy(mocan, "train_reference", lambda model, pool, *_: on("sft", pool))
-    spy(mocan, "train_score", lambda model, pool, *_: on("judge", pool))
-    spy(train.pecan, "prealign", lambda policy, pool, *_: on("prealign", pool))
+    spy(mocan, "train_reference", lambda model, a, b, *_: (on("sft", a), on("sft stops", b)))
+    spy(mocan, "train_score", lambda model, a, b, *_: (on("judge", a), on("judge stops", b)))
+    spy(train.pecan, "prealign", lambda policy, a, b, *_: (on("pre 0", a.pool), on("pre 1", b.pool)))
     spy(mocan, "learn_score", lambda model, name, a, b, c, *_: [on(f"learn {i}", x.pool) for i, x in enumerate((a, b, c))])
-    spy(train.pecan, "prealign_and_calibrate", lambda policy, name, a, _, b, *__: [on("pre 0", a.pool), on("pre 1", b.pool)])
-    spy(train.mocan, "measure", lambda policies, reference, judges, names, tok, prompts, *_: seen.update(
-        measure={group_of(prompts)}))
+    spy(train.pecan, "calibrate_policy", lambda policy, name, a, *_: on("pre 1", a.pool))
     spy(train.mocan, "sample_pool", lambda policy, tok, prompts, draw: seen.setdefault(draw.stage, set()).add(
         group_of(prompts)))
     count = {len(split.calibration): "calibration", len(split.evaluation): "evaluation", len(split.train): "train"}
@@ -440,10 +475,11 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
         spy(module, name, lambda chosen, *_, name=name: seen.setdefault(name, []).append(count[len(chosen)]))
     job(*TINY, "--sft_steps", 30, "--score_steps", 20, "--data", tmp_path / "pairs.jsonl", "--out", tmp_path / "out",
         "--shots", 2, "--shot_steps", 2, "--shot_responses", 4)
-    assert seen["sft"] == seen["judge"] == seen["prealign"] == seen["learn 0"] == seen["pre 0"] == {"train"}
-    assert seen["learn 1"] == seen["pre 1"] == {"calibration"} and seen["learn 2"] == {"evaluation"}
+    assert seen["sft"] == seen["judge"] == seen["learn 0"] == seen["pre 0"] == {"train"}
+    assert seen["sft stops"] == seen["judge stops"] == seen["learn 1"] == seen["pre 1"] == {"calibration"}
+    assert seen["learn 2"] == {"evaluation"}
     assert seen["offline"] == seen["mocan shot 2, responses"] == {"train"}
-    assert seen["measure"] == seen["evaluate mocan"] == {"evaluation"}
+    assert seen["evaluate reference"] == seen["evaluate mocan"] == {"evaluation"}
     assert set(seen["calibrated_loss"]) == {"calibration"} and set(seen["calibrate"]) == {"calibration", "evaluation"}
     assert seen["calibrate"].count("evaluation") == 2  # what is said of the two judges, and used for nothing
 
@@ -502,9 +538,10 @@ def test_the_reference_starts_from_the_folders_weights(small_gpt2, tmp_path):
     path = pku_file(tmp_path / "pairs.jsonl", 30)
     c = train.settings([*BRIEF, "--init", str(folder), "--data", str(path), "--sft_lr", "1e-30", "--out", str(tmp_path)])
     split, _ = data.load_pairs(c.data, c.world_pairs, random.Random(0), c.held_out, c.calibration, c.constraints)
-    tok = train.tokenizer_of_run(c, split.train)
-    reference = train.reference_policy(c, tok, split, data.pools(tok, split))
-    for a, b in zip(reference.state_dict().values(), start.state_dict().values(), strict=True):
+    tok, tokenizer = train.open_tokenizer(c, split)
+    pools = {part: data.pair_pool(tok, getattr(split, part), part) for part in split._fields}
+    reference = train.train_reference(c, tok, tokenizer, pools)["weights"]
+    for a, b in zip(reference.values(), start.state_dict().values(), strict=True):
         assert torch.allclose(a, b, atol=1e-20, rtol=0)
 
 
@@ -515,7 +552,7 @@ def test_defaults_of_published_weights_give_way_to_the_command_line():
     c = train.settings(["--init", "folder", "--data", "x.jsonl", "--lr", "1e-3"])
     assert (c.tokenizer, c.lr, c.shot_lr, c.margin) == ("gpt2", 1e-3, 2e-5, "25%")  # data's margin
     c = train.settings(["--init", "folder", "--quick"])
-    assert (c.tokenizer, c.lr, c.sft_lr, c.prompts) == ("gpt2", 2e-5, 5e-5, train.QUICK["prompts"])
+    assert (c.tokenizer, c.lr, c.sft_lr, c.prompts) == ("gpt2", 2e-5, 5e-5, 128)
 
 
 BAD_INIT = {
@@ -570,8 +607,8 @@ def one_line_on_stderr(done):
 def prealignments(monkeypatch, *flags):
     """What train.py hands to each pre-alignment: (its ln π_ref, the policy's own before training, its pairs)."""
     calls = []
-    monkeypatch.setattr(train.pecan, "prealign", lambda policy, preferences, ref_logp, *rest: calls.append(
-        (ref_logp, mocan.logprobs(policy, preferences), len(preferences.tokens))))
+    monkeypatch.setattr(train.pecan, "prealign", lambda policy, preferences, *rest: calls.append(
+        (preferences.ref_logp, mocan.map_pool(policy, preferences.pool), len(preferences.ref_logp))))
     job(*TINY, "--algo", "pecan", "--margin", "0", *flags)
     return calls
 
@@ -614,7 +651,7 @@ def test_an_unreachable_margin_stops_before_pre_alignment(tiny_copy):
 
 
 def test_a_margin_that_only_pecans_scores_cannot_reach_keeps_the_table(tiny_copy, monkeypatch, capsys):
-    monkeypatch.setattr(train.pecan, "prealign_and_calibrate", lambda *_: 0.0)  # scores that know nothing
+    monkeypatch.setattr(train.pecan, "calibrate_policy", lambda *_: 0.0)  # scores that know nothing
     job("--from", "prealign", "--out", tiny_copy)
     results = json.loads((tiny_copy / "results.json").read_text())
     assert list(results["policies"]) == [*POLICIES[:-1], "optimum"]
@@ -696,7 +733,8 @@ def test_defaults_of_real_data_give_way_to_the_command_line_and_to_quick():
     assert (train.settings([]).margin, train.settings([]).responses) == ("50%", 32)
     c = train.settings(["--data", "x.jsonl", "--responses", "64"])
     assert (c.margin, c.prealign_steps, c.responses, c.shot_responses) == ("25%", 1575, 64, 128)
-    assert train.settings(["--quick", "--data", "x.jsonl"]).prealign_steps == train.QUICK["prealign_steps"]
+    c = train.settings(["--quick", "--data", "x.jsonl"])
+    assert (c.prealign_steps, c.margin, c.accumulate) == (100, "50%", 1)  # --quick's, and not the data's
 
 
 def test_real_data_after_a_run_of_the_world_keeps_its_sizes(tiny):
@@ -748,7 +786,7 @@ def test_a_missing_or_damaged_artifact_is_named_with_the_stage_that_makes_it(tin
 def test_a_non_finite_loss_keeps_the_last_artifact(tiny_copy, monkeypatch):
     before, real = (tiny_copy / "mocan.pt").read_bytes(), mocan.preference_loss
     monkeypatch.setattr(mocan, "preference_loss", lambda *args: real(*args) * math.nan)
-    with pytest.raises(FloatingPointError, match="mocan: the gradient norm is nan and the loss nan after 0 steps"):
+    with pytest.raises(FloatingPointError, match="mocan: the loss or its gradient is nan after 0 steps; lower the learning rate"):
         job("--from", "mocan", "--out", tiny_copy)
     assert (tiny_copy / "mocan.pt").read_bytes() == before
     assert not [x for x in os.listdir(tiny_copy) if x.endswith(".tmp")]
@@ -785,19 +823,41 @@ def source(module):
     return (ROOT / f"{module}.py").read_text(encoding="utf-8")
 
 
-def test_help_names_every_setting(capsys):
+NOT_REMEMBERED = set("start out resume checkpoint_every algo device export batch accumulate sample_batch eval_prompts "
+                     "eval_responses run".split())
+
+
+def test_every_setting_is_remembered_by_one_stage_or_deliberately_not():
+    remembered = [name for names in train.REMEMBERED.values() for name in names.split()]
+    assert len(set(remembered)) == len(remembered) and list(train.REMEMBERED) == list(train.STAGES[:-1])
+    assert {*remembered} | NOT_REMEMBERED == {f.name for f in fields(train.Config)} and not {*remembered} & NOT_REMEMBERED
+    assert train.LEAST.keys() <= {f.name for f in train.SETTINGS}
+
+
+def test_help_names_every_setting_with_its_comment_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
         train.settings(["--help"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
+    comments = re.findall(r"^    (\w+): .*  # (.+)$", source("train"), re.MULTILINE)
+    assert {f.name for f in fields(train.Config)} <= {name for name, _ in comments}
     for f in train.SETTINGS:
-        assert ("--from" if f.name == "start" else f"--{f.name}") in text and f.metadata["help"]
+        help = dict(comments[:len(fields(train.Config))])[f.name]
+        flag = "--from" if f.name == "start" else f"--{f.name}"
+        assert re.search(rf"{re.escape(flag)} .*?{re.escape(f'{help} (default: {f.default})')}", text), f.name
     assert [f.name for f in fields(train.Config) if f not in train.SETTINGS] == ["run"]
+    for preset in (train.DATA, train.INIT):
+        assert " ".join(preset.split()) in text
+
+
+def test_presets_are_flags_that_the_command_line_knows():
+    for preset in (train.QUICK, train.DATA, train.INIT):
+        assert train.settings(preset.split())
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(train.Config)])
 def test_every_setting_is_read_somewhere(name):
-    used = r"given\.get\(.quick." if name == "quick" else rf"\bc\.{name}\b"
+    used = r"\"quick\" in given" if name == "quick" else rf"\b(c|run)\.{name}\b"
     assert any(re.search(used, source(module)) for module in MODULES)
 
 
