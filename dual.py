@@ -16,9 +16,9 @@ the units of r and g, with r → β·ln π_r/π_ref, g → β·ln π_g/π_ref.
     r(x,y), g_j(x,y)              score, constraint     (N, K), (m, N, K)
     b_j, λ_j                      margin, lam           (m,), (m,)
     D, ∇D, ∇²D                    value, grad, hessian  (), (m,), (m, m)
-    π_λ(y|x)                      p / total             (n, K), n prompts at a time
+    π_λ(y|x)                      p                     (n, K), n prompts at a time
     mean_y f, for f = r and g_j   mean                  (1+m, N), the score's row first
-    E_π_λ[f|x] − mean_y f         policy.gain           (1+m, N), the score's row first
+    ψ_x = E_π_λ[g|x] − mean_y g   gain                  (m, N)
 
 Convergence. In units of r, x = λ·unit, a step e ≥ −x lowers the quadratic model of D plus
 damp·‖e‖²/2, with damp = v/radius and v the norm of the violation of KKT. Since −⟨∇D,e⟩ ≤ v·‖e‖, a
@@ -43,12 +43,11 @@ Differs from the paper and its published code: Newton for m ≥ 1 where they run
 descent for m = 1; log-mean-exp per prompt everywhere (the code pools prompts in two
 places); exceptions where they return None.
 
-Read next: mocan.py, where λ* labels the pairs.
+Read next: pecan.py, the same dual on the scores that pre-aligned policies imply.
 """
 import argparse
 import json
 import os
-import re
 import sys
 
 import torch
@@ -84,44 +83,55 @@ class Point(NamedTuple):
     value: float  # D(λ) − E_ref[r]
     grad: Array  # (m,) ∇D(λ)
     hessian: Array  # (m, m) ∇²D(λ)
-    gain: Tensor  # (1+m, N) E_π_λ[f|x] − mean_y f, for f = r, then each g_j
-    ess: Tensor  # (N,) 1/Σ_y π_λ(y|x)²
+    gain: Tensor  # (m, N) E_π_λ[g_j|x] − mean_y g_j
 
 
 def centred(problem):
-    """r, then each g_j, less its mean over y: (1+m, n, K), n prompts at a time.
+    """r (n, K) and g (m, n, K) less their means over y, n prompts at a time, in the same memory.
 
     What the responses of a prompt share moves no π_λ. So from here on E_ref[r] = 0 and h = g − b.
     """
     N, K = problem.scores[0].shape
     n = max(1, CHUNK * torch.get_num_threads() // K)
+    memory = problem.mean.new_empty(len(problem.scores), min(n, N), K)
     for begin in range(0, N, n):
         some = slice(begin, begin + n)
-        scores = torch.stack([x[some] for x in problem.scores])
-        yield scores - problem.mean[:, some, None]
+        scores = memory[:, :N - begin]
+        for score, mean, out in zip(problem.scores, problem.mean, scores):
+            torch.sub(score[some], mean[some, None], out=out)
+        yield scores[0], scores[1:]
+
+
+def tilt(r, g, lam, beta):
+    """π_λ(y|x) ∝ exp((r + ⟨λ,g⟩)/β) (n, K), in r's memory, and ln of its normaliser (n,)."""
+    scale = beta * LN_2  # exp(x/β) = 2^(x/scale), and exp2 is twice as fast as exp
+    z = r.div_(scale)
+    for slope, plane in zip((lam / scale).tolist(), g):
+        z.add_(plane, alpha=slope)  # (r + ⟨λ,g⟩)/scale
+    top = z.amax(1, keepdim=True)  # (n, 1)
+    p = z.sub_(top).exp2_()
+    total = p.sum(1, keepdim=True)  # (n, 1)
+    return p.div_(total), top[:, 0] * LN_2 + total[:, 0].log()
 
 
 def evaluate(problem, lam):
     """The three equations at λ (m,), in one pass over the responses."""
-    slope = problem.mean.new_tensor([1, *lam]) / problem.beta  # (1+m,)
-    log_sums, gains, squares = [], [], []
+    log_sums, gains = [], []
     second = 0
-    for scores in centred(problem):
-        z = torch.tensordot(slope, scores, 1)  # (n, K) (r + ⟨λ,g⟩)/β
-        p = z.softmax(1)  # (n, K) π_λ
-        weighted = p * scores  # (1+m, n, K)
-        log_sums.append(z.amax(1) - p.amax(1).log())  # (n,) ln Σ_y exp(z), for p = exp(z)/Σ
-        gains.append(weighted.sum(2))  # (1+m, n)
-        squares.append(p.square().sum(1))  # (n,)
-        second += torch.einsum("ink,jnk->nij", weighted[1:], scores[1:]).sum(0)  # Σ_x E_π_λ[g·gᵀ]
+    for r, g in centred(problem):
+        p, log_sum = tilt(r, g, lam, problem.beta)
+        weighted = g * p  # (m, n, K)
+        log_sums.append(log_sum)
+        gains.append(weighted.sum(2))  # (m, n)
+        second += weighted.flatten(1) @ g.flatten(1).T  # Σ_x E_π_λ[g·gᵀ]
     gain = torch.cat(gains, dim=1)
-    covariance = (second - gain[1:] @ gain[1:].T) / gain.size(1)  # (m, m)
+    covariance = (second - gain @ gain.T) / gain.size(1)  # (m, m)
 
     log_mean = torch.cat(log_sums).mean().item() - problem.log_count
     value = problem.beta * log_mean - lam @ problem.margin  # D(λ) − E_ref[r]
-    grad = gain[1:].mean(1).cpu().numpy() - problem.margin  # ∇D(λ) = E_π_λ[h]
+    grad = gain.mean(1).cpu().numpy() - problem.margin  # ∇D(λ) = E_π_λ[h]
     hessian = covariance.cpu().numpy() / problem.beta  # ∇²D(λ) = mean_x Cov/β
-    return Point(lam, value, grad, hessian, gain, 1 / torch.cat(squares))
+    return Point(lam, value, grad, hessian, gain)
 
 
 def newton_step(point, damp):
@@ -188,6 +198,9 @@ def solve(score, constraint, margin, beta):
     FloatingPointError without convergence, ValueError on bad input.
     """
     problem = prepare(score, constraint, margin, beta)
+    over = problem.margin - problem.reach > 10 * ROUNDING * problem.unit
+    if over.any():  # out of reach alone
+        raise Infeasible(problem, 1.0 * over)
     start = np.zeros(len(problem.margin))
     try:
         point, evaluations = minimise(problem, start, LIMIT)
@@ -221,6 +234,7 @@ AMPLE = 8  # first radius / (spread of the scores + β); next radius / length of
 SHRINK = 5  # length of a refused step / next radius
 ACCEPT = 1e-3  # least share of the promised drop of D
 GOOD = 0.7  # share of it that makes a step a good one
+LN_2 = 0.6931471805599453
 CHUNK = 2 ** 17  # responses per thread whose numbers stay in its cache
 
 # ---- 2. the input
@@ -313,12 +327,19 @@ class Dual(NamedTuple):
 
 def predict(problem, point, evaluations):
     """The Dual at the minimum; warns where K is too small for it."""
-    gain, gain_se = clustered(point.gain)  # (1+m,) of r, then of each g_j
+    score_gains, squares = [], []
+    for r, g in centred(problem):
+        score = r.clone()
+        p, _ = tilt(r, g, point.lam, problem.beta)
+        score_gains.append(score.mul_(p).sum(1))  # (n,) E_π_λ[r|x] − mean_y r
+        squares.append(p.square_().sum(1))  # (n,)
+    gain, gain_se = clustered(torch.cat([torch.cat(score_gains)[None], point.gain]))  # (1+m,)
     ref, ref_se = clustered(problem.mean)  # (1+m,) likewise
     score_gain = gain[0].item()
+    ess_x = 1 / torch.cat(squares)  # (N,)
     # D = E_π_λ[r] + ⟨λ,∇D⟩ − β·KL(π_λ‖π_ref), here both sides without E_ref[r]
     kl = (score_gain + point.lam @ point.grad - point.value) / problem.beta
-    ess = point.ess.mean().item()
+    ess = ess_x.mean().item()
     K = problem.scores[0].size(1)
     if ess < FEW < K:  # which no error bar shows
         warnings.warn(
@@ -330,7 +351,7 @@ def predict(problem, point, evaluations):
     lam = tensor(point.lam)
     active = point.lam > 0
     inverse = np.linalg.pinv(point.hessian * np.outer(active, active), hermitian=True)
-    _, lam_se = clustered(tensor(inverse) @ point.gain[1:])  # of H⁻¹ψ
+    _, lam_se = clustered(tensor(inverse) @ point.gain)  # of H⁻¹ψ
     return Dual(
         lam=lam,
         lam_se=lam_se.where(lam > 0, 0),  # not the NaN of one prompt
@@ -347,7 +368,7 @@ def predict(problem, point, evaluations):
         reachable=tensor(problem.reach),
         kl=max(0.0, float(kl)),
         ess=ess,
-        ess_p5=point.ess.quantile(0.05, interpolation="lower").item())
+        ess_p5=ess_x.quantile(0.05, interpolation="lower").item())
 
 
 def clustered(psi):
