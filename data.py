@@ -96,21 +96,23 @@ def preferences(pairs, name, pool, ref_logp=None):
     chosen = torch.tensor([[pairs[i].prefers[name]] for i in some])  # (P, 1) 0 or 1
     k = torch.cat([chosen, 1 - chosen], dim=1)  # (P, 2)
     talks = [conversation(pairs[i].prompt) for i in some]
-    return Preferences(Pool(*[x[n, k] for x in pool]), ref_logp[n, k], talks)
+    pool = Pool(*[x[n, k] for x in pool])
+    return Preferences(pool, ref_logp[n, k], talks)
 
 
 # ---- 2. batches
 def stream(*key):
     """A random stream of its own for each (seed, purpose, index): nothing depends on what was drawn
     before for something else, so a run can go on from anywhere."""
-    return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(62))
+    seed = random.Random("/".join(map(str, key))).getrandbits(62)
+    return torch.Generator().manual_seed(seed)
 
 
 def uniforms(key, prompts, K, T):
     """Numbers in [0, 1), (n, K, T), that depend on the key, the prompt's index and k alone, not on
     what else is sampled with them."""
-    rows = [torch.rand(T, generator=stream(key, n, k)) for n in prompts for k in range(K)]
-    return pad(rows, K)
+    streams = [stream(key, n, k) for n in prompts for k in range(K)]
+    return pad([torch.rand(T, generator=generator) for generator in streams], K)
 
 
 def group_batches(lengths, responses, group, key):
@@ -225,7 +227,8 @@ def encode_prompt(tok, prompt):
     as a whole, so that no one's words pass for the other's; then the last question's beginning."""
     *earlier, last = [tok.encoding.encode_ordinary(" " + words) for words in turns(prompt)]
     room = max(0, tok.prompt_limit - len(tok.before) - len(tok.after))
-    ids = tok.before + last[max(0, len(last) - room):] + tok.after
+    last_words = last[max(0, len(last) - room):]
+    ids = tok.before + last_words + tok.after
     for user, assistant in zip(earlier[-2::-2], earlier[::-2]):  # the latest first
         exchange = tok.before + user + tok.after + assistant + [tok.end]
         if len(exchange) + len(ids) > tok.prompt_limit:
@@ -508,7 +511,10 @@ WORLD_PROMPTS = [
 
 
 def _topic(prompt):
-    return next((x for x in TOPICS if any(task in prompt for task in x.tasks)), Topic())
+    for topic in TOPICS:
+        if any(task in prompt for task in topic.tasks):
+            return topic
+    return Topic()
 
 
 def _found(sentences, text):
