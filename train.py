@@ -539,6 +539,8 @@ def refuse_others(saved, made_from, remedy):
     """ValueError where an artifact was made from anything else; a file of one's own, in which that
     does not stand, passes."""
     own = saved.get("made_from", made_from)
+    if not isinstance(own, dict):  # a foreign file
+        own = {}
     saved.setdefault("run", os.path.getmtime(saved["path"]))
     for what in made_from | own:
         if made_from.get(what) != own.get(what):

@@ -560,6 +560,7 @@ def test_decoding_a_pool_gives_its_responses_back():
 def test_random_numbers_belong_to_the_prompt_and_the_response():
     some = data.uniforms("key", [4, 7], 3, 5)
     assert some.shape == (2, 3, 5) and (some >= 0).all() and (some < 1).all()
+    assert some.unique().numel() == some.numel()  # none twice
     assert torch.equal(data.uniforms("key", [7], 3, 5)[0], some[1])  # whatever else is drawn
     assert torch.equal(data.uniforms("key", [4], 2, 5)[0], some[0, :2])
     assert not torch.equal(data.uniforms("other", [4], 3, 5)[0], some[0])

@@ -9,7 +9,9 @@ cannot see: kernels, their rounding and their speed, autocast, and the backward 
 import gc
 import json
 import random
+import re
 import sys
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -146,28 +148,47 @@ MORE = {
 
 @pytest.mark.parametrize("more", MORE.values(), ids=MORE)
 @pytest.mark.filterwarnings("ignore")
-def test_the_whole_job_on_one_device(placed, more, tmp_path, monkeypatch):
+def test_the_whole_job_on_one_device(placed, more, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pairs = data.world_preferences(60, random.Random(0))
     rows = [{"prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
              "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]} for pair in pairs]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sys, "argv", ["train.py", *JOB, *more])
-    update = mocan.train_mocan
+    assemble, update, scored = mocan.from_checkpoint, mocan.train_mocan, []
+
+    def judges_there():
+        return [x for x in gc.get_objects() if isinstance(x, GPT) and x.config.score_head and on_device(x.wte.weight)]
+
+    def from_checkpoint(saved, device):
+        """Score models are on the device one at a time, where something asks for a score."""
+        assert judges_there() == []
+        model = assemble(saved, device)
+        if model.config.score_head:
+            scored.append(len(judges_there()))
+        return model
 
     def train_mocan(*args):
-        """Score models are not on the device where nothing asks for a score."""
-        judges = [x for x in gc.get_objects() if isinstance(x, GPT) and x.config.score_head]
-        assert len(judges) >= 2 * ("--data" in more) and not any(on_device(judge.wte.weight) for judge in judges)
+        assert judges_there() == [] and len(scored) >= 2 * ("--data" in more)
         return update(*args)
+    monkeypatch.setattr(mocan, "from_checkpoint", from_checkpoint)
     monkeypatch.setattr(mocan, "train_mocan", train_mocan)
+    began = time.monotonic()
     with placed:
         train.main()
+    assert set(scored) == ({1} if "--data" in more else set())
     assert placed.calls > 10_000
     # the host waits where results leave the device, and in training only where they are printed or saved
-    assert placed.waits.keys() <= {"mocan.check", "mocan.keep_best", "mocan.responses", "mocan.map_pool", "model.generate",
-                                   "model.to_checkpoint", "model.fingerprint"}
-    assert {"mocan.check", "mocan.map_pool", "model.generate"} <= placed.waits.keys()
+    assert placed.waits.keys() <= {"mocan.losses", "mocan.sample_pool", "mocan.map_pool", "model.sample_responses",
+                                   "model.to_checkpoint"}
+    assert {"mocan.losses", "mocan.map_pool", "model.sample_responses"} <= placed.waits.keys()
+    # for the losses once a line, and once more where calibration ends a loop before its last step
+    lines = re.findall(r"  .+ (\d+)/(\d+)  loss ", capsys.readouterr().out)
+    loops = sum(step == "1" for step, _ in lines)
+    ended = loops - sum(step == steps for step, steps in lines)
+    assert placed.waits["mocan.losses"] == len(lines) + ended
+    if "--checkpoint_every" not in more:  # and a line is due at the first step, the last, and every ten seconds: never at each
+        assert len(lines) <= 2 * loops + (time.monotonic() - began) / 10
 
 
 @pytest.mark.filterwarnings("ignore:effective sample size")

@@ -25,7 +25,7 @@ import dual
 import mocan
 import model
 import train
-from test_train import ROOT, TINY, command, contents, job, numbers, one_line_on_stderr, same_weights
+from test_train import ROOT, TINY, command, job, numbers, one_line_on_stderr, same_weights
 
 SMALL = [*TINY, "--algo", "mocan", "--sft_steps", 20, "--prompts", 8]
 
@@ -164,6 +164,28 @@ def test_resume_continues_a_training_loop_bit_for_bit_wherever_it_stopped(tmp_pa
         printed = capsys.readouterr().out
         assert said in printed if said else "goes on" not in printed
         same_run(tmp_path / "whole", out)
+
+
+def test_resume_knows_the_best_epoch_so_far_and_how_many_brought_nothing_since(tmp_path, monkeypatch, capsys):
+    """Where each epoch is worse than the first, training ends after the third with the first one's weights."""
+    consider, add, calls = mocan.Progress.consider, mocan.Progress.add, []
+    monkeypatch.setattr(mocan.Progress, "consider", lambda self, loss: consider(self, -loss))
+    monkeypatch.setattr(mocan.Progress, "report", due_always)
+    job(*SMALL, "--out", tmp_path / "whole")
+    said = capsys.readouterr().out
+    assert said.count("calibration loss") == 1 and "reference 18/20" in said and "reference 19/20" not in said
+
+    def stop_in_the_third_epoch(self, loss):
+        calls.append(loss)
+        if len(calls) == 15:
+            raise KeyboardInterrupt
+        add(self, loss)
+    monkeypatch.setattr(mocan.Progress, "add", stop_in_the_third_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        job(*SMALL, "--out", tmp_path / "out")
+    job("--resume", "--out", tmp_path / "out")
+    assert "goes on after 14 of 20" in capsys.readouterr().out
+    same_run(tmp_path / "whole", tmp_path / "out")
 
 
 def test_resume_continues_sampling_where_it_stopped(tmp_path, monkeypatch):
@@ -336,11 +358,11 @@ def test_a_new_reference_refuses_old_samples(copied, finished, monkeypatch, flag
     monkeypatch.setattr(mocan, "sample_pool", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         job("--from", "reference", *flags, "--out", copied)
+    monkeypatch.undo()
     assert (copied / "reference.pt").read_bytes() != before
     for stage in ("mocan", "evaluate"):
         with pytest.raises(ValueError, match=rf"offline\.pt: made with {said}; make it with --from offline$"):
             job("--from", stage, "--out", copied)
-    monkeypatch.undo()
     if flags == []:
         job("--resume", "--out", copied)
         same_run(finished / "run", copied)
@@ -359,6 +381,21 @@ def test_a_file_of_another_run_is_refused_whatever_its_settings(copied, finished
         shutil.copy(path, copied / path.name)
     job("--from", "evaluate", "--algo", "mocan", "--out", copied)  # all of the other run
     assert numbers(copied) == numbers(tmp_path / "other")
+
+
+REMADE = {  # what another run made again: the artifact that this refuses, and what that calls it
+    "tokenizer": ("reference", "tokenizer"), "reference": ("offline", "reference"), "offline": ("offline_scores", "offline"),
+    "score_helpful": ("offline_scores", "helpful"), "score_safe": ("offline_scores", "safe"),
+    "offline_scores": ("mocan", "scores")}
+
+
+@pytest.mark.parametrize("name", REMADE)
+def test_what_another_run_made_again_refuses_all_that_was_made_from_it(copied, name):
+    child, what = REMADE[name]
+    saved = torch.load(copied / f"{name}.pt", weights_only=True)
+    torch.save({**saved, "run": "another"}, copied / f"{name}.pt")
+    with pytest.raises(ValueError, match=rf"/{child}\.pt: made with input {what} \w+, not another; make it with --from "):
+        job("--from", "evaluate", "--out", copied)
 
 
 def test_a_pre_alignment_that_was_cut_short_is_not_mixed_with_the_old_one(copied, monkeypatch):
@@ -387,7 +424,8 @@ def test_other_data_in_the_same_file_is_refused(copied, finished, change):
     try:
         written(path, some)
         for flags in (["--from", "dual"], ["--from", "mocan"], ["--from", "evaluate"], ["--resume"]):
-            with pytest.raises(ValueError, match=r"tokenizer\.pt: made with input data \w+, not \w+; make it with --from reference$"):
+            said = r"tokenizer\.pt: made with input data \w+, not \w+; make it with --from reference$"
+            with pytest.raises(ValueError, match=said):
                 job(*flags, "--out", copied)
     finally:
         path.write_bytes(before)
@@ -434,7 +472,7 @@ def test_a_gradient_that_is_not_finite_stops_at_the_next_look_and_is_written_now
     with pytest.raises(FloatingPointError, match="^reference: the loss or its gradient is nan after 3 steps; lower"):
         job(*SMALL, "--out", out)
     assert not (out / "reference.pt").exists()
-    assert len(norms) == (4 if look is due_always else 20) and len(saves) == (3 if look is due_always else 0)
+    assert (len(norms), len(saves)) == ((4, 3) if look is due_always else (12, 0))  # 12: two epochs that brought nothing
     if look is due_always:  # what was finite is kept
         saved = torch.load(out / "checkpoint.pt", weights_only=True)
         assert len(saved["done"]) == 3 and all(x.isfinite().all() for x in saved["model"].values())
@@ -515,7 +553,8 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(copied, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("saved", [[1, 2], {"weights": {}}, {"config": {}, "weights": {}}, {"config": {"n_embd": 10**9}},
-                                   {"config": {"n_embd": 10**6, "n_head": 1}, "weights": {}}, "text"])
+                                   {"config": {"n_embd": 10**6, "n_head": 1}, "weights": {}}, "text",
+                                   {"made_from": 3}, {"made_from": {"seed": torch.ones(2)}}])
 def test_a_foreign_checkpoint_is_one_line(copied, saved):
     torch.save(saved, copied / "reference.pt")
     with pytest.raises(ValueError) as error:

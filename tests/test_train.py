@@ -5,7 +5,6 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -293,10 +292,17 @@ def test_an_artifact_says_which_runs_made_its_inputs(tiny):
 
 
 def test_a_reference_of_ones_own_is_taken(tiny, tiny_copy):
+    """It says nothing of where it comes from; when it was written stands for its run."""
     saved = torch.load(tiny / "reference.pt", weights_only=True)
-    torch.save({name: x for name, x in saved.items() if name not in ("made_from", "seconds")}, tiny_copy / "reference.pt")
+    torch.save({name: saved[name] for name in ("config", "weights")}, tiny_copy / "reference.pt")
+    with pytest.raises(ValueError, match=r"offline\.pt: made with input reference \w+, not [\d.]+; .* --from offline$"):
+        job("--from", "mocan", "--out", tiny_copy)
     job("--from", "offline", "--out", tiny_copy)
     assert numbers(tiny_copy) == numbers(tiny)
+    job("--from", "evaluate", "--out", tiny_copy)  # again and again, as long as it stays
+    os.utime(tiny_copy / "reference.pt", (1, 1))
+    with pytest.raises(ValueError, match=r"offline\.pt: made with input reference [\d.]+, not 1\.0; .* --from offline$"):
+        job("--from", "mocan", "--out", tiny_copy)
 
 
 # ---- other ways through the job
@@ -326,6 +332,12 @@ def test_a_second_shot_starts_from_the_first_and_has_a_row(tiny, tmp_path):
     before = (tmp_path / "mocan_shot_2.pt").read_bytes()
     job("--from", "evaluate", "--out", tmp_path)
     assert numbers(tmp_path)["policies"] == rows and (tmp_path / "mocan_shot_2.pt").read_bytes() == before
+    for name in ("mocan", "pecan"):  # a first shot that another run made
+        whole = (tmp_path / f"{name}.pt").read_bytes()
+        torch.save({**torch.load(tmp_path / f"{name}.pt", weights_only=True), "run": "another"}, tmp_path / f"{name}.pt")
+        with pytest.raises(ValueError, match=rf"{name}_shot_2\.pt: made with input start \w+, not another; .* --from {name}$"):
+            job("--from", "evaluate", "--out", tmp_path)
+        (tmp_path / f"{name}.pt").write_bytes(whole)
 
 
 def test_shots_of_several_constraints(tmp_path):
@@ -848,6 +860,14 @@ def test_help_names_every_setting_with_its_comment_and_default(capsys):
     assert [f.name for f in fields(train.Config) if f not in train.SETTINGS] == ["run"]
     for preset in (train.DATA, train.INIT):
         assert " ".join(preset.split()) in text
+
+
+@pytest.mark.parametrize("name, least", train.LEAST.items())
+def test_a_setting_has_a_lower_bound(name, least, capsys):
+    assert getattr(train.settings([f"--{name}", str(least)]), name) == least
+    with pytest.raises(SystemExit) as stop:
+        train.settings([f"--{name}", str(least - 1)])
+    assert stop.value.code == 2 and f"--{name} is {least - 1}; it must be finite, and at least {least}" in capsys.readouterr().err
 
 
 def test_presets_are_flags_that_the_command_line_knows():
