@@ -128,7 +128,7 @@ REMEMBERED = {
 
 # the flags that --quick, --data and --init stand for, unless the command line has its own
 QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts 128 "
-         "--responses 16 --steps 120 --prealign_steps 100 --prealign_lr 3e-4 --lr 1e-3 "
+         "--responses 16 --steps 200 --prealign_steps 100 --prealign_lr 3e-4 --lr 4e-4 "
          "--eval_prompts 64 --eval_responses 8 ")
 DATA = "--accumulate 4 --prompts 2048 --responses 128 --shot_responses 128 --margin 25% "
 INIT = ("--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 2e-5 "

@@ -163,7 +163,7 @@ def test_settings_and_three_samples_of_every_policy_are_printed(quick):
 
 
 def test_progress_says_rate_loss_and_time_left_without_control_characters(quick):
-    assert re.search(r"mocan \d+/120  loss \d\.\d+  [\d.]+/s  \d+ s elapsed, \d+ s left", quick[0].stdout)
+    assert re.search(r"mocan \d+/200  loss \d\.\d+  [\d.]+/s  \d+ s elapsed, \d+ s left", quick[0].stdout)
     assert "\r" not in quick[0].stdout and quick[0].stdout.count("mocan ") < 40
 
 
