@@ -20,11 +20,11 @@ the units of r and g, with r → β·ln π_r/π_ref, g → β·ln π_g/π_ref.
     mean_y f, for f = r and g_j   mean                  (1+m, N), the score's row first
     ψ_x = E_π_λ[g|x] − mean_y g   gain                  (m, N)
 
-Convergence. In units of r, x = λ·unit, a step e ≥ −x lowers the quadratic model of D plus
-damp·‖e‖²/2, with damp = v/radius and v the norm of the violation of KKT. Since −⟨∇D,e⟩ ≤ v·‖e‖, a
-lower model means ‖e‖ ≤ 2·radius. A step that lowers D by too little of what the model promised is
-refused, and shrinks radius. So for convex smooth D only KKT points are limits; near λ* v vanishes,
-and convergence is quadratic where ∇²D is regular.
+Convergence. In units of r, x = λ·unit, a step e ≥ −x is about the minimum of the quadratic model of
+D plus damp·‖e‖²/2, with damp = v/radius and v the norm of the violation of KKT. Since −⟨∇D,e⟩ ≤
+v·‖e‖, a lower model means ‖e‖ ≤ 2·radius. A step that lowers D by too little of what the model
+promised is refused, and shrinks radius, which ends in short steps down the gradient. Near λ* v
+vanishes, and convergence is quadratic where ∇²D is regular. What has not converged raises.
 
 Infeasible margins let D fall for ever. With the recession function R(d) = mean_x max_y ⟨d,h⟩,
 D(λ) ≥ R(λ) + mean_x min_y r − β ln K. A λ where D is below the last two terms has R(λ) < 0: the
@@ -379,7 +379,7 @@ def clustered(psi):
 
 # ---- here the part to paste ends
 
-# ---- 6. what else one asks of the dual, and the command line
+# ---- 4. what else one asks of the dual, and the command line
 
 
 def reachable(constraint):

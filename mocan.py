@@ -121,7 +121,7 @@ def map_pool(model, pool):
 def score_pool(judges, names, prompts, pool, tok, device):
     """r, g_1 … g_m of every response -> (1+m, N, K): by the judges {preference: checkpoint of a
     score model}, or by the built-in world's functions where there are none. names: "helpful", then
-    the constraints; prompts: N strings.
+    the constraints; prompts: N of them.
 
     Offline samples and evaluation both pass here, so that the two cannot differ.
     """
@@ -260,6 +260,7 @@ class Progress:
         self.loss = 0.0
 
     def report(self, result):
+        """After every step or batch: the loss, or the samples."""
         self.done.append(result)
         step = len(self.done)
         now = time.monotonic()
@@ -337,6 +338,7 @@ def gather(x):
 
 
 def add_up_gradients(model):
+    """The sum over the ranks: each has divided its losses by what all of them have."""
     for parameter in model.parameters():
         if parameter.grad is None:  # this rank had no share
             parameter.grad = torch.zeros_like(parameter)
@@ -402,7 +404,7 @@ def train_score(model, pool, calibration, recipe):
 
 
 def ends_epoch(step, pool, recipe):
-    """Whether that many pairs have been seen, or it is the last step."""
+    """Whether as many pairs have been seen as the pool has, or it is the last step."""
     epoch = max(1, len(pool.tokens) // (recipe.batch * recipe.accumulate))  # steps
     return (step + 1) % epoch == 0 or step + 1 == recipe.steps
 

@@ -114,7 +114,8 @@ class Config:  # a comment is what --help says of a setting
 SETTINGS = [f for f in fields(Config) if f.name != "run"]
 LEAST = dict(seed=0, vocab_size=300, responses=2, shot_responses=2, group=2, eval_prompts=2)
 
-# what the artifacts of a stage and of all later ones remember; other settings do not change them
+# what the artifacts of a stage and of all later ones remember; others change nothing in them, or,
+# as --batch, --accumulate and --device, may differ from those that made an artifact
 REMEMBERED = {
     "reference": "quick seed dtype data world_pairs held_out calibration tokenizer vocab_size "
                  "max_new_tokens n_layer n_head n_embd block_size init checkpoint_activations "
@@ -185,6 +186,7 @@ def main():
 
 
 def enter(c):
+    """The device, torchrun's ranks and the folder -> settings, the folder's lock."""
     torch.backends.cuda.matmul.allow_tf32 = True  # logits: 0.007 nats on 256 tokens' log-ratio
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape of batch
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
@@ -273,7 +275,8 @@ def train_judges(c, reference, split, pools, names):
 
 
 def score_offline(c, offline, pool, judges, names, prompts, tok):
-    saved = artifact(c, "offline", "offline_scores.pt", offline=offline, **judges)
+    made_by = {f"score_{name}": judge for name, judge in judges.items()}
+    saved = artifact(c, "offline", "offline_scores.pt", offline=offline, **made_by)
     if "began" in saved:
         scores = mocan.score_pool(judges, names, prompts, pool, tok, c.device)
         finish(saved, scores=scores)
@@ -584,7 +587,8 @@ def build_parser():
     parser = argparse.ArgumentParser(
         usage="python train.py [--SETTING VALUE ...]   (--help lists them)",
         description="One-shot safety alignment: a dual, then one policy update.",
-        epilog=f"--data stands for {DATA}too, --init for {INIT}".replace("%", "%%"),
+        epilog=f"--quick stands for {QUICK}too, --data for {DATA}, --init for {INIT}".replace(
+            "%", "%%"),
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
     for f in SETTINGS:
@@ -611,7 +615,8 @@ def continued(parser, given):
             old = json.load(file)["config"]
         kept = {f.name: old.get(f.name, f.default) for f in fields(Config)}
     except Exception:  # a damaged file raises half a dozen kinds
-        parser.error(f"--from and --resume continue a run, but {path} is missing or damaged")
+        parser.error(f"--from and --resume continue a run, but {path} is missing or damaged; "
+                     "leave the flag out, which begins anew")
     if "resume" not in given:
         del kept["run"]
     elif given.keys() - {"resume", "out", "device", "checkpoint_every"}:
@@ -625,8 +630,8 @@ def check(parser, c):
         value = getattr(c, f.name)
         least = LEAST.get(f.name, math.ulp(0.0))  # above 0
         if f.type in (int, float) and not least <= value < math.inf:
-            parser.error(f"--{f.name} is {value}; it must be finite, and at least "
-                         f"{LEAST.get(f.name, 'a little above 0')}")
+            wanted = f"at least {least}" if f.name in LEAST else "above 0"
+            parser.error(f"--{f.name} is {value}; it must be finite, and {wanted}")
     if c.held_out + c.calibration >= 1:
         parser.error(
             f"--held_out {c.held_out} and --calibration {c.calibration} must add up to less than 1")

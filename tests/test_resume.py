@@ -385,7 +385,7 @@ def test_a_file_of_another_run_is_refused_whatever_its_settings(copied, finished
 
 REMADE = {  # what another run made again: the artifact that this refuses, and what that calls it
     "tokenizer": ("reference", "tokenizer"), "reference": ("offline", "reference"), "offline": ("offline_scores", "offline"),
-    "score_helpful": ("offline_scores", "helpful"), "score_safe": ("offline_scores", "safe"),
+    "score_helpful": ("offline_scores", "score_helpful"), "score_safe": ("offline_scores", "score_safe"),
     "offline_scores": ("mocan", "scores")}
 
 

@@ -637,6 +637,15 @@ def test_every_preference_gets_the_references_log_probabilities_of_its_own_pairs
     assert all(torch.allclose(ref, own, atol=1e-3) for ref, own, _ in calls)  # a copy of the reference, before training
 
 
+@pytest.mark.parametrize("name", ["stage", "offline", "c"])
+def test_a_preference_may_have_any_name(tmp_path, name):
+    path = pku_file(tmp_path / "pairs.jsonl", 60)
+    job(*TINY, "--sft_steps", 5, "--algo", "mocan", "--margin", "0", "--out", tmp_path / "out", "--accumulate", 1, "--data",
+        f"helpful={path}", f"{name}={path}")
+    made_from = torch.load(tmp_path / "out" / "offline_scores.pt", weights_only=True)["made_from"]
+    assert {"input offline", "input score_helpful", f"input score_{name}"} <= made_from.keys()
+
+
 def test_alternating_rows_of_two_preferences_keep_both(tmp_path, monkeypatch):
     rows = [{"prompt": f"How {i}?", "response_0": "Yes.", "response_1": f"No {i}.", name: i % 2}
             for i in range(120) for name in ("better_response_id", "safer_response_id")]
