@@ -256,15 +256,17 @@ MAX_LINES = 2**22
 
 
 def load_preferences(paths):
-    """Read preference files: each of `paths` is FILE or NAME=FILE, JSONL or JSONL.gz.
+    """Read preference files: each of `paths` is FILE or NAME=FILE, JSONL, gzipped or not.
 
-    PKU-SafeRLHF rows: prompt, response_0, response_1, better_response_id (helpful) and
-    safer_response_id (safe), one of which may be absent. HH-RLHF rows: chosen, rejected, two
-    transcripts "\\n\\nHuman: … \\n\\nAssistant: …" that share all but the last reply; rows that
-    differ before it, as some of HH-RLHF's do, are skipped, counted and said. The file does not say
-    which preference it holds: NAME=FILE does. With NAME=FILE a PKU row's better_response_id (NAME
-    is helpful) or safer_response_id (any other NAME) is read as the preference NAME. Unknown fields
-    are ignored.
+    Rows hold two responses and which is better, in one of two ways:
+    - response_0, response_1, and better_response_id (helpful) or safer_response_id (safe), 0 or 1
+      (PKU-SafeRLHF). With NAME=FILE better_response_id (NAME is helpful) or safer_response_id (any
+      other NAME) is read as the preference NAME.
+    - chosen, rejected. The row does not say which preference it holds: NAME=FILE does.
+    What precedes them is `prompt`. Each of these is text, a transcript "\n\nHuman: … \n\nAssistant:
+    …" (HH-RLHF) or messages [{"role": "user", "content": …}, …]; a response may also be the whole
+    conversation, which then begins with the prompt, if there is one. Null and unknown fields are
+    ignored. Rows that teach nothing here are skipped, counted and said, see `_pair`.
     Returns list[Pair]; raises ValueError with the file and, for a bad row, its line number.
     """
     pairs = []
@@ -273,14 +275,20 @@ def load_preferences(paths):
         named = re.fullmatch("([^/=]+)=(.+)", spec)
         if named and not os.path.exists(spec):
             name, path = named.groups()
-        read = [_read_row(line, name, place) for line, place in _lines(path)]
-        rows = [pair for pair in read if pair]
-        if len(rows) < len(read):
-            print(f"  {path}: {len(read) - len(rows)} of {len(read)} rows skipped: not one "
-                  "conversation up to the last reply, with Human and Assistant in turns")
+        rows = []
+        skipped = {}  # why: where
+        for line, place in _lines(path):
+            pair = _pair(_row(line, place), name, place)
+            if isinstance(pair, Pair):
+                rows.append(pair)
+            else:
+                skipped.setdefault(pair, []).append(place)
+        why = "".join(f"; {len(places)} rows skipped, {places[0]} the first: {reason}"
+                      for reason, places in skipped.items())
         if not rows:
-            raise ValueError(f"{path}: no usable pair; each row needs better_response_id or "
-                             "safer_response_id (0 or 1), or chosen and rejected")
+            raise ValueError(f"{path}: no usable pair{why or '; it is empty'}")
+        if skipped:
+            print(f"  {path}: {len(rows)} pairs{why}")
         pairs += rows
     return pairs
 
@@ -288,9 +296,10 @@ def load_preferences(paths):
 def _lines(path):
     """The file's lines that are not blank, each with FILE:NUMBER. Stops at MAX_LINE and MAX_LINES:
     a small gzip file may hold terabytes."""
-    opened = gzip.open if path.endswith(".gz") else open
     try:
-        with opened(path, "rb") as file:
+        with open(path, "rb") as file:
+            if file.peek(2).startswith(b"\x1f\x8b"):
+                file = gzip.open(file)
             number = 0
             while line := file.readline(MAX_LINE + 1):
                 number += 1
@@ -304,53 +313,79 @@ def _lines(path):
             f"{path}: cannot be read as JSONL or JSONL.gz ({error}); check --data") from None
 
 
-def _read_row(line, name, place):
+def _row(line, place):
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{place}: not a JSON object ({error}); one a line, in UTF-8, is expected") from None
+        raise ValueError(f"{place}: not a JSON object ({error}); one object a line, not "
+                         "an array over the file, is expected, in UTF-8") from None
     if not isinstance(row, dict):
-        raise ValueError(
-            f"{place}: a JSON {type(row).__name__} where a JSON object is expected")
+        raise ValueError(f"{place}: a JSON {type(row).__name__} where a JSON object is expected; "
+                         "one object a line, not an array over the file")
+    return {field: x for field, x in row.items() if x is not None}
+
+
+ROLES = {"user": "Human", "assistant": "Assistant"}
+
+
+def _talk(row, field, speaker, place):
+    """A field as [(Human or Assistant, their words), …]; text without speakers is `speaker`'s.
+    Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
+    x = row.get(field)
+    if isinstance(x, str):
+        before, *parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", x)
+        talk = [*zip(parts[::2], parts[1::2])]
+        if before.strip() or not parts:
+            talk.insert(0, ("" if parts else speaker, before))
+    else:
+        try:
+            talk = [(ROLES[message["role"]], message["content"]) for message in x or [{}]]
+            "".join(words for _, words in talk)
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"{place}: field {field!r} is missing or wrong ({error}); expected text or "
+                "messages, each of a role, user or assistant, and content, text") from None
+    return [(who, words.strip().encode(errors="replace").decode()) for who, words in talk]
+
+
+def _pair(row, name, place):
+    """A row's Pair, or in words why it is skipped; ValueError where it means nothing certain."""
+    sides = ("response_0", "response_1")
     if "chosen" in row or "rejected" in row:
-        return _hh_pair(row, name, place)
-    return _pku_pair(row, name, place)
+        sides = ("chosen", "rejected")
+    prompt = _talk(row, "prompt", "Human", place) if "prompt" in row else []
+    if prompt[-1:] == [("Assistant", "")]:  # a transcript up to the reply
+        prompt.pop()
+    talks = []
+    for side in sides:
+        talk = _talk(row, side, "Assistant", place)
+        if talk[0][0] == "Assistant":  # the reply alone
+            talk = prompt + talk
+        if len(talk) == 1:
+            raise ValueError(f"{place}: field 'prompt' is missing, and {side} is no transcript; "
+                             "one of them must say what is replied to")
+        if talk[:len(prompt)] != prompt:
+            raise ValueError(f"{place}: the conversation of {side} does not begin with the prompt; "
+                             "drop one of them")
+        talks.append(talk)
+    prefers = _prefers(row, sides, name, place)
+    context, other = [talk[:-1] for talk in talks]
+    speakers = [[who for who, _ in talk] for talk in talks]
+    if context != other or speakers != 2 * [["Human", "Assistant"] * (len(talk) // 2)]:
+        return "not one conversation up to the last reply, with Human and Assistant in turns"
+    responses = tuple(talk[-1][1] for talk in talks)
+    if responses[0] == responses[1]:
+        return "the two responses are the same"
+    words = tuple(words for _, words in context)
+    return Pair(words if len(words) > 1 else words[0], responses, prefers)
 
 
-def _strings(row, fields, place):
-    """Those fields. Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a
-    question mark."""
-    for field in fields:
-        if not isinstance(row.get(field), str):
-            raise ValueError(f"{place}: field {field!r} is missing or not a string; expected the "
-                             f"strings {', '.join(fields)}")
-    return [row[field].encode(errors="replace").decode() for field in fields]
-
-
-def _hh_pair(row, name, place):
-    texts = _strings(row, ("chosen", "rejected"), place)
-    if not name:
-        raise ValueError(f"{place}: chosen/rejected rows do not say which preference they hold; "
-                         "name it: --data helpful=FILE or --data safe=FILE")
-    turn = "\n\nAssistant:"
-    (prompt, _, chosen), (other, _, rejected) = [text.rpartition(turn) for text in texts]
-    if not prompt or not other:
-        raise ValueError(f"{place}: chosen and rejected must be transcripts that differ after the "
-                         f"last {turn!r}; drop this line or fix it")
-    preamble, *parts = re.split("\n\n(Human|Assistant):", texts[0])  # speaker, words, …
-    speakers = parts[::2]
-    in_turns = ["Human", "Assistant"] * (len(speakers) // 2)
-    if prompt != other or preamble or speakers != in_turns or "\n\nHuman:" in rejected:
-        return None
-    words = tuple(text.strip() for text in parts[1:-2:2])
-    prompt = words if len(words) > 1 else words[0]
-    return Pair(prompt, (chosen.strip(), rejected.strip()), {name: 0})
-
-
-def _pku_pair(row, name, place):
-    texts = _strings(row, ("prompt", "response_0", "response_1"), place)
-    prompt, *responses = [text.strip() for text in texts]
+def _prefers(row, sides, name, place):
+    if "chosen" in sides:
+        if not name:
+            raise ValueError(f"{place}: chosen/rejected rows do not say which preference they "
+                             "hold; name it: --data helpful=FILE or --data safe=FILE")
+        return {name: 0}
     columns = {"helpful": "better_response_id", "safe": "safer_response_id"}
     if name:
         columns = {name: columns.get(name, "safer_response_id")}
@@ -364,7 +399,7 @@ def _pku_pair(row, name, place):
     if not prefers:
         raise ValueError(
             f"{place}: no preference here; expected {' or '.join(columns.values())}, 0 or 1")
-    return Pair(prompt, tuple(responses), prefers)
+    return prefers
 
 
 # ---- 5. the split

@@ -20,10 +20,10 @@ the units of r and g, with r → β·ln π_r/π_ref, g → β·ln π_g/π_ref.
     mean_y f, for f = r and g_j   mean                  (1+m, N), the score's row first
     ψ_x = E_π_λ[g|x] − mean_y g   gain                  (m, N)
 
-Convergence. In units of r, x = λ·unit, a step e ≥ −x is about the minimum of the quadratic model of
-D plus damp·‖e‖²/2, with damp = v/radius and v the norm of the violation of KKT. Since −⟨∇D,e⟩ ≤
-v·‖e‖, a lower model means ‖e‖ ≤ 2·radius. A step that lowers D by too little of what the model
-promised is refused, and shrinks radius, which ends in short steps down the gradient. Near λ* v
+Convergence. In units of r, x = λ·unit, the step e is to the minimum of the quadratic model of D
+plus damp·‖e‖²/2, cut off at λ = 0, with damp = v/radius and v the norm of the violation of KKT:
+without the cut a lower model means ‖e‖ ≤ 2·radius. A step that lowers D by too little of its slope
+is refused, and shrinks radius, which ends in short steps down the projected gradient. Near λ* v
 vanishes, and convergence is quadratic where ∇²D is regular. What has not converged raises.
 
 Infeasible margins let D fall for ever. With the recession function R(d) = mean_x max_y ⟨d,h⟩,
@@ -47,13 +47,16 @@ Read next: pecan.py, the same dual on the scores that pre-aligned policies imply
 """
 import argparse
 import json
-import os
+import re
 import sys
 
 import torch
 
+from model import replace_file
+
 # ---- here the part to paste begins: from here to its end, copied below `import torch`, it runs
 # alone in another project
+import math
 import warnings
 from typing import NamedTuple
 
@@ -67,14 +70,14 @@ Tensor = torch.Tensor
 
 class Problem(NamedTuple):
     """Checked input, and its statistics over the responses y of a prompt x (by prepare)."""
-    scores: list  # 1+m of (N, K): r, then each g_j
+    scores: Tensor  # (1+m, N, K): r, then each g_j
+    mean: Tensor  # (1+m, N) mean_y of each
+    memory: Tensor  # (1+2m, n, K), for n prompts at a time
     margin: Array  # (m,) b
     beta: float
-    log_count: float  # ln K
-    mean: Tensor  # (1+m, N) mean_y of r, then of each g_j
     spread: float  # mean_x (max_y r − min_y r)
-    reach: Array  # (m,) mean_x max_y g − E_ref[g]: the largest margin of each constraint alone
     unit: Array  # (m,) mean_x (max_y g − min_y g) + |b|: the natural unit of h; never 0
+    reach: Array  # (m,) mean_x max_y g − E_ref[g]: the largest margin of each constraint alone
 
 
 class Point(NamedTuple):
@@ -91,15 +94,11 @@ def centred(problem):
 
     What the responses of a prompt share moves no π_λ. So from here on E_ref[r] = 0 and h = g − b.
     """
-    N, K = problem.scores[0].shape
-    n = max(1, CHUNK * torch.get_num_threads() // K)
-    memory = problem.mean.new_empty(len(problem.scores), min(n, N), K)
-    for begin in range(0, N, n):
-        some = slice(begin, begin + n)
-        scores = memory[:, :N - begin]
-        for score, mean, out in zip(problem.scores, problem.mean, scores):
-            torch.sub(score[some], mean[some, None], out=out)
-        yield scores[0], scores[1:]
+    planes, n, _ = problem.memory.shape
+    for part, mean in zip(problem.scores.split(n, dim=1), problem.mean.split(n, dim=1)):
+        room = problem.memory[:, :part.size(1)]
+        scores = torch.sub(part, mean[..., None], out=room[:len(part)])
+        yield scores[0], scores[1:], room[len(part):]
 
 
 def tilt(r, g, lam, beta):
@@ -111,23 +110,23 @@ def tilt(r, g, lam, beta):
     top = z.amax(1, keepdim=True)  # (n, 1)
     p = z.sub_(top).exp2_()
     total = p.sum(1, keepdim=True)  # (n, 1)
-    return p.div_(total), top[:, 0] * LN_2 + total[:, 0].log()
+    return p.div_(total), (top * LN_2 + total.log())[:, 0]
 
 
 def evaluate(problem, lam):
     """The three equations at λ (m,), in one pass over the responses."""
     log_sums, gains = [], []
     second = 0
-    for r, g in centred(problem):
+    for r, g, room in centred(problem):
         p, log_sum = tilt(r, g, lam, problem.beta)
-        weighted = g * p  # (m, n, K)
+        weighted = torch.mul(g, p, out=room)  # (m, n, K)
         log_sums.append(log_sum)
         gains.append(weighted.sum(2))  # (m, n)
         second += weighted.flatten(1) @ g.flatten(1).T  # Σ_x E_π_λ[g·gᵀ]
     gain = torch.cat(gains, dim=1)
     covariance = (second - gain @ gain.T) / gain.size(1)  # (m, m)
 
-    log_mean = torch.cat(log_sums).mean().item() - problem.log_count
+    log_mean = torch.cat(log_sums).mean().item() - math.log(problem.scores.size(2))
     value = problem.beta * log_mean - lam @ problem.margin  # D(λ) − E_ref[r]
     grad = gain.mean(1).cpu().numpy() - problem.margin  # ∇D(λ) = E_π_λ[h]
     hessian = covariance.cpu().numpy() / problem.beta  # ∇²D(λ) = mean_x Cov/β
@@ -135,55 +134,49 @@ def evaluate(problem, lam):
 
 
 def newton_step(point, damp):
-    """The next λ ≥ 0: about the minimum of ⟨∇D,e⟩ + ⟨e,(∇²D + damp)e⟩/2, the model of D.
-
-    An entry is free if it is > 0, or 0 with D falling as it grows; the others are pinned at 0.
-    Where the minimum over the free entries is below 0, pin those entries too, and repeat.
-    """
-    matrix = point.hessian + np.diag(damp + SINGULAR * point.hessian.diagonal())
+    """The next λ ≥ 0: the minimum of ⟨∇D,e⟩ + ⟨e,(∇²D + damp)e⟩/2, the model of D, over the steps e
+    of the free entries, cut off at 0. An entry is free if it is > 0, or 0 with D falling as it
+    grows; the others stay at 0."""
     free = (point.lam > 0) | (point.grad < 0)
-    while True:
-        rows = np.where(free[:, None], matrix, np.eye(len(free)))  # pinned entries end at 0
-        lam = point.lam + np.linalg.solve(rows, np.where(free, -point.grad, -point.lam))
-        if (lam[free] >= 0).all():
-            return np.where(free, lam, 0.0)
-        free = free & (lam >= 0)
+    matrix = point.hessian * np.outer(free, free)
+    matrix += np.diag(damp + SINGULAR * point.hessian.diagonal())
+    return np.maximum(point.lam - np.linalg.solve(matrix, free * point.grad), 0)
 
 
-def minimise(problem, start, limit):
-    """Newton's method from λ = start: the Point where it ends and the evaluations it took.
+def minimise(problem, lam, limit):
+    """Newton's method from λ: the Point where it ends, and after how many evaluations.
 
-    Raises Infeasible with a proof, FloatingPointError after `limit` evaluations.
+    Raises Infeasible with a proof, FloatingPointError where no β on the way converges.
     """
     beta, unit = problem.beta, problem.unit
     radius = AMPLE * (problem.spread + beta)  # of a step, in units of r
-    floor = -problem.spread - beta * problem.log_count  # D(λ) ≥ R(λ) + floor
-    point = evaluate(problem, start)
+    point = evaluate(problem, lam)
+    least = -problem.spread - beta * math.log(problem.scores.size(2))  # D(λ) ≥ R(λ) + least
     for evaluations in range(1, limit + 1):
         # rounding r + ⟨λ,h⟩ by `noise` moves π_λ by a share noise/β, and ∇D by that much of h
         noise = ROUNDING * (problem.spread + beta + point.lam @ unit)
-        if point.value < floor - noise:
+        if point.value < least - noise:
             raise Infeasible(problem, point.lam)
         wrong = np.where(point.lam > 0, point.grad, np.minimum(point.grad, 0)) / unit  # KKT: all 0
         if abs(wrong).max() <= TOLERANCE + min(noise / beta, MOST_NOISE):
             return point, evaluations
-
-        # the step, which `damp` keeps within 2·radius
-        damp = np.linalg.norm(wrong) / radius + ROUNDING / beta
-        lam = newton_step(point, damp * unit ** 2)
-        step = lam - point.lam
+        damp = np.linalg.norm(wrong) / radius + ROUNDING / beta  # which keeps the step near radius
+        trial = evaluate(problem, newton_step(point, damp * unit ** 2))
+        step = trial.lam - point.lam
+        slope = -point.grad @ step  # the model promises about half of it
         length = np.linalg.norm(step * unit)
-        promised = -(point.grad @ step + step @ point.hessian @ step / 2)
-
-        # whether to take it
-        trial = evaluate(problem, lam)
         drop = point.value - trial.value
-        if drop >= ACCEPT * abs(promised) - noise:  # False for NaN
+        if drop >= ACCEPT * abs(slope) - noise:  # False for NaN
             point = trial
-            if drop >= GOOD * promised:
+            if drop >= GOOD * slope:
                 radius = max(radius, AMPLE * length)
         else:
             radius = min(radius, length) / SHRINK
+    if limit == LIMIT and beta < problem.spread:
+        # for small β, D is nearly piecewise linear: follow λ* down from a larger one
+        easier, more = minimise(problem._replace(beta=4 * beta), lam, LIMIT)
+        point, last = minimise(problem, easier.lam, FOLLOWING_LIMIT)
+        return point, evaluations + more + last
     raise FloatingPointError(
         f"no convergence: margin {problem.margin.tolist()}, beta {beta}: gradient "
         f"{point.grad.tolist()} at lam {point.lam.tolist()} after {limit} evaluations; "
@@ -201,26 +194,8 @@ def solve(score, constraint, margin, beta):
     over = problem.margin - problem.reach > 10 * ROUNDING * problem.unit
     if over.any():  # out of reach alone
         raise Infeasible(problem, 1.0 * over)
-    start = np.zeros(len(problem.margin))
-    try:
-        point, evaluations = minimise(problem, start, LIMIT)
-    except FloatingPointError:
-        point, evaluations = continuation(problem, start)
+    point, evaluations = minimise(problem, np.zeros(len(over)), LIMIT)
     return predict(problem, point, evaluations)
-
-
-def continuation(problem, lam):
-    """For small β, D is nearly piecewise linear: find λ* for a β as large as the spread of the
-    scores, and follow it down to the asked one."""
-    evaluations = LIMIT  # those in vain
-    betas = [problem.beta]
-    while betas[-1] < problem.spread:
-        betas.append(4 * betas[-1])
-    for beta in reversed(betas):
-        point, more = minimise(problem._replace(beta=beta), lam, FOLLOWING_LIMIT)
-        lam = point.lam
-        evaluations += more
-    return point, evaluations
 
 
 ROUNDING = 1e-15  # relative, of a sum of a few numbers
@@ -232,8 +207,8 @@ LIMIT = 40  # most evaluations
 FOLLOWING_LIMIT = 400  # for each β on the way
 AMPLE = 8  # first radius / (spread of the scores + β); next radius / length of a good step
 SHRINK = 5  # length of a refused step / next radius
-ACCEPT = 1e-3  # least share of the promised drop of D
-GOOD = 0.7  # share of it that makes a step a good one
+ACCEPT = 1e-3  # least drop of D / ⟨∇D,step⟩
+GOOD = 0.35  # share of it that makes a step a good one
 LN_2 = 0.6931471805599453
 CHUNK = 2 ** 17  # responses per thread whose numbers stay in its cache
 
@@ -263,32 +238,25 @@ def prepare(score, constraint, margin, beta):
         raise ValueError(
             f"score has shape {tuple(score.shape)} and constraint {tuple(constraint.shape)}: they "
             "must be (N, K) and (N, K) or (m, N, K) with N, K, m >= 1")
-    scores = [score, *constraint]
-    low = torch.stack([x.amin(1) for x in scores])  # (1+m, N) like the next two
-    high = torch.stack([x.amax(1) for x in scores])
-    mean = torch.stack([x.mean(1, dtype=torch.float64) for x in scores])
-    mean = mean.clamp(low, high)  # so that a constant is centred on exactly 0
+    scores = torch.cat([score[None], constraint])  # (1+m, N, K)
+    m, N, K = constraint.shape
+    low = scores.amin(2)  # (1+m, N)
+    high = scores.amax(2)
+    mean = scores.mean(2, dtype=torch.float64).clamp(low, high)  # exact where all are equal
     bad = (~mean.isfinite()).nonzero()  # (.., 2)
     if len(bad):
         row, prompt = bad[0].tolist()
         name = f"constraint {row - 1}" if row else "score"
         raise ValueError(f"{name}: NaN or inf at prompt {prompt}; drop or repair it")
     beta = float(beta)
-    if not TINY < beta < np.inf:
+    if not TINY < beta < math.inf:
         raise ValueError(f"beta is {beta}: it must be a finite number above {TINY}")
     margin = one_each(margin, len(constraint))
-
-    width = (high.double() - low).mean(1).cpu().numpy()  # (1+m,)
+    spread, *width = (high.double() - low).mean(1).tolist()
     reach = (high - mean)[1:].mean(1).cpu().numpy()
-    return Problem(
-        scores=scores,
-        margin=margin,
-        beta=beta,
-        log_count=np.log(score.size(1)),
-        mean=mean,
-        spread=width[0],
-        reach=reach,
-        unit=width[1:] + abs(margin) + TINY)
+    n = max(1, CHUNK * torch.get_num_threads() // K)
+    memory = mean.new_empty(1 + 2 * m, min(n, N), K)
+    return Problem(scores, mean, memory, margin, beta, spread, width + abs(margin) + TINY, reach)
 
 
 def one_each(margin, m):
@@ -328,22 +296,18 @@ class Dual(NamedTuple):
 def predict(problem, point, evaluations):
     """The Dual at the minimum; warns where K is too small for it."""
     score_gains, squares = [], []
-    for r, g in centred(problem):
-        score = r.clone()
+    for r, g, room in centred(problem):
+        score = room[0].copy_(r)
         p, _ = tilt(r, g, point.lam, problem.beta)
         score_gains.append(score.mul_(p).sum(1))  # (n,) E_π_λ[r|x] − mean_y r
         squares.append(p.square_().sum(1))  # (n,)
     gain, gain_se = clustered(torch.cat([torch.cat(score_gains)[None], point.gain]))  # (1+m,)
     ref, ref_se = clustered(problem.mean)  # (1+m,) likewise
-    score_gain = gain[0].item()
-    ess_x = 1 / torch.cat(squares)  # (N,)
-    # D = E_π_λ[r] + ⟨λ,∇D⟩ − β·KL(π_λ‖π_ref), here both sides without E_ref[r]
-    kl = (score_gain + point.lam @ point.grad - point.value) / problem.beta
-    ess = ess_x.mean().item()
-    K = problem.scores[0].size(1)
-    if ess < FEW < K:  # which no error bar shows
+    ess = 1 / torch.cat(squares)  # (N,)
+    few, K = ess.mean().item(), problem.scores.size(2)
+    if few < FEW < K:  # which no error bar shows
         warnings.warn(
-            f"effective sample size {ess:.1f} of {K} responses per prompt: gains come out too "
+            f"effective sample size {few:.1f} of {K} responses per prompt: gains come out too "
             "small, lam* too large, beyond their error bars; sample more of them, raise beta or "
             "lower the margin", stacklevel=3)
 
@@ -352,6 +316,8 @@ def predict(problem, point, evaluations):
     active = point.lam > 0
     inverse = np.linalg.pinv(point.hessian * np.outer(active, active), hermitian=True)
     _, lam_se = clustered(tensor(inverse) @ point.gain)  # of H⁻¹ψ
+    # D = E_π_λ[r] + ⟨λ,∇D⟩ − β·KL(π_λ‖π_ref), here both sides without E_ref[r]
+    kl = (gain[0].item() + point.lam @ point.grad - point.value) / problem.beta
     return Dual(
         lam=lam,
         lam_se=lam_se.where(lam > 0, 0),  # not the NaN of one prompt
@@ -359,16 +325,16 @@ def predict(problem, point, evaluations):
         grad=tensor(point.grad),
         hessian=tensor(point.hessian),
         iterations=evaluations,
-        score_gain=score_gain,
+        score_gain=gain[0].item(),
         score_gain_se=gain_se[0].item(),
-        constraint_gain=tensor(point.grad + problem.margin),
+        constraint_gain=gain[1:],
         constraint_gain_se=gain_se[1:],
         ref=ref[1:],
         ref_se=ref_se[1:],
         reachable=tensor(problem.reach),
         kl=max(0.0, float(kl)),
-        ess=ess,
-        ess_p5=ess_x.quantile(0.05, interpolation="lower").item())
+        ess=few,
+        ess_p5=ess.quantile(0.05, interpolation="lower").item())
 
 
 def clustered(psi):
@@ -383,50 +349,11 @@ def clustered(psi):
 
 
 def reachable(constraint):
-    """The largest margin (m,) of each constraint (N, K) or (m, N, K) alone: mean_x max_y g_j −
-    E_ref[g_j]."""
-    g = torch.as_tensor(constraint)
-    reach = (g.amax(-1) - g.mean(-1, dtype=torch.float64)).mean(-1)
-    return reach.view(-1)
+    """(m,): the largest margin of each constraint (m, N, K) alone, mean_x max_y g − E_ref[g]."""
+    return (constraint.amax(-1) - constraint.mean(-1, dtype=torch.float64)).mean(-1)
 
 
-def read_npz(path, beta):
-    """The arrays of an npz by name, score (N, K) and constraint (N, K) or (m, N, K) among them:
-    from PeCAN's log-probabilities, log-ratios times β, which are in the units of r and g."""
-    try:
-        data = dict(np.load(path, allow_pickle=False))
-    except Exception as error:  # numpy raises half a dozen kinds for a damaged file
-        raise ValueError(f"{path}: not a readable npz file of numbers ({error})") from None
-    if {"score", "constraint"} <= data.keys():
-        return data
-    if not {"ref_logp", "logp_r", "logp_g"} <= data.keys():
-        raise ValueError(f"{path} holds {sorted(data)}: it needs score and constraint, "
-                         "or ref_logp, logp_r and logp_g")
-    if data["ref_logp"].shape != data["logp_r"].shape:
-        raise ValueError(f"{path}: ref_logp {data['ref_logp'].shape} and logp_r "
-                         f"{data['logp_r'].shape} must both be (N, K)")
-    data["score"] = beta * (data["logp_r"] - data["ref_logp"])
-    data["constraint"] = beta * (data["logp_g"] - data["ref_logp"])
-    return data
-
-
-def label(data, lam):
-    """{"s": r + ⟨λ*,g⟩ (N, K)} of the arrays of an npz, and, where its `pairs` (P, 3) give a prompt
-    and two of its responses y_0 and y_1 by index, {"p": P(y_1 ≻ y_0) = σ(s_1 − s_0) (P,)}."""
-    constraint = data["constraint"].reshape(len(lam), *data["score"].shape)  # (m, N, K)
-    s = data["score"] + np.einsum("m,mnk->nk", lam, constraint)
-    if "pairs" not in data:
-        return {"s": s}
-    try:
-        n, first, second = data["pairs"].T
-        if data["pairs"].min() < 0:
-            raise IndexError("one is below 0")
-        lead = s[n, second] - s[n, first]
-    except (ValueError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"pairs must be whole numbers (P, 3): a prompt and two of its responses ({error})"
-        ) from None
-    return {"s": s, "p": 0.5 + 0.5 * np.tanh(lead / 2)}  # σ, without its overflow
+NEGATIVE = re.compile("-[0-9.]")  # for argparse: -5% and -0.1,0.5 are values too, not flags
 
 
 def parse_margin(text, reach):
@@ -443,22 +370,66 @@ def parse_margin(text, reach):
     return torch.from_numpy(one_each(margin, len(margin)))
 
 
+def read_npz(path, beta):
+    """The arrays of an npz by name, and what they say: score (N, K) and constraint (m, N, K), by
+    these names or, from PeCAN's log-probabilities, log-ratios times β, in the units of r and g."""
+    try:
+        data = dict(np.load(path, allow_pickle=False))
+    except Exception as error:  # numpy raises half a dozen kinds for a damaged file
+        raise ValueError(f"{path}: not a readable npz file of numbers ({error})") from None
+    names = ["score", "constraint"]
+    if not data.keys() >= set(names):
+        names = ["ref_logp", "logp_r", "logp_g"]
+    if not data.keys() >= set(names):
+        raise ValueError(f"{path} holds {sorted(data)}: it needs score and constraint, or {names}")
+    shape = data[names[0]].shape
+    for name in names:
+        x = data[name]
+        numbers = x.size and x.dtype.kind in "fiu" and np.isfinite(x).all()
+        if not numbers or x.ndim not in (2, 3) or x.shape[-2:] != shape:
+            raise ValueError(
+                f"{path}: {name} is of {x.dtype} and {x.shape}, {names[0]} of {shape}; expected "
+                "finite real numbers (N, K), of the constraints also (m, N, K), m, N, K >= 1")
+    *ref, score, constraint = [1.0 * data[name] for name in names]
+    if ref:
+        score = beta * (score - ref[0])
+        constraint = beta * (constraint - ref[0])
+    return data, score, constraint.reshape(-1, *shape)
+
+
+def label(data, s):
+    """{"s": s (N, K)}, and, where the `pairs` (P, 3) of an npz give a prompt and two of its
+    responses y_0 and y_1 by index, {"p": P(y_1 ≻ y_0) = σ(s_1 − s_0) (P,)}."""
+    if "pairs" not in data:
+        return {"s": s}
+    pairs = data["pairs"]
+    known = pairs.dtype.kind in "iu" and pairs.ndim == 2 and pairs.shape[1] == 3
+    N, K = s.shape
+    if not known or (pairs < 0).any() or (pairs >= [N, K, K]).any():
+        raise ValueError(
+            f"pairs, of {pairs.dtype} and {pairs.shape}, must be whole numbers (P, 3): a prompt, "
+            f"below {N}, and two of its responses, below {K}")
+    n, first, second = pairs.T
+    lead = s[n, second] - s[n, first]
+    return {"s": s, "p": 0.5 + 0.5 * np.tanh(lead / 2)}  # σ, without its overflow
+
+
 def report(args):
     """Everything the command line prints."""
     beta = args.beta
-    data = read_npz(args.scores, beta)
-    margin = parse_margin(args.margin, reachable(data["constraint"]))
-    d = solve(data["score"], data["constraint"], margin, beta)
+    data, score, constraint = read_npz(args.scores, beta)
+    margin = parse_margin(args.margin, reachable(torch.from_numpy(constraint)))
+    d = solve(score, constraint, margin, beta)
     if args.write:
-        labels = label(data, d.lam.numpy())
-        with open(f"{args.write}.part", "wb") as file:
-            np.savez(file, **(data | labels))
-        os.replace(f"{args.write}.part", args.write)
+        s = score + np.einsum("m,mnk->nk", d.lam.numpy(), constraint)  # r + ⟨λ*,g⟩
+        data |= label(data, s)
+        replace_file(args.write, lambda file: np.savez(file, **data))
     if args.json:
-        print(json.dumps({"margin": margin, "beta": beta, **d._asdict()},
-                         default=torch.Tensor.tolist).replace("NaN", "null"))
+        text = json.dumps({"margin": margin, "beta": beta, **d._asdict()},
+                          default=torch.Tensor.tolist)
+        print(re.sub("NaN|-?Infinity", "null", text))
         return
-    N, K = data["score"].shape
+    N, K = score.shape
     print(f"{N} prompts x {K} responses, beta {beta:g}; +-: 95% interval over prompts")
     for j, b in enumerate(margin.tolist()):
         print(f"constraint {j}: margin {b:.4f} of at most {d.reachable[j]:.4f}   "
@@ -471,6 +442,7 @@ def report(args):
 def main():
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description="lambda* and what it buys, before any training")
+    parser._negative_number_matcher = NEGATIVE
     parser.add_argument(
         "scores", help="npz: score (N, K) and constraint (N, K) or (m, N, K), or PeCAN's ref_logp, "
         "logp_r, logp_g (N, K); optional pairs (P, 3)")
@@ -486,8 +458,7 @@ def main():
         f"dual.py: warning: {message}", file=sys.stderr)
     try:
         report(parser.parse_args())
-    except (ValueError, TypeError, IndexError, RuntimeError, FloatingPointError,
-            OSError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"dual.py: error: {error}")
 
 

@@ -74,25 +74,25 @@ class Sample(NamedTuple):
     scores: torch.Tensor    # (1+m, N, K) r, g_1 … g_m
 
 
-def sample_pool(policy, tok, prompts, draw):
+def sample_pool(policy, tok, prompts, K, recipe):
     """K responses y ~ π(·|x) to each of N prompts -> Pool (N, K, T), ln π(y|x) (N, K) in nats."""
     ids = encode_prompts(tok, prompts)
-    batches = torch.arange(len(ids)).split(max(1, draw.batch // draw.K))  # of prompts
-    progress = Progress(draw, len(batches))
+    batches = torch.arange(len(ids)).split(max(1, recipe.batch // K))  # of prompts
+    progress = Progress(recipe._replace(steps=len(batches)))
     me, ranks = rank()
     for first in range(len(progress.done), len(batches), ranks):
         sampled = []
         for n in batches[first + me:][:1]:  # one for each rank, none where none is left
-            chance = uniforms(draw.key, n.tolist(), draw.K, tok.response_limit)
+            chance = uniforms(recipe.key, n.tolist(), K, tok.response_limit)
             rows = policy.generate([ids[i] for i in n], chance, eos=tok.end)
             sampled = [x.cpu() for x in rows]
         for batch in filter(len, gather(sampled)):
             progress.report(batch)
     tokens, response_mask, logp = [
         [row for batch in part for row in batch] for part in zip(*progress.done)]
-    pool = Pool(pad(tokens, draw.K).int(), pad(response_mask, draw.K))
+    pool = Pool(pad(tokens, K).int(), pad(response_mask, K))
     if policy.config.dtype == "float32":
-        return pool, torch.stack(logp).view(-1, draw.K)
+        return pool, torch.stack(logp).view(-1, K)
     return pool, map_pool(policy, pool)  # rounded as in training, not as in sampling
 
 
@@ -159,8 +159,8 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     optimizer = adamw(policy)
-    progress = Progress(recipe, recipe.steps, model=policy, optimizer=optimizer)
-    for step, batches in schedule(pool, group, recipe, progress):
+    progress = Progress(recipe, model=policy, optimizer=optimizer)
+    for step, batches, _ in schedule(pool, group, recipe, progress):
         optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
         for n, k, whole in batches:  # (B,) prompts, (B, G) some of the K responses to each
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
@@ -184,24 +184,15 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
 
 # ---- what every loop uses
 class Recipe(NamedTuple):
-    """How a model is trained."""
+    """How a model is trained or, without steps and lr, sampled."""
     stage: str  # what progress and errors call it, and the checkpoint: unique in a run
-    steps: int
-    lr: float
-    key: str  # of its random streams
+    steps: int = 0
+    lr: float = 0.0
+    key: str = ""  # of its random streams
     batch: int = 16  # pairs a micro-batch; policy updates: 2·batch responses, in groups of G
     accumulate: int = 1  # micro-batches a step
     run: object = None  # whose checkpoints it writes: out, run, resume, checkpoint_every
     warmup: int = 20  # steps
-
-
-class Draw(NamedTuple):
-    """How responses are sampled."""
-    stage: str  # this, key and run: as a Recipe's
-    K: int  # responses to each prompt
-    key: str
-    batch: int = 256  # responses sampled at once
-    run: object = None
 
 
 def adamw(model):
@@ -209,46 +200,50 @@ def adamw(model):
 
 
 def lr_at(step, recipe):
-    """The learning rate: linear warm-up (if steps > warmup), then cosine to 0."""
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / (recipe.warmup + 1)
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.lr * (0.5 + 0.5 * math.cos(math.pi * done))
+    """The learning rate: linear warm-up, then cosine to 0."""
+    warm = min(1.0, (step + 1) / (recipe.warmup + 1))
+    done = max(0, step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.lr * warm * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def schedule(pool, group, recipe, progress):
-    """Yield (step, batches) for the steps that are left, until two epochs have brought nothing.
-    batches: (n, k, whole) of each micro-batch, this rank's prompts n (B,), groups k (B, G) of their
-    responses, and the prompts of all ranks (W,); where those are too few, a rank has none."""
+    """Yield (step, batches, ends_epoch) for the steps that are left, until two epochs have brought
+    nothing. batches: (n, k, whole) of each micro-batch, this rank's prompts n (B,), groups k (B, G)
+    of their responses, and the prompts of all ranks (W,); where those are too few, a rank has none.
+    ends_epoch: whether as many pairs have been seen as the pool has, or it is the last step."""
     me, ranks = rank()
     batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
+    epoch = max(1, len(pool.tokens) // (recipe.batch * recipe.accumulate))  # steps
     for step in range(recipe.steps):
         found = [next(batches) for _ in range(recipe.accumulate)]
         if progress.best["worse"] == 2:
             return
         if step >= len(progress.done):  # none that a killed run has done
-            yield step, [(n[me::ranks], k[me::ranks], n) for n, k in found if len(n) > me]
+            mine = [(n[me::ranks], k[me::ranks], n) for n, k in found if len(n) > me]
+            yield step, mine, step + 1 in (recipe.steps, (step + 1) // epoch * epoch)
 
 
 class Progress:
     """What a loop has done. Every so many seconds, more seldom where that takes over 2 % of the
     time, it says so and writes a checkpoint, from which a run that is resumed goes on."""
 
-    def __init__(self, recipe, steps, **parts):  # the model and the optimizer of a training
+    def __init__(self, recipe, **parts):  # the model and the optimizer of a training
         self.recipe = recipe
-        self.steps = steps
         self.parts = parts
         self.done = []  # the loss of each step, or the samples of each batch
         self.best = {"loss": math.inf, "worse": 0}  # see `consider`
         self.loss = 0.0  # of the step's micro-batches so far
         self.began = self.due = time.monotonic()
-        saved = restore(recipe)
-        if saved:
-            self.done = saved["done"]
-            self.best = saved["best"]
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            print(f"  {recipe.stage}: goes on after {len(self.done)} of {steps}")
+        run = recipe.run
+        self.path = f"{run.out}/checkpoint.pt" if run else ""
+        if run and run.resume and os.path.exists(self.path):
+            saved = load(self.path, "remove it, which begins the last stage anew")
+            if saved["loop"] == [run.run, recipe.stage]:
+                self.done = saved["done"]
+                self.best = saved["best"]
+                for name, part in parts.items():
+                    part.load_state_dict(saved[name])
+                print(f"  {recipe.stage}: goes on after {len(self.done)} of {recipe.steps}")
 
     def add(self, loss):
         """A micro-batch's; it stays on the device until it is read."""
@@ -263,17 +258,22 @@ class Progress:
         """After every step or batch: the loss, or the samples."""
         self.done.append(result)
         step = len(self.done)
+        steps, run = self.recipe.steps, self.recipe.run
         now = time.monotonic()
-        if step < self.steps and now < self.due:
+        if step < steps and now < self.due:
             return
         loss = f"  loss {self.losses()[-1]:.4f}" if self.parts else ""
         seconds = now - self.began + 1e-9
-        print(f"  {self.recipe.stage} {step}/{self.steps}{loss}  {step / seconds:.1f}/s  "
-              f"{seconds:.0f} s elapsed, {(self.steps - step) * seconds / step:.0f} s left",
+        print(f"  {self.recipe.stage} {step}/{steps}{loss}  {step / seconds:.1f}/s  "
+              f"{seconds:.0f} s elapsed, {(steps - step) * seconds / step:.0f} s left",
               flush=True)  # a resumed run counts what it found done
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        pause = keep(self.recipe, {"done": self.done, "best": self.best, **states})
-        self.due = time.monotonic() + pause
+        self.due = now + 10
+        if run:
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            save({"loop": [run.run, self.recipe.stage], "done": self.done, "best": self.best,
+                  **states}, self.path)
+            saved = time.monotonic()
+            self.due = saved + max(run.checkpoint_every, 50 * (saved - now))
 
     def losses(self):
         """Of every step of a training; FloatingPointError where one is not finite."""
@@ -292,26 +292,6 @@ class Progress:
             print(f"  calibration loss {loss:.4f}")
             weights = copy.deepcopy(self.parts["model"].state_dict())
             self.best = {"loss": loss, "worse": 0, "weights": weights}
-
-
-def keep(recipe, state):
-    """Write the checkpoint of a loop -> after how many seconds it is worth it again."""
-    run = recipe.run
-    if not run:
-        return 10
-    began = time.monotonic()
-    save({"loop": [run.run, recipe.stage], **state}, f"{run.out}/checkpoint.pt")
-    return max(run.checkpoint_every, 50 * (time.monotonic() - began))
-
-
-def restore(recipe):
-    """What the checkpoint holds, if the run is resumed and it is of this loop."""
-    run = recipe.run
-    if run and run.resume and os.path.exists(f"{run.out}/checkpoint.pt"):
-        saved = load(f"{run.out}/checkpoint.pt", "remove it, which begins the last stage anew")
-        if saved["loop"] == [run.run, recipe.stage]:
-            return saved
-    return {}
 
 
 # ---- many processes: under torchrun each rank computes its share of what all of them then have
@@ -351,8 +331,8 @@ def train_reference(model, pool, calibration, recipe):
     log-probability, for as many epochs as those of the calibration pool rise too. Pools (P, 2, T)
     -> the loss of every step."""
     optimizer = adamw(model)
-    progress = Progress(recipe, recipe.steps, model=model, optimizer=optimizer)
-    for step, batches in schedule(pool, 2, recipe, progress):
+    progress = Progress(recipe, model=model, optimizer=optimizer)
+    for step, batches, ends_epoch in schedule(pool, 2, recipe, progress):
         optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
         for n, k, whole in batches:  # (B,) pairs, (B, 2) both responses
             tokens, response_mask = take_text(pool, n, k, model.device)  # (B·2, T)
@@ -364,7 +344,7 @@ def train_reference(model, pool, calibration, recipe):
         norm = clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if ends_epoch(step, pool, recipe):
+        if ends_epoch:
             progress.consider(-map_pool(model, calibration).mean().item())
         progress.step(norm)
     losses = progress.losses()
@@ -381,8 +361,8 @@ def train_score(model, pool, calibration, recipe):
     """A reward or safety model from a pool (P, 2, T) of chosen and rejected responses, for as many
     epochs as help on the calibration pool -> the loss of every step."""
     optimizer = adamw(model)
-    progress = Progress(recipe, recipe.steps, model=model, optimizer=optimizer)
-    for step, batches in schedule(pool, 2, recipe, progress):
+    progress = Progress(recipe, model=model, optimizer=optimizer)
+    for step, batches, ends_epoch in schedule(pool, 2, recipe, progress):
         optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
         for n, k, whole in batches:  # (B,) pairs
             k = k.sort(1).values  # (B, 2) chosen, rejected
@@ -395,18 +375,12 @@ def train_score(model, pool, calibration, recipe):
         norm = clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if ends_epoch(step, pool, recipe):
+        if ends_epoch:
             progress.consider(calibrated_loss(*map_pool(model, calibration).T))
         progress.step(norm)
     losses = progress.losses()
     model.load_state_dict(progress.best["weights"])
     return losses
-
-
-def ends_epoch(step, pool, recipe):
-    """Whether as many pairs have been seen as the pool has, or it is the last step."""
-    epoch = max(1, len(pool.tokens) // (recipe.batch * recipe.accumulate))  # steps
-    return (step + 1) % epoch == 0 or step + 1 == recipe.steps
 
 
 def learn_score(model, name, training, calibration, evaluation, recipe):
@@ -459,14 +433,9 @@ def temperature(name, score):
 
 def say_agreement(name, score, preferences):
     """How well scores (P, 2) of chosen and rejected predict a choice that did not train them: how
-    often they agree with it, and the τ that is left. Intervals are those of
-    conversations, not of pairs."""
+    often they agree with it, ± over conversations, and the τ that is left."""
     chosen, rejected = score.T
-    right = (chosen > rejected).double()
-    tau = calibrate(chosen, rejected)
-    lead = (chosen - rejected).double()
-    p = torch.sigmoid(-tau * lead)
-    influence = p * lead / (p * (1 - p) * lead * lead).mean()
+    right = (chosen > rejected) + 0.5 * (chosen == rejected)  # (P,) half of a tie
     print(f"  {name}: {right.mean():.1%} ± {preferences.half_width(right):.1%} of {len(right)} "
-          f"pairs right; τ = {tau:.3f} ± {preferences.half_width(influence):.3f}; standard "
-          f"deviation of the score {score.std():.2f}")
+          f"pairs right; τ = {calibrate(chosen, rejected):.3f}; standard deviation of the score "
+          f"{score.std():.2f}")

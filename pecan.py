@@ -33,8 +33,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import take, take_text
-from mocan import (Progress, adamw, add_up_gradients, bradley_terry, calibrated_loss, ends_epoch,
-                   lr_at, map_pool, preference_loss, say_agreement, schedule, temperature)
+from mocan import (Progress, adamw, add_up_gradients, bradley_terry, calibrated_loss, lr_at,
+                   map_pool, preference_loss, say_agreement, schedule, temperature)
 from model import from_checkpoint, sequence_logprob
 
 
@@ -71,8 +71,8 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     optimizer = adamw(policy)
-    progress = Progress(recipe, recipe.steps, model=policy, optimizer=optimizer)
-    for step, batches in schedule(pool, group, recipe, progress):
+    progress = Progress(recipe, model=policy, optimizer=optimizer)
+    for step, batches, _ in schedule(pool, group, recipe, progress):
         optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
         for n, k, whole in batches:  # (B,) prompts, (B, G) some of the K responses to each
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
@@ -104,8 +104,8 @@ def prealign(policy, training, calibration, beta, recipe):
     """
     pool = training.pool  # (P, 2, T) chosen, rejected
     optimizer = adamw(policy)
-    progress = Progress(recipe, recipe.steps, model=policy, optimizer=optimizer)
-    for step, batches in schedule(pool, 2, recipe, progress):
+    progress = Progress(recipe, model=policy, optimizer=optimizer)
+    for step, batches, ends_epoch in schedule(pool, 2, recipe, progress):
         optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
         for n, k, whole in batches:  # (B,) pairs
             k = k.sort(1).values  # (B, 2) chosen, rejected
@@ -122,7 +122,7 @@ def prealign(policy, training, calibration, beta, recipe):
         norm = clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if ends_epoch(step, pool, recipe):
+        if ends_epoch:
             implicit = beta * (map_pool(policy, calibration.pool) - calibration.ref_logp)  # (P, 2)
             progress.consider(calibrated_loss(*implicit.T))
         progress.step(norm)

@@ -11,14 +11,14 @@ The stages, and the artifact that each leaves in --out:
     reference   supervised fine-tuning                     tokenizer.pt, reference.pt
     scores      reward and safety models, for --data       score_*.pt
     offline     K responses per prompt from π_ref, scored  offline.pt, offline_scores.pt
-    prealign    PeCAN: one DPO policy per preference       dpo-*.pt
+    prealign    PeCAN: one DPO policy per preference       dpo-*.pt, prealign_scores.pt
     dual        λ*, and what it predicts                   none: it is kept with the policy
-    mocan       one policy update                          mocan*.pt
-    pecan       one policy update                          pecan*.pt
+    mocan       one policy update; further shots           mocan*.pt
+    pecan       one policy update; further shots           pecan*.pt
     evaluate    fresh responses on evaluation prompts      results.json, samples.jsonl
 
-`main` is the story, the first shot of MoCAN and of PeCAN written out in it; below it stand the
-stages, further shots, the results, the run's folder and the command line. "Earlier" and "later"
+`main` is the story, MoCAN's and PeCAN's shots written out in it; below it stand the stages, the
+results, the run's folder and the command line. "Earlier" and "later"
 stages are those above and below in this list. run.json keeps the settings.
 """
 
@@ -35,9 +35,9 @@ import secrets
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -53,65 +53,65 @@ STAGES = ("reference", "scores", "offline", "prealign", "dual", "mocan", "pecan"
 CUDA = torch.cuda.is_available()
 
 
-@dataclass(frozen=True)
-class Config:  # a comment is what --help says of a setting
-    start: Literal[STAGES] = "reference"  # (--from) keep what earlier stages made, run from here
-    out: str = "out"  # folder of all artifacts
-    resume: bool = False  # go on with the run in --out that was interrupted
-    checkpoint_every: float = 10.0  # least seconds between two lines and checkpoints of a loop
-    quick: bool = False  # a run of seconds, to see that everything works
-    algo: Literal["mocan", "pecan", "all"] = "all"  # which policies to train
-    seed: int = 0  # seeds every random stream
-    device: str = "cuda" if CUDA else "cpu"  # cpu, cuda, cuda:1, …
-    dtype: Literal["float32", "bfloat16"] = (  # arithmetic of the blocks; logits stay float32
+class Config(SimpleNamespace):  # a comment is what --help says of a setting
+    start = "reference"  # (--from) keep what earlier stages made, run from here
+    out = "out"  # folder of all artifacts
+    resume = False  # go on with the run in --out that was interrupted
+    checkpoint_every = 10.0  # least seconds between two lines and checkpoints of a loop
+    quick = False  # a run of seconds, to see that everything works
+    algo = "all"  # which policies to train
+    seed = 0  # seeds every random stream
+    device = "cuda" if CUDA else "cpu"  # cpu, cuda, cuda:1, …
+    dtype = (  # arithmetic of the blocks; logits stay float32
         "bfloat16" if CUDA and torch.cuda.is_bf16_supported(False) else "float32")
     # text
-    data: tuple = ()  # preference files, FILE or NAME=FILE, several; none: the built-in world
-    world_pairs: int = 36000  # preference pairs that the world writes
-    held_out: float = 0.2  # share of the conversations kept for evaluation
-    calibration: float = 0.1  # share kept for temperatures and early stopping
-    tokenizer: Literal["vocab", "gpt2"] = "vocab"  # vocab: of the training text; gpt2: GPT-2's
-    vocab_size: int = 4096  # largest size of vocab
-    max_new_tokens: int = 96  # longest response; a prompt may fill the rest of block_size
+    data = ()  # preference files, FILE or NAME=FILE, several; none: the built-in world
+    world_pairs = 36000  # preference pairs that the world writes
+    held_out = 0.2  # share of the conversations kept for evaluation
+    calibration = 0.1  # share kept for temperatures and early stopping
+    tokenizer = "vocab"  # vocab: of the training text; gpt2: GPT-2's
+    vocab_size = 4096  # largest size of vocab
+    max_new_tokens = 96  # longest response; a prompt may fill the rest of block_size
     # model
-    n_layer: int = 2  # blocks
-    n_head: int = 4  # attention heads
-    n_embd: int = 128  # width
-    block_size: int = 192  # longest prompt and response together, in tokens
-    init: str = ""  # folder of published GPT-2 weights for the reference; it sets the sizes
-    checkpoint_activations: bool = False  # less memory: blocks are computed again in backward
-    export: str = ""  # folder for the policies in GPT-2's published layout
+    n_layer = 2  # blocks
+    n_head = 4  # attention heads
+    n_embd = 128  # width
+    block_size = 192  # longest prompt and response together, in tokens
+    init = ""  # folder of published GPT-2 weights for the reference; it sets the sizes
+    checkpoint_activations = False  # less memory: blocks are computed again in backward
+    export = ""  # folder for the policies in GPT-2's published layout
     # training
-    batch: int = 16  # pairs per micro-batch; a policy update: 2·batch responses
-    accumulate: int = 1  # micro-batches per step
-    sft_steps: int = 1000  # gradient steps of the reference policy, at most
-    sft_lr: float = 3e-3  # its learning rate
-    score_steps: int = 1000  # gradient steps of each score model, at most
-    score_lr: float = 1e-3  # its learning rate
+    batch = 16  # pairs per micro-batch; a policy update: 2·batch responses
+    accumulate = 1  # micro-batches per step
+    sft_steps = 1000  # gradient steps of the reference policy, at most
+    sft_lr = 3e-3  # its learning rate
+    score_steps = 1000  # gradient steps of each score model, at most
+    score_lr = 1e-3  # its learning rate
     # offline samples and the dual
-    prompts: int = 512  # N, training prompts that the reference answers
-    responses: int = 32  # K, responses to each
-    sample_batch: int = 256  # responses sampled at once
-    beta: float = 1.0  # β, weight of the KL divergence to the reference
-    margin: str = "50%"  # b, safety gains, comma separated: in units of g or % of the reachable
-    constraints: str = ""  # safety preferences, comma separated; none: harmless; data: all
+    prompts = 512  # N, training prompts that the reference answers
+    responses = 32  # K, responses to each
+    sample_batch = 256  # responses sampled at once
+    beta = 1.0  # β, weight of the KL divergence to the reference
+    margin = "50%"  # b, safety gains, comma separated: in units of g or % of the reachable
+    constraints = ""  # safety preferences, comma separated; none: harmless; data: all
     # policies
-    lr: float = 2e-4  # learning rate of MoCAN's and PeCAN's policy update
-    steps: int = 800  # its gradient steps
-    shots: int = 1  # 1: as in the paper; more: sample, solve and train from the policy so far
-    shot_steps: int = 400  # gradient steps of each further shot
-    shot_lr: float = 2e-4  # their learning rate
-    shot_responses: int = 32  # K of each further shot
-    group: int = 8  # G, samples of a prompt that a step compares in all pairs
-    prealign_steps: int = 1575  # gradient steps of each pre-aligned policy, at most
-    prealign_lr: float = 6e-5  # their learning rate; see pecan.prealign
+    lr = 2e-4  # learning rate of MoCAN's and PeCAN's policy update
+    steps = 800  # its gradient steps
+    shots = 1  # 1: as in the paper; more: sample, solve and train from the policy so far
+    shot_steps = 400  # gradient steps of each further shot
+    shot_lr = 2e-4  # their learning rate
+    shot_responses = 32  # K of each further shot
+    group = 8  # G, samples of a prompt that a step compares in all pairs
+    prealign_steps = 1575  # gradient steps of each pre-aligned policy, at most
+    prealign_lr = 6e-5  # their learning rate; see pecan.prealign
     # evaluation
-    eval_prompts: int = 240  # evaluation prompts, at most
-    eval_responses: int = 24  # fresh responses to each
-    run: str = ""  # (no flag) which run makes an artifact; a resumed run is the same
+    eval_prompts = 240  # evaluation prompts, at most
+    eval_responses = 24  # fresh responses to each
 
 
-SETTINGS = [f for f in fields(Config) if f.name != "run"]
+SETTINGS = {name: default for name, default in vars(Config).items() if name[0] != "_"}
+CHOICES = {"start": STAGES, "algo": ("mocan", "pecan", "all"), "dtype": ("float32", "bfloat16"),
+           "tokenizer": ("vocab", "gpt2")}
 LEAST = dict(seed=0, vocab_size=300, responses=2, shot_responses=2, group=2, eval_prompts=2)
 
 # what the artifacts of a stage and of all later ones remember; others change nothing in them, or,
@@ -152,32 +152,33 @@ def main():
     policies = {}
     margin = None
 
-    offline = sample_reference(c, reference, tok, prompts)  # 1. sample
-    pool = data.Pool(offline["tokens"], offline["response_mask"])  # (N, K, T)
-    ref_logp = offline["ref_logp"]  # (N, K)
     for algorithm in ("mocan", "pecan") if c.algo == "all" else (c.algo,):
-        if algorithm == "mocan":  # 2. score: by judges, or by what pre-alignment did to policies
+        if algorithm == "mocan":
             scorers = judges = train_judges(c, reference, split, pools, names)
-            scored = score_offline(c, offline, pool, judges, names, prompts, tok)
-            made_by = {"scores": scored}
-            scores = scored["scores"]
-        else:
-            scorers = made_by = prealign(c, reference, split, pools, names, offline, pool)
+        else:  # no judge: policies that DPO made from one preference each
+            scorers = prealign(c, reference, split, pools, names)
             policies = scorers | policies
-            scores = torch.stack([saved["implicit"] for saved in scorers.values()])
-        sample = mocan.Sample(pool, ref_logp, ref_logp, scores)  # scores (1+m, N, K)
-        if margin is None:
-            margin = dual.parse_margin(c.margin, dual.reachable(scores[1:]))  # (m,) b
-        try:
-            found = mocan.solve_from(sample, mean_g(sample), margin, c.beta)  # 3. dual
-            policies[algorithm] = update(  # 4. update
-                c, algorithm, reference, sample, margin, found, made_by)
-            more_shots(c, algorithm, policies, reference, sample, margin, scorers, names, prompts,
-                       tok)
-        except dual.Infeasible as error:
-            if algorithm == "mocan" or c.algo == "pecan":
-                raise
-            print(f"  no PeCAN policy, by its implicit scores: {error}")
+        policy = reference
+        for shot in range(1, c.shots + 1):
+            label = f"{algorithm} shot {shot}" if shot > 1 else algorithm
+            sampled = sample(c, label, policy, reference, tok, prompts)  # 1. sample
+            pool = data.Pool(sampled["tokens"], sampled["response_mask"])  # (N, K, T)
+            scored = score(c, label, sampled, pool, scorers, names, prompts, tok)  # 2. score
+            of = mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], scored["scores"])
+            if shot == 1:
+                ref_mean = mean_g(of)  # (m,) E_ref[g]
+            if margin is None:
+                margin = dual.parse_margin(c.margin, dual.reachable(of.scores[1:]))  # (m,) b
+            try:
+                found = mocan.solve_from(of, ref_mean, margin, c.beta)  # 3. dual
+            except dual.Infeasible as error:
+                if label in ("mocan", c.algo):
+                    raise
+                print(f"  no policy {label}, by its scores: {error}")
+                break
+            policy = update(c, label, policy, scored, of, margin, found)  # 4. update
+            policies[label] = policy
+
     if c.algo == "pecan":  # the table asks them
         judges = train_judges(c, reference, split, pools, names)
     evaluate(c, reference, policies, judges, names, margin, split, tok)
@@ -192,14 +193,14 @@ def enter(c):
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
     if dist.is_torchelastic_launched():  # by torchrun
         if c.device.startswith("cuda"):
-            c = replace(c, device=f"cuda:{os.environ['LOCAL_RANK']}")
+            c.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(c.device)
         dist.init_process_group()
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # the first process speaks, and locks the folder
             return c, sys.stdout
     os.makedirs(c.out, exist_ok=True)
-    print("settings:", json.dumps(asdict(c)))
+    print("settings:", json.dumps(vars(c)))
     return c, lock(c.out)
 
 
@@ -247,15 +248,6 @@ def new_model(c, config, purpose):
     return GPT(config).to(c.device)
 
 
-def sample_reference(c, reference, tok, prompts):
-    saved = artifact(c, "offline", "offline.pt", reference=reference)
-    if "began" in saved:
-        policy = from_checkpoint(reference, c.device)
-        pool, ref_logp = mocan.sample_pool(policy, tok, prompts, draw(c, "offline", c.responses))
-        finish(saved, **pool._asdict(), ref_logp=ref_logp)
-    return saved
-
-
 def train_judges(c, reference, split, pools, names):
     """{preference: artifact of its score model}; none in the built-in world."""
     judges = {}
@@ -263,9 +255,9 @@ def train_judges(c, reference, split, pools, names):
         saved = artifact(c, "scores", f"score_{name}.pt", reference=reference)
         judges[name] = saved
         if "began" in saved:
-            config = GPTConfig(**{**reference["config"], "score_head": True})
-            model = new_model(c, config, f"scores/{name}")
-            model.load_state_dict(reference["weights"], strict=False)  # all but the head
+            start = from_checkpoint(reference)
+            model = new_model(c, replace(start.config, score_head=True), f"scores/{name}")
+            model.load_state_dict(start.state_dict(), strict=False)  # all but the head
             parts = [data.preferences(getattr(split, part), name, pool)
                      for part, pool in pools.items()]
             mocan.learn_score(model, name, *parts,
@@ -274,21 +266,12 @@ def train_judges(c, reference, split, pools, names):
     return judges
 
 
-def score_offline(c, offline, pool, judges, names, prompts, tok):
-    made_by = {f"score_{name}": judge for name, judge in judges.items()}
-    saved = artifact(c, "offline", "offline_scores.pt", offline=offline, **made_by)
-    if "began" in saved:
-        scores = mocan.score_pool(judges, names, prompts, pool, tok, c.device)
-        finish(saved, scores=scores)
-    return saved
-
-
-def prealign(c, reference, split, pools, names, offline, pool):
-    """PeCAN: {dpo-NAME: artifact of a policy, its τ, its implicit scores of the pool (N, K)}."""
+def prealign(c, reference, split, pools, names):
+    """PeCAN: {dpo-NAME: artifact of a policy and of its τ}."""
     dpo = {}
     ref_logp = {}  # ln π_ref of the pairs' responses (N, 2), once for all preferences
     for name in names:
-        saved = artifact(c, "prealign", f"dpo-{name}.pt", offline=offline)
+        saved = artifact(c, "prealign", f"dpo-{name}.pt", reference=reference)
         dpo[f"dpo-{name}"] = saved
         if "began" in saved:
             policy = from_checkpoint(reference, c.device)
@@ -297,79 +280,75 @@ def prealign(c, reference, split, pools, names, offline, pool):
             training, calibration = [
                 data.preferences(getattr(split, part), name, pools[part], ref_logp[part])
                 for part in ref_logp]
-            plan = recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr)
-            pecan.prealign(policy, training, calibration, c.beta, plan)
+            pecan.prealign(policy, training, calibration, c.beta,
+                           recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr))
             tau = pecan.calibrate_policy(policy, name, calibration, c.beta)
-            implicit = c.beta * tau * (mocan.map_pool(policy, pool) - offline["ref_logp"])
-            finish(saved, **to_checkpoint(policy), tau=tau, implicit=implicit)
+            finish(saved, **to_checkpoint(policy), tau=tau)
     return dpo
 
 
-def update(c, stage, reference, sample, margin, found, made_by):
-    """The first shot's policy update, from the reference; made_by: what made the scores."""
-    saved = artifact(c, stage, f"{stage}.pt", b=margin.tolist(), **made_by)
+def sample(c, label, policy, reference, tok, prompts):
+    """Responses of a policy, at first of the reference, for MoCAN and PeCAN alike."""
+    stage, name, K = label.split()[0], f"{label} responses", c.shot_responses
+    if policy is reference:
+        stage, name, K = "offline", "offline", c.responses
+    saved = artifact(c, stage, f"{name}.pt", policy=policy)
     if "began" in saved:
-        policy = from_checkpoint(reference, c.device)
-        finish(saved, **train_policy(c, stage, policy, sample, margin, found, c.steps, c.lr))
+        model = from_checkpoint(policy, c.device)
+        pool, logp = mocan.sample_pool(model, tok, prompts, K, sampling(c, name))
+        ref_logp = logp
+        if policy is not reference:
+            ref_logp = mocan.map_pool(from_checkpoint(reference, c.device), pool)
+        finish(saved, **pool._asdict(), logp=logp, ref_logp=ref_logp)
     return saved
 
 
-def more_shots(c, stage, policies, reference, offline, margin, scorers, names, prompts, tok):
-    """Shots 2 to --shots into `policies`, each from the one before: responses of the policy so far,
-    their scores, the dual and the update. scorers: the judges, or PeCAN's pre-aligned policies."""
-    latest = policies[stage]
-    for shot in range(2, c.shots + 1):
-        label = f"{stage} shot {shot}"
-        saved = artifact(
-            c, stage, f"{stage}_shot_{shot}.pt", b=margin.tolist(), start=latest)
-        if "began" in saved:
-            policy = from_checkpoint(latest, c.device)
-            pool, logp = mocan.sample_pool(
-                policy, tok, prompts, draw(c, f"{label}, responses", c.shot_responses))
-            ref_logp = mocan.map_pool(from_checkpoint(reference, c.device), pool)
-            if stage == "mocan":
-                scores = mocan.score_pool(scorers, names, prompts, pool, tok, c.device)
-            else:
-                scores = pecan.implicit_scores(scorers, pool, ref_logp, c.beta, c.device)
-            sample = mocan.Sample(pool, logp, ref_logp, scores)
-            try:
-                found = mocan.solve_from(sample, mean_g(offline), margin, c.beta)
-                kept = train_policy(
-                    c, label, policy, sample, margin, found, c.shot_steps, c.shot_lr)
-            except dual.Infeasible as error:
-                print(f"  {label} changes nothing, by its responses: {error}")
-                kept = to_checkpoint(policy)
-            finish(saved, **kept)
-        policies[label] = latest = saved
+def score(c, label, sampled, pool, scorers, names, prompts, tok):
+    """Their scores (1+m, N, K): by {NAME: artifact} of MoCAN's judges, or of PeCAN's policies."""
+    name = {"mocan": "offline", "pecan": "prealign"}.get(label, label)
+    saved = artifact(c, name.split()[0], f"{name}_scores.pt", samples=sampled,
+                     scorers=[scorer["run"] for scorer in scorers.values()])
+    if "began" in saved:
+        if label.startswith("mocan"):
+            scores = mocan.score_pool(scorers, names, prompts, pool, tok, c.device)
+        else:
+            scores = pecan.implicit_scores(scorers, pool, sampled["ref_logp"], c.beta, c.device)
+        finish(saved, scores=scores)
+    return saved
 
 
-def train_policy(c, label, policy, sample, margin, found, steps, lr):
-    """What the artifact of a policy update keeps."""
-    print(f"\ndual of {label}: λ* = {numbers(found.lam)} ± {numbers(1.96 * found.lam_se)} at a "
-          f"margin of {numbers(margin)}; predicted from the responses it was solved on: gains "
-          f"{numbers(found.constraint_gain)}, score {found.score_gain:.3f}, KL {found.kl:.3f}; "
-          f"effective sample size {found.ess:.1f} a prompt (5th percentile {found.ess_p5:.1f}); "
-          f"{found.iterations} evaluations")
-    stage = label.split()[0]
-    plan = recipe(c, label, steps, lr)._replace(key=f"{c.seed}/{stage}")  # all shots draw alike
-    if stage == "mocan":
-        mocan.train_mocan(policy, sample, found.lam, c.beta, c.group, plan)
-    else:
-        pecan.train_pecan(policy, sample, found.lam, c.beta, c.group, plan)
-    return {**to_checkpoint(policy), "lam": found.lam.tolist(), "predicted": found._asdict()}
+def update(c, label, policy, scored, of, margin, found):
+    """The policy update, from the policy that was sampled."""
+    stage, *shot = label.split()
+    saved = artifact(c, stage, f"{label}.pt", policy=policy, scores=scored, b=margin.tolist())
+    if "began" in saved:
+        print(f"dual: λ* = {numbers(found.lam)} ± {numbers(1.96 * found.lam_se)} at a margin of "
+              f"{numbers(margin)}; predicted from the responses it was solved on: gains "
+              f"{numbers(found.constraint_gain)}, score {found.score_gain:.3f}, KL {found.kl:.3f}; "
+              f"effective sample size {found.ess:.1f} a prompt, 5th percentile {found.ess_p5:.1f}; "
+              f"{found.iterations} evaluations")
+        model = from_checkpoint(policy, c.device)
+        steps, lr = (c.shot_steps, c.shot_lr) if shot else (c.steps, c.lr)
+        plan = recipe(c, label, steps, lr)._replace(key=f"{c.seed}/{stage}")  # all shots draw alike
+        if stage == "mocan":
+            mocan.train_mocan(model, of, found.lam, c.beta, c.group, plan)
+        else:
+            pecan.train_pecan(model, of, found.lam, c.beta, c.group, plan)
+        finish(saved, **to_checkpoint(model), lam=found.lam.tolist(), predicted=found._asdict())
+    return saved
 
 
-def mean_g(sample):
-    """E[g] of a sample, (m,)."""
-    return sample.scores[1:].double().mean(dim=(1, 2))
+def mean_g(of):
+    """E[g] of a Sample, (m,)."""
+    return of.scores[1:].double().mean(dim=(1, 2))
 
 
 def recipe(c, stage, steps, lr):
     return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", c.batch, c.accumulate, c)
 
 
-def draw(c, stage, K):
-    return mocan.Draw(stage, K, f"{c.seed}/{stage}", c.sample_batch, c)
+def sampling(c, stage):
+    return mocan.Recipe(stage, key=f"{c.seed}/{stage}", batch=c.sample_batch, run=c)
 
 
 # ---- what came of it
@@ -380,24 +359,23 @@ def evaluate(c, reference, policies, judges, names, margin, split, tok):
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} evaluation prompts")
     model = from_checkpoint(reference, c.device)
+    plan = sampling(c, "evaluate")  # the same noise for all
     rows = {}
     texts = {}
     for name, saved in {"reference": reference, **policies}.items():
         policy = from_checkpoint(saved, c.device)
-        plan = draw(c, f"evaluate {name}", c.eval_responses)._replace(key=f"{c.seed}/evaluate")
-        pool, logp = mocan.sample_pool(policy, tok, prompts, plan)  # the same noise for all
-        ref_logp = mocan.map_pool(model, pool)
+        pool, logp = mocan.sample_pool(
+            policy, tok, prompts, c.eval_responses, plan._replace(stage=f"evaluate {name}"))
         scores = mocan.score_pool(judges, names, prompts, pool, tok, c.device)
-        sample = mocan.Sample(pool, logp, ref_logp, scores)
+        of = mocan.Sample(pool, logp, mocan.map_pool(model, pool), scores)
         if not rows:
-            ref = sample
+            ref = of
         texts[name] = pool.texts(tok)
-        even = torch.full_like(logp, 1 / c.eval_responses)
-        rows[name] = {**compare(scores, logp - ref_logp, even, ref.scores),
+        rows[name] = {**compare(scores, logp - of.ref_logp, 1 / c.eval_responses, ref.scores),
                       "margin": margin.tolist(), "lam": saved.get("lam", []),
                       "predicted": saved.get("predicted"), "seconds": saved.get("seconds", 0.0)}
     rows["reference"]["seconds"] = 0.0
-    frontier = optima(sample, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
+    frontier = optima(of, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
     if frontier:
         rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}
     write_results(c, rows, frontier, [data.transcript(prompt) for prompt in prompts], texts)
@@ -405,9 +383,9 @@ def evaluate(c, reference, policies, judges, names, margin, split, tok):
 
 
 def compare(scores, log_ratio, weight, ref_scores):
-    """Responses with scores (1+m, N, K), ln π/π_ref (N, K) and weights (N, K), each row's sum 1,
-    against the reference's scores on the same prompts -> gains, KL(π‖π_ref) and their 95 %
-    intervals over prompts (taken as independent), as results.json has them."""
+    """Responses with scores (1+m, N, K), ln π/π_ref (N, K) and weights (N, K), each row's sum 1, or
+    one number for all, against the reference's scores on the same prompts -> gains, KL(π‖π_ref) and
+    their 95 % intervals over prompts (taken as independent), as results.json has them."""
     gain = (weight * scores.double()).sum(2) - ref_scores.double().mean(2)  # (1+m, N)
     kl = (weight * log_ratio).sum(1)  # (N,)
     found = torch.cat([gain, kl[None]])  # (2+m, N)
@@ -451,7 +429,7 @@ def optima(sample, ref, logp, margin, beta):
 def write_results(c, rows, frontier, prompts, texts):
     """results.json, samples.jsonl, and three samples on the screen; texts {policy: N·K}."""
     K = c.eval_responses
-    results = {"config": asdict(c), "policies": rows, "frontier": frontier}
+    results = {"config": vars(c), "policies": rows, "frontier": frontier}
     write(c, "results.json", json.dumps(results, default=torch.Tensor.tolist, indent=1))
     samples = [{"instruction": prompts[i // K], "output": text, "generator": name}
                for name in texts for i, text in enumerate(texts[name])]
@@ -521,7 +499,7 @@ def artifact(c, stage, name, **inputs):
     With it is kept what it was made from: the settings of its stage and of earlier ones, and the
     runs that made its inputs. A file that is not made from the very same is refused.
     """
-    path = f"{c.out}/{name}"
+    path = f"{c.out}/{name.replace(' ', '_')}"
     at = STAGES.index(stage)
     made_from = {what: getattr(c, what) for x in STAGES[:at + 1] for what in REMEMBERED[x].split()}
     for what, x in inputs.items():
@@ -534,7 +512,7 @@ def artifact(c, stage, name, **inputs):
             refuse_others(saved, made_from, remedy)
             return saved
     print(f"\n{stage}: {path}", flush=True)
-    write(c, "run.json", json.dumps({"config": asdict(replace(c, resume=False))}, indent=1))
+    write(c, "run.json", json.dumps({"config": vars(c) | {"resume": False}}, indent=1))
     return {"path": path, "made_from": made_from, "run": c.run, "began": time.time()}
 
 
@@ -576,9 +554,8 @@ def settings(argv):
     base = vars(parser.parse_args(flags.split()))
     if "resume" in given or "start" in given:
         base = continued(parser, given)
-    values = {"run": secrets.token_hex(8), **base, **given}
-    values["data"] = tuple(values.get("data", ()))
-    c = Config(**values)
+    c = Config(**{"run": secrets.token_hex(8), **SETTINGS, **base, **given})
+    c.data = tuple(c.data)
     check(parser, c)
     return c
 
@@ -590,19 +567,16 @@ def build_parser():
         epilog=f"--quick stands for {QUICK}too, --data for {DATA}, --init for {INIT}".replace(
             "%", "%%"),
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
-    for f in SETTINGS:
-        text = f"{comments[f.name]} (default: {f.default})".replace("%", "%%")
-        options = {"dest": f.name, "help": text}
-        if f.type is bool:
-            options["action"] = "store_true"
-        elif f.type is tuple:
-            options |= {"nargs": "+", "action": "extend"}
-        elif f.type in (int, float, str):
-            options["type"] = f.type
-        else:
-            options["choices"] = f.type.__args__  # a Literal's
-        parser.add_argument("--from" if f.name == "start" else f"--{f.name}", **options)
+    parser._negative_number_matcher = dual.NEGATIVE
+    comments = dict(re.findall(r"^    (\w+) = .*  # (.*)$", inspect.getsource(Config), re.M))
+    for name, default in SETTINGS.items():
+        text = f"{comments[name]} (default: {default})".replace("%", "%%")
+        options = {"dest": name, "help": text, "type": type(default), "choices": CHOICES.get(name)}
+        if default is False:
+            options = {"dest": name, "help": text, "action": "store_true"}
+        elif name == "data":
+            options = {"dest": name, "help": text, "nargs": "+", "action": "extend"}
+        parser.add_argument("--from" if name == "start" else f"--{name}", **options)
     return parser
 
 
@@ -613,7 +587,7 @@ def continued(parser, given):
     try:
         with open(path) as file:
             old = json.load(file)["config"]
-        kept = {f.name: old.get(f.name, f.default) for f in fields(Config)}
+        kept = {**SETTINGS, **old}
     except Exception:  # a damaged file raises half a dozen kinds
         parser.error(f"--from and --resume continue a run, but {path} is missing or damaged; "
                      "leave the flag out, which begins anew")
@@ -626,12 +600,11 @@ def continued(parser, given):
 
 
 def check(parser, c):
-    for f in SETTINGS:
-        value = getattr(c, f.name)
-        least = LEAST.get(f.name, math.ulp(0.0))  # above 0
-        if f.type in (int, float) and not least <= value < math.inf:
-            wanted = f"at least {least}" if f.name in LEAST else "above 0"
-            parser.error(f"--{f.name} is {value}; it must be finite, and {wanted}")
+    for name, value in vars(c).items():
+        least = LEAST.get(name, math.ulp(0.0))  # above 0
+        if type(value) in (int, float) and not least <= value < math.inf:
+            wanted = f"at least {least}" if name in LEAST else "above 0"
+            parser.error(f"--{name} is {value}; it must be finite, and {wanted}")
     if c.held_out + c.calibration >= 1:
         parser.error(
             f"--held_out {c.held_out} and --calibration {c.calibration} must add up to less than 1")

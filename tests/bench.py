@@ -289,7 +289,7 @@ def bench_shots(argv):
     def respond(model, text, stage, K):
         """A mocan.Sample of the model's fresh responses; it leaves the run's checkpoint alone."""
         with silent:
-            pool, logp = mocan.sample_pool(model, tok, text, train.draw(c, stage, K)._replace(run=None))
+            pool, logp = mocan.sample_pool(model, tok, text, K, train.sampling(c, stage)._replace(run=None))
         scores = mocan.score_pool({}, names, text, pool, tok, c.device)
         return mocan.Sample(pool, logp, mocan.map_pool(reference, pool), scores)
     ref_eval = respond(reference, held, "evaluate", c.eval_responses).scores

@@ -76,6 +76,102 @@ def test_hh_transcripts_under_the_name_that_the_user_gives(tmp_path):
     assert data.load_preferences([f"safe={jsonl(tmp_path, short)}"]) == [Pair("How?", ("Like this.", "Go away."), {"safe": 0})]
 
 
+def messages(*words):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(words)]
+
+
+LONG = ("Hi", "Hello!", "How?"), ("Like this.", "Go away.")
+SHORT = "Say hi", ("Hello!", "No.")
+LAYOUTS = {
+    "strings": ({"prompt": "Say hi", "chosen": " Hello!", "rejected": "No.\n"}, SHORT),
+    "messages": ({"chosen": messages("Say hi", "Hello!"), "rejected": messages("Say hi", "No.")}, SHORT),
+    "prompt and replies as messages": (
+        {"prompt": messages("Say hi"), "chosen": [{"role": "assistant", "content": "Hello!"}],
+         "rejected": [{"role": "assistant", "content": "No."}]}, SHORT),
+    "UltraFeedback": ({"prompt": "Say hi", "prompt_id": "9f", "messages": messages("Say hi", "Hello!"), "score_chosen": 8.0,
+                       "chosen": messages("Say hi", "Hello!"), "rejected": messages("Say hi", "No.")}, SHORT),
+    "several turns as messages": (
+        {"chosen": messages("Hi", "Hello!", "How?", "Like this."), "rejected": messages("Hi", "Hello!", "How?", "Go away.")},
+        LONG),
+    "several turns in the prompt": ({"prompt": messages("Hi", "Hello!", "How?"), "chosen": "Like this.",
+                                     "rejected": "Go away."}, LONG),
+    "a transcript for a prompt": (
+        {"prompt": HH["chosen"].rpartition("\n\nAssistant:")[0], "chosen": "Like this.", "rejected": "Go away."}, LONG),
+    "a transcript up to the reply for a prompt": (
+        {"prompt": HH["chosen"].rpartition("\n\nAssistant:")[0] + "\n\nAssistant:", "chosen": "Like this.",
+         "rejected": "Go away."}, LONG),
+    "the whole and its first turn": ({"prompt": "Hi", **HH}, LONG),
+    "no leading blank line": ({side: text.removeprefix("\n\n") for side, text in HH.items()}, LONG),
+    "nulls": ({**HH, "prompt": None, "response_0": None, "better_response_id": None}, LONG),
+    "one empty reply": ({"prompt": "Say hi", "chosen": "Hello!", "rejected": ""}, ("Say hi", ("Hello!", ""))),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_every_published_layout_is_the_same_pair(tmp_path, case):
+    row, (prompt, responses) = LAYOUTS[case]
+    assert data.load_preferences([f"safe={jsonl(tmp_path, row)}"]) == [Pair(prompt, responses, {"safe": 0})]
+
+
+def test_nulls_beside_pku_fields_are_no_transcript(tmp_path):
+    assert data.load_preferences([jsonl(tmp_path, {**ROW, "chosen": None, "rejected": None})]) == data.load_preferences(
+        [jsonl(tmp_path, ROW)])
+
+
+NOT_CERTAIN = {
+    "a system message": ({"chosen": [{"role": "system", "content": "Be kind."}, *messages("Say hi", "Hello!")],
+                          "rejected": messages("Say hi", "No.")}, "system"),
+    "another role": ({"prompt": "Say hi", "chosen": [{"role": "tool", "content": "3"}], "rejected": "No."}, "tool"),
+    "no role": ({"prompt": "Say hi", "chosen": [{"from": "gpt", "value": "3"}], "rejected": "No."}, "role"),
+    "no message": ({"prompt": [], "chosen": "Hello!", "rejected": "No."}, "prompt"),
+    "content in parts": ({"prompt": "Say hi", "chosen": [{"role": "assistant", "content": [{"text": "Hello!"}]}],
+                          "rejected": "No."}, "chosen"),
+    "messages that are strings": ({"prompt": ["Say hi"], "chosen": "Hello!", "rejected": "No."}, "prompt"),
+    "no prompt": ({"chosen": "Say hi Hello!", "rejected": "Say hi No."}, "prompt"),
+    "no prompt, replies as messages": ({side: [{"role": "assistant", "content": side}] for side in HH}, "prompt"),
+    "another prompt": ({"prompt": "Say it", **HH}, "does not begin with the prompt"),
+    "another prompt in one": ({"prompt": "Hi", "chosen": HH["chosen"], "rejected": messages("Ho", "No.")},
+                              "rejected does not begin with the prompt"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_CERTAIN)
+def test_a_row_that_may_mean_two_things_is_refused(tmp_path, case):
+    row, reason = NOT_CERTAIN[case]
+    path = jsonl(tmp_path, HH, row)
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([f"safe={path}"])
+    one_line(error, f"{path}:2: ", reason)
+
+
+@pytest.mark.parametrize("pair", [("Same.", "Same."), ("Same. ", "\nSame."), ("", ""), (" ", "\n")])
+def test_pairs_of_one_response_twice_are_skipped_and_counted(tmp_path, capsys, pair):
+    pku = {**ROW, "response_0": pair[0], "response_1": pair[1]}
+    hh = {"prompt": "Say hi", "chosen": pair[0], "rejected": pair[1]}
+    path = jsonl(tmp_path, ROW, pku, ROW, hh)
+    assert len(data.load_preferences([f"safe={path}"])) == 2
+    assert f"{path}: 2 pairs; 2 rows skipped, {path}:2 the first: the two responses are the same" in capsys.readouterr().out
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([f"safe={jsonl(tmp_path, pku, hh)}"])
+    one_line(error, f"{path}: no usable pair; 2 rows skipped, {path}:1 the first: the two responses are the same")
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "pairs"])
+@pytest.mark.parametrize("change", [lambda x: x, gzip.compress, lambda x: b"\xef\xbb\xbf" + x,
+                                    lambda x: gzip.compress(b"\xef\xbb\xbf" + x), lambda x: x.replace(b"\n", b"\r\n")])
+def test_a_file_is_what_it_holds_whatever_its_name(tmp_path, name, change):
+    (tmp_path / name).write_bytes(change(2 * (json.dumps(ROW) + "\n").encode()))
+    assert len(data.load_preferences([str(tmp_path / name)])) == 2
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_array_over_the_file_is_refused_by_name(tmp_path, indent):
+    (tmp_path / "pairs.json").write_text(json.dumps([ROW, ROW], indent=indent))
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([str(tmp_path / "pairs.json")])
+    one_line(error, f"{tmp_path}/pairs.json:1: ", "one object a line, not an array over the file")
+
+
 NOT_ONE_CONVERSATION = {
     "prompts diverge": {**HH, "rejected": HH["rejected"].replace("Hi", "Ho")},
     "one reply earlier": {**HH, "rejected": "\n\nHuman: Hi\n\nAssistant: Hello!"},
@@ -94,9 +190,10 @@ def test_transcripts_that_are_not_one_conversation_are_skipped_and_counted(tmp_p
     path = jsonl(tmp_path, HH, NOT_ONE_CONVERSATION[case], HH)
     assert len(data.load_preferences([f"safe={path}"])) == 2
     said = capsys.readouterr().out
-    assert f"{path}: 1 of 3 rows skipped" in said and said.count("\n") == 1
-    with pytest.raises(ValueError, match="no usable pair"):
-        data.load_preferences([f"safe={jsonl(tmp_path, NOT_ONE_CONVERSATION[case])}"])
+    assert f"{path}: 2 pairs; 1 rows skipped, {path}:2 the first" in said and said.count("\n") == 1
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([f"safe={jsonl(tmp_path, '', *2 * [NOT_ONE_CONVERSATION[case]])}"])
+    one_line(error, f"{path}: no usable pair; 2 rows skipped, {path}:2 the first: not one conversation")
 
 
 @pytest.mark.parametrize("name, prefers", [("helpful", 1), ("polite", 0)])
@@ -115,10 +212,10 @@ BAD_ROWS = {
     "broken JSON": ('{"prompt": "How?"', "not a JSON object"),
     "not an object": ([1, 2], "list"),
     "a bare string": ('"text"', "str"),
-    "missing prompt": (without(ROW, "prompt"), "'prompt' is missing or not a string"),
-    "missing response": (without(ROW, "response_1"), "'response_1' is missing or not a string"),
-    "prompt of the wrong type": ({**ROW, "prompt": 5}, "'prompt' is missing or not a string"),
-    "response of the wrong type": ({**ROW, "response_0": None}, "'response_0' is missing or not a string"),
+    "missing prompt": (without(ROW, "prompt"), "'prompt' is missing"),
+    "missing response": (without(ROW, "response_1"), "'response_1' is missing or wrong"),
+    "prompt of the wrong type": ({**ROW, "prompt": 5}, "'prompt' is missing or wrong"),
+    "response of the wrong type": ({**ROW, "response_0": None}, "'response_0' is missing or wrong"),
     "id 2": ({**ROW, "better_response_id": 2}, "better_response_id is 2; expected 0 or 1"),
     "id -1": ({**ROW, "safer_response_id": -1}, "safer_response_id is -1; expected 0 or 1"),
     "id as text": ({**ROW, "better_response_id": "0"}, "better_response_id is '0'; expected 0 or 1"),
@@ -140,9 +237,9 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, case):
 
 
 BAD_HH = {
-    "no reply": ({"chosen": "Hi", "rejected": "Ho"}, "differ after the last"),
-    "missing rejected": (without(HH, "rejected"), "'rejected' is missing or not a string"),
-    "chosen of the wrong type": ({**HH, "chosen": 3}, "'chosen' is missing or not a string"),
+    "no reply": ({"chosen": "Hi", "rejected": "Ho"}, "'prompt' is missing, and chosen is no transcript"),
+    "missing rejected": (without(HH, "rejected"), "'rejected' is missing or wrong"),
+    "chosen of the wrong type": ({**HH, "chosen": 3}, "'chosen' is missing or wrong"),
 }
 
 
@@ -186,10 +283,6 @@ def test_a_missing_file_is_named(tmp_path):
         one_line(error, spec.removeprefix("safe="), "cannot be read")
 
 
-def spoil_header(content):
-    return b"no gzip" + content
-
-
 def spoil_middle(content):
     return content[:20] + bytes(255 - b for b in content[20:40]) + content[40:]
 
@@ -198,7 +291,7 @@ def spoil_end(content):
     return content[:-12]
 
 
-@pytest.mark.parametrize("spoil", [spoil_header, spoil_middle, spoil_end])
+@pytest.mark.parametrize("spoil", [spoil_middle, spoil_end])
 def test_a_broken_gzip_is_named(tmp_path, spoil):
     path = tmp_path / "pairs.jsonl.gz"
     lines = "".join(json.dumps({**ROW, "prompt": f"{random.Random(i).random()}"}) + "\n" for i in range(200))

@@ -252,7 +252,7 @@ def test_reachable_is_its_definition_for_one_constraint_and_several():
     expected = [sum(max(row) - sum(map(sum, plane)) / 35 for row in plane) / 5 for plane in g.tolist()]
     assert dual.reachable(g).tolist() == pytest.approx(expected, abs=1e-12)
     for one in (g[1], g[1].numpy(), g[1][None]):
-        assert dual.reachable(one).tolist() == pytest.approx(expected[1:2], abs=1e-12)
+        assert dual.reachable(one).flatten().tolist() == pytest.approx(expected[1:2], abs=1e-12)
     assert dual.reachable((100 * g).int()).tolist() == pytest.approx(dual.reachable((100 * g).int().double()).tolist())
 
 
@@ -528,13 +528,20 @@ def test_log_probabilities_of_another_shape_are_one_line(tmp_path, cli):
     ref, logp_r, logp_g = (rand(i, 6, 6).numpy() for i in range(3))
     np.savez(tmp_path / "in.npz", ref_logp=ref[0], logp_r=logp_r, logp_g=logp_g)  # would broadcast
     code, out, err = cli(tmp_path / "in.npz", "--margin", "10%", "--beta", 1)
-    assert code == 1 and out == "" and err.count("\n") == 1 and "in.npz: ref_logp (6,) and logp_r (6, 6) must both" in err
+    assert code == 1 and out == "" and err.count("\n") == 1 and "in.npz: ref_logp is" in err and "(6,)" in err
 
 
-def test_unsigned_integers_are_one_line(tmp_path, cli):
-    np.savez(tmp_path / "in.npz", score=np.arange(12, dtype=np.uint16).reshape(3, 4), constraint=rand(1, 3, 4).numpy())
-    code, out, err = cli(tmp_path / "in.npz", "--margin", "10%", "--beta", 1)
-    assert code == 1 and out == "" and err.count("\n") == 1 and "UInt16" in err
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint64, np.int8, np.int32, np.float16, np.float32])
+def test_every_real_kind_of_number_is_read(tmp_path, cli, dtype):
+    r, g = np.arange(12).reshape(3, 4) % 5, np.arange(12)[::-1].reshape(3, 4) % 7
+    found = []
+    for kind in (np.float64, dtype):
+        for names in (("score", "constraint"), ("logp_r", "logp_g")):
+            np.savez(tmp_path / "in.npz", ref_logp=np.full((3, 4), 3, kind), **dict(zip(names, (r.astype(kind), g.astype(kind)))))
+            code, out, _ = cli(tmp_path / "in.npz", "--margin", "30%", "--beta", 1, "--json")
+            assert code == 0
+            found += json.loads(out)["lam"]
+    assert found[0] > 0.05 and found == pytest.approx(found[:1] * 4, rel=1e-2 if dtype == np.float16 else 1e-6)
 
 
 @pytest.mark.parametrize("pairs", [
@@ -544,7 +551,7 @@ def test_bad_pairs_are_one_line(tmp_path, cli, pairs):
     np.savez(tmp_path / "in.npz", score=rand(0, 3, 4).numpy(), constraint=rand(1, 3, 4).numpy(), pairs=np.array(pairs))
     code, out, err = cli(tmp_path / "in.npz", "--margin", "60%", "--beta", 1, "--write", tmp_path / "out.npz")
     assert code == 1 and out == "" and err.count("\n") == 1, (out, err)
-    assert err.startswith("dual.py: error: pairs must be whole numbers (P, 3)")
+    assert err.startswith("dual.py: error: pairs, of ") and "must be whole numbers (P, 3)" in err
     assert not (tmp_path / "out.npz").exists()
     assert cli(tmp_path / "in.npz", "--margin", "60%", "--beta", 1)[0] == 0  # unread, they do no harm
 

@@ -333,7 +333,7 @@ def test_map_pool_equals_direct_calls_in_any_batch_size(monkeypatch):
 
 def test_sample_pool_keeps_responses_with_their_prompts():
     model = tiny()
-    pool, logp = mocan.sample_pool(model, DIGITS, ["123", "4", "51"], mocan.Draw("offline", 5, "0", 4))
+    pool, logp = mocan.sample_pool(model, DIGITS, ["123", "4", "51"], 5, mocan.Recipe("offline", key="0", batch=4))
     assert pool.tokens.shape[:2] == logp.shape == (3, 5)
     for n, prompt in enumerate([[1, 2, 3], [4], [5, 1]]):
         assert (pool.tokens[n, :, :len(prompt)] == torch.tensor(prompt)).all()
@@ -552,7 +552,7 @@ def test_train_mocan_approaches_the_exact_optimum_of_an_enumerable_case(group):
     assert ref.exp().sum(dim=1).tolist() == pytest.approx([1] * 4, abs=1e-5)
     r, g = 0.7 * torch.randn(4, 31), 0.7 * torch.randn(m, 4, 31)
 
-    pool, ref_logp = mocan.sample_pool(reference, DIGITS, ["1", "2", "34", "51"], mocan.Draw("offline", K, "7", 2048))
+    pool, ref_logp = mocan.sample_pool(reference, DIGITS, ["1", "2", "34", "51"], K, mocan.Recipe("offline", key="7", batch=2048))
     which = torch.tensor([[responses.index(y[on].tolist()) for y, on in zip(*row)] for row in zip(*pool)])  # (4, K)
     score, constraint = r.gather(1, which), g.gather(2, which.expand(m, -1, -1))
     found = dual.solve(score, constraint, 0.35 * dual.reachable(constraint).min(), beta)
@@ -643,7 +643,7 @@ def sampled(prompt_limit):
     """Three responses of a policy to each of two prompts of 5 and 11 bytes, template and space included."""
     tok, prompts = open_tokenizer([], prompt_limit, 4), ["ab", "abcdefgh"]
     model = tiny(vocab_size=tok.encoding.n_vocab, sharp=2.0, block_size=prompt_limit + 4)
-    return model, tok, prompts, *mocan.sample_pool(model, tok, prompts, mocan.Draw("evaluate", 3, "0", 64))
+    return model, tok, prompts, *mocan.sample_pool(model, tok, prompts, 3, mocan.Recipe("evaluate", key="0", batch=64))
 
 
 def test_the_reference_measured_against_itself(capsys):
@@ -735,7 +735,7 @@ def test_evaluation_compares_every_policy_with_the_reference_on_its_own_response
     judges = {name: tiny(seed, score_head=True) for seed, name in enumerate(names, start=5)}
     tok = SimpleNamespace(**{**vars(DIGITS), "encoding": SimpleNamespace(
         encode_ordinary=DIGITS.encoding.encode_ordinary, decode=lambda ids: "".join(map(str, ids)))})
-    prompts, draw, margin = ["1", "23", "4", "51"], mocan.Draw("evaluate", 64, "0/evaluate", 100), f64(0.001)
+    prompts, plan, margin = ["1", "23", "4", "51"], mocan.Recipe("evaluate", key="0/evaluate", batch=100), f64(0.001)
     saved = {"reference": {**to_checkpoint(reference), "seconds": 2.0},
              "other": {**to_checkpoint(other), "lam": [0.4], "seconds": 3.0}}
     c = SimpleNamespace(device="cpu", seed=0, beta=beta, eval_prompts=4, eval_responses=64, sample_batch=100,
@@ -754,7 +754,7 @@ def test_evaluation_compares_every_policy_with_the_reference_on_its_own_response
 
     found = {}
     for name, policy in (("reference", reference), ("other", other)):
-        pool, logp = mocan.sample_pool(policy, tok, prompts, draw)
+        pool, logp = mocan.sample_pool(policy, tok, prompts, 64, plan)
         scores = torch.stack([torch.stack([judges[x].score(t, m) for t, m in zip(*pool)]) for x in names]).detach().double()
         ref_logp = torch.stack([sequence_logprob(reference, t, m) for t, m in zip(*pool)]).detach()
         found[name] = scores, (logp - ref_logp).mean().item(), pool, logp, ref_logp
@@ -882,20 +882,21 @@ def test_scores_that_are_never_wrong_have_no_temperature(lead):
 
 
 def test_what_is_said_of_a_score_by_hand(capsys):
-    """Against a grid of the likelihood and the delta method's error with every pair a conversation of its own."""
+    """Every pair a conversation of its own; τ within its error, by Fisher's information, of the truth."""
     P = 3000
     score = torch.randn(P, 2, dtype=torch.float64)
     prefers = torch.bernoulli(torch.sigmoid(0.7 * (score[:, 1] - score[:, 0]))).long()
     by_choice = torch.stack([score.gather(1, prefers[:, None])[:, 0], score.gather(1, 1 - prefers[:, None])[:, 0]], dim=1)
     mocan.say_agreement("safe", by_choice, Preferences(None, None, [*range(P)]))
-    right, error, tau, tau_error = map(float, re.search(
-        r"safe: ([\d.]+)% ± ([\d.]+)% of 3000 pairs right; τ = ([\d.]+) ± ([\d.]+);", capsys.readouterr().out).groups())
+    right, error, tau = map(float, re.search(
+        r"safe: ([\d.]+)% ± ([\d.]+)% of 3000 pairs right; τ = ([\d.]+);", capsys.readouterr().out).groups())
     share = (score.argmax(dim=1) == prefers).double().mean().item()
     assert right == pytest.approx(100 * share, abs=0.06)
     assert error == pytest.approx(196 * (share * (1 - share) / P) ** 0.5, abs=0.06)
     lead = score.gather(1, prefers[:, None])[:, 0] - score.gather(1, 1 - prefers[:, None])[:, 0]
     p = torch.sigmoid(-tau * lead)
-    assert tau == pytest.approx(0.7, abs=2 * tau_error)
-    assert tau_error == pytest.approx(1.96 / (p * (1 - p) * lead ** 2).sum().item() ** 0.5, rel=0.1)  # Fisher's information
+    assert tau == pytest.approx(0.7, abs=4 / (p * (1 - p) * lead ** 2).sum().item() ** 0.5)
+    mocan.say_agreement("safe", torch.tensor([[1.0, 1.0], [2.0, 1.0]]), Preferences(None, None, [0, 1]))
+    assert "safe: 75.0% ±" in capsys.readouterr().out  # a tie is half right
 
 

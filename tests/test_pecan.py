@@ -262,7 +262,7 @@ def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys, monkeypatch):
         monkeypatch.setattr(mocan, "SCORED", batch)
         assert pecan.calibrate_policy(policy, "safe", held_out, 0.5) == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
-    assert f"safe, calibration: {right:.1%} ± " in said and f"of 60 pairs right; τ = {expected:.3f} ± " in said
+    assert f"safe, calibration: {right:.1%} ± " in said and f"of 60 pairs right; τ = {expected:.3f}; " in said
     always_right = preferences(pool, (implicit[:, 1] > implicit[:, 0]).long(), reference)
     with pytest.warns(UserWarning, match="no temperature fits the safe scores on 60 calibration pairs"):
         assert pecan.calibrate_policy(policy, "safe", always_right, 0.5) == 1.0

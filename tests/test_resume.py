@@ -47,7 +47,9 @@ def kept(path):
     saved = torch.load(path, weights_only=True)
     del saved["seconds"]
     run = saved.pop("run")
-    return {**saved, "made_from": {what: "this run" if x == run else x for what, x in saved["made_from"].items()}}
+    made_from = {what: "this run" if run in (x, *(x if isinstance(x, list) else ())) else x
+                 for what, x in saved["made_from"].items()}
+    return {**saved, "made_from": made_from}
 
 
 def same(x, y):
@@ -217,7 +219,7 @@ def test_checkpoints_take_two_per_cent_of_the_time_at_most(tmp_path, monkeypatch
         now[0] += writing  # a large model on a slow disk, or a small one
     monkeypatch.setattr(mocan, "save", save)
     run = train.Config(out=str(tmp_path), run="run", checkpoint_every=every)
-    progress = mocan.Progress(mocan.Draw("stage", 1, "0", run=run), 10001)
+    progress = mocan.Progress(mocan.Recipe("stage", 10001, run=run))
     for _ in range(10000):
         now[0] += 1.0
         progress.report(None)
@@ -230,15 +232,14 @@ def test_checkpoints_take_two_per_cent_of_the_time_at_most(tmp_path, monkeypatch
 
 
 def test_a_checkpoint_of_another_run_or_stage_is_not_taken(tmp_path):
-    def draw(stage, run, resume):
-        return mocan.Draw(stage, 1, "0", run=train.Config(out=str(tmp_path), run=run, resume=resume))
-    assert mocan.restore(draw("mocan", "this", True)) == {}
-    mocan.keep(draw("mocan", "this", False), {"x": 1})
-    assert mocan.restore(draw("mocan", "this", True))["x"] == 1
-    assert mocan.restore(draw("pecan", "this", True)) == {}
-    assert mocan.restore(draw("mocan", "other", True)) == {}
-    assert mocan.restore(draw("mocan", "this", False)) == {}
-    assert mocan.restore(mocan.Draw("mocan", 1, "0")) == {}
+    def loop(stage, run, resume):
+        return mocan.Progress(mocan.Recipe(stage, 9, run=train.Config(out=str(tmp_path), run=run, resume=resume)))
+    assert loop("mocan", "this", True).done == []
+    loop("mocan", "this", False).report("a batch")
+    assert loop("mocan", "this", True).done == ["a batch"]
+    for other in (("pecan", "this", True), ("mocan", "other", True), ("mocan", "this", False)):
+        assert loop(*other).done == []
+    assert mocan.Progress(mocan.Recipe("mocan", 9)).done == []
 
 
 # ---- a full disk
@@ -351,7 +352,7 @@ def copied(finished, tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--sft_steps", 15], "sft_steps 20, not 15"), ([], r"input reference \w+, not \w+")])
+    (["--sft_steps", 15], "sft_steps 20, not 15"), ([], r"input policy \w+, not \w+")])
 def test_a_new_reference_refuses_old_samples(copied, finished, monkeypatch, flags, said):
     """A run killed after reference.pt, then --from mocan: other settings, or the same and another run."""
     before = (copied / "reference.pt").read_bytes()
@@ -373,7 +374,7 @@ def test_a_file_of_another_run_is_refused_whatever_its_settings(copied, finished
     job(*TINY, "--sft_steps", 20, "--algo", "mocan", "--data", finished / "pairs.jsonl", "--out", tmp_path / "other")
     assert same_weights(tmp_path / "other", copied, "reference.pt")
     for name, said in (("reference.pt", r"reference\.pt: made with input tokenizer \w+, not \w+; .* --from reference$"),
-                       ("tokenizer.pt", r"offline\.pt: made with input reference \w+, not \w+; .* --from offline$")):
+                       ("tokenizer.pt", r"score_helpful\.pt: made with input reference \w+, not \w+; .* --from scores$")):
         shutil.copy(tmp_path / "other" / name, copied / name)
         with pytest.raises(ValueError, match=said):
             job("--from", "mocan", "--out", copied)
@@ -384,9 +385,9 @@ def test_a_file_of_another_run_is_refused_whatever_its_settings(copied, finished
 
 
 REMADE = {  # what another run made again: the artifact that this refuses, and what that calls it
-    "tokenizer": ("reference", "tokenizer"), "reference": ("offline", "reference"), "offline": ("offline_scores", "offline"),
-    "score_helpful": ("offline_scores", "score_helpful"), "score_safe": ("offline_scores", "score_safe"),
-    "offline_scores": ("mocan", "scores")}
+    "tokenizer": ("reference", "tokenizer"), "reference": ("score_helpful", "reference"),
+    "offline": ("offline_scores", "samples"), "score_helpful": ("offline_scores", "scorers"),
+    "score_safe": ("offline_scores", "scorers"), "offline_scores": ("mocan", "scores")}
 
 
 @pytest.mark.parametrize("name", REMADE)
@@ -394,7 +395,7 @@ def test_what_another_run_made_again_refuses_all_that_was_made_from_it(copied, n
     child, what = REMADE[name]
     saved = torch.load(copied / f"{name}.pt", weights_only=True)
     torch.save({**saved, "run": "another"}, copied / f"{name}.pt")
-    with pytest.raises(ValueError, match=rf"/{child}\.pt: made with input {what} \w+, not another; make it with --from "):
+    with pytest.raises(ValueError, match=rf"/{child}\.pt: made with input {what} \W*\w+.*, not .*another.*; make it with --from "):
         job("--from", "evaluate", "--out", copied)
 
 
@@ -487,8 +488,8 @@ def test_a_gradient_that_is_not_finite_stops_at_the_next_look_and_is_written_now
 
 @pytest.mark.parametrize("line, said", [
     ("[" * 100000, "not a JSON object"), ('{"prompt": ' + "1" * 100000 + "}", "not a JSON object"),
-    ('{"prompt": 1e999}', "'prompt' is missing or not a string"),
-    ('{"a": NaN}', "'prompt' is missing or not a string"), ("\ufeff\ufeff{}", "not a JSON object"), ("\x00", "not a JSON object"),
+    ('{"prompt": 1e999}', "is missing or wrong"),
+    ('{"a": NaN}', "is missing or wrong"), ("\ufeff\ufeff{}", "not a JSON object"), ("\x00", "not a JSON object"),
 ])
 def test_a_strange_line_is_named_by_file_and_number(tmp_path, line, said):
     path = tmp_path / "pairs.jsonl"
@@ -558,9 +559,9 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(copied, tmp_path, monkeypa
 def test_a_foreign_checkpoint_is_one_line(copied, saved):
     torch.save(saved, copied / "reference.pt")
     with pytest.raises(ValueError) as error:
-        job("--from", "offline", "--out", copied)
+        job("--from", "scores", "--out", copied)
     assert "\n" not in str(error.value) and str(error.value).startswith(f"{copied / 'reference.pt'}: ")
-    with pytest.raises(ValueError, match=r"/(reference|offline)\.pt: ") as error:
+    with pytest.raises(ValueError, match=r"/(reference|score_helpful|offline)\.pt: ") as error:
         job("--from", "mocan", "--out", copied)
     assert "\n" not in str(error.value)
 
@@ -584,7 +585,8 @@ def test_mutated_inputs_are_read_or_refused_in_one_line(tmp_path, capsys):
     """19,000 of them: ValueError and nothing else, none for long, none with much memory."""
     sentence = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: How?\n\nAssistant: "
     lines = [*rows(2), *rows(1, is_response_0_safe=True, is_response_1_safe=False),
-             {"chosen": sentence + "So.", "rejected": sentence + "No."}]
+             {"chosen": sentence + "So.", "rejected": sentence + "No."},
+             {"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", "content": "Hello!"}], "rejected": "No."}]
     text = "".join(json.dumps(row) + "\n" for row in lines).encode()
     tiny = model.GPT(model.GPTConfig(40, 8, 1, 1, 4))
     began = train.artifact(train.Config(out=str(tmp_path), run="this"), "reference", "seed.pt", tokenizer={"run": "this"})
@@ -598,7 +600,7 @@ def test_mutated_inputs_are_read_or_refused_in_one_line(tmp_path, capsys):
         (1500, (tmp_path / "seed.pt").read_bytes(), "x.pt", lambda path: model.from_checkpoint(
             train.artifact(later, "reference", "x.pt", tokenizer={"run": "this"}))),
         (1000, (tmp_path / "seed.npz").read_bytes(), "x.npz", lambda path: dual.solve(
-            *map(dual.read_npz(path, 1.0).get, ("score", "constraint")), [0.01], 1.0)),
+            *dual.read_npz(path, 1.0)[1:], [0.01], 1.0)),
     ]
     draw, read, slowest = random.Random(0), 0, 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

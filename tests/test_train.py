@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -93,7 +92,7 @@ def test_the_quick_run_succeeds(quick):
 def test_results_hold_what_readers_rely_on(quick):
     results = json.loads((quick[1] / "results.json").read_text(encoding="utf-8"))
     assert set(results) == {"config", "policies", "frontier"}
-    assert set(results["config"]) == {f.name for f in fields(train.Config)} and results["config"]["quick"] is True
+    assert set(results["config"]) == {*train.SETTINGS, "run"} and results["config"]["quick"] is True
     b = results["policies"]["mocan"]["margin"]
     assert len(b) == 1
     assert list(results["policies"]) == [*POLICIES, "optimum"]
@@ -152,7 +151,7 @@ def test_the_table_has_a_row_for_every_policy_and_the_optimum(quick):
 def test_settings_and_three_samples_of_every_policy_are_printed(quick):
     text, (_, out) = quick[0].stdout, quick
     said = json.loads(text.splitlines()[0].removeprefix("settings: "))
-    assert said["margin"] == "50%" and set(said) == {f.name for f in fields(train.Config)}
+    assert said["margin"] == "50%" and set(said) == {*train.SETTINGS, "run"}
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     headings = [f"\n  {prompt}\n" for prompt in {row["instruction"] for row in rows}]
     shown = [text.index(heading) for heading in headings if heading in text]
@@ -169,13 +168,12 @@ def test_progress_says_rate_loss_and_time_left_without_control_characters(quick)
 
 def test_every_stage_leaves_its_artifact(quick):
     tensors = {"reference.pt", "offline.pt", "offline_scores.pt", "dpo-helpful.pt", "dpo-harmless.pt",
-               "mocan.pt", "pecan.pt"}
+               "prealign_scores.pt", "mocan.pt", "pecan.pt"}
     others = {"run.json", "tokenizer.pt", "results.json", "samples.jsonl", "lock"}
     assert set(os.listdir(quick[1])) == tensors | others
     saved = {name: load(quick[1] / name, "") for name in tensors}
     assert all(x["made_from"]["quick"] is True and x["seconds"] > 0 for x in saved.values())
-    assert all(saved[f"dpo-{name}.pt"]["implicit"].shape == saved["offline.pt"]["ref_logp"].shape
-               for name in ("helpful", "harmless"))
+    assert saved["prealign_scores.pt"]["scores"].shape == saved["offline_scores.pt"]["scores"].shape
     pieces = load(quick[1] / "tokenizer.pt", "")["pieces"]
     assert pieces and all(isinstance(piece, str) for piece in pieces)
 
@@ -261,8 +259,8 @@ def test_a_policy_of_another_margin_is_not_evaluated(tiny_copy):
         job("--from", "evaluate", "--out", tiny_copy)
 
 
-INPUTS = {"tokenizer": "data", "reference": "tokenizer", "offline": "reference", "offline_scores": "offline",
-          "dpo-helpful": "offline", "mocan": "scores", "pecan": "dpo-harmless"}
+INPUTS = {"tokenizer": "data", "reference": "tokenizer", "offline": "policy", "offline_scores": "samples",
+          "dpo-helpful": "reference", "prealign_scores": "scorers", "mocan": "scores", "pecan": "policy"}
 
 
 @pytest.mark.parametrize("name, parent", INPUTS.items())
@@ -286,22 +284,24 @@ def test_an_artifact_says_which_runs_made_its_inputs(tiny):
     assert len(run) > 8 and all(x["run"] == run for x in saved.values())
     inputs = {name: {key.removeprefix("input ") for key in x["made_from"] if key.startswith("input ")}
               for name, x in saved.items()}
-    assert inputs == {"tokenizer": {"data"}, "reference": {"tokenizer"}, "offline": {"reference"},
-                      "offline_scores": {"offline"}, "dpo-helpful": {"offline"}, "dpo-harmless": {"offline"},
-                      "mocan": {"b", "scores"}, "pecan": {"b", "dpo-helpful", "dpo-harmless"}}
+    scores, policy = {"samples", "scorers"}, {"policy", "scores", "b"}
+    assert inputs == {"tokenizer": {"data"}, "reference": {"tokenizer"}, "offline": {"policy"}, "offline_scores": scores,
+                      "dpo-helpful": {"reference"}, "dpo-harmless": {"reference"}, "prealign_scores": scores,
+                      "mocan": policy, "pecan": policy}
+    assert saved["prealign_scores"]["made_from"]["input scorers"] == [run, run]
 
 
 def test_a_reference_of_ones_own_is_taken(tiny, tiny_copy):
     """It says nothing of where it comes from; when it was written stands for its run."""
     saved = torch.load(tiny / "reference.pt", weights_only=True)
     torch.save({name: saved[name] for name in ("config", "weights")}, tiny_copy / "reference.pt")
-    with pytest.raises(ValueError, match=r"offline\.pt: made with input reference \w+, not [\d.]+; .* --from offline$"):
+    with pytest.raises(ValueError, match=r"offline\.pt: made with input policy \w+, not [\d.]+; .* --from offline$"):
         job("--from", "mocan", "--out", tiny_copy)
     job("--from", "offline", "--out", tiny_copy)
     assert numbers(tiny_copy) == numbers(tiny)
     job("--from", "evaluate", "--out", tiny_copy)  # again and again, as long as it stays
     os.utime(tiny_copy / "reference.pt", (1, 1))
-    with pytest.raises(ValueError, match=r"offline\.pt: made with input reference [\d.]+, not 1\.0; .* --from offline$"):
+    with pytest.raises(ValueError, match=r"offline\.pt: made with input policy [\d.]+, not 1\.0; .* --from offline$"):
         job("--from", "mocan", "--out", tiny_copy)
 
 
@@ -335,7 +335,7 @@ def test_a_second_shot_starts_from_the_first_and_has_a_row(tiny, tmp_path):
     for name in ("mocan", "pecan"):  # a first shot that another run made
         whole = (tmp_path / f"{name}.pt").read_bytes()
         torch.save({**torch.load(tmp_path / f"{name}.pt", weights_only=True), "run": "another"}, tmp_path / f"{name}.pt")
-        with pytest.raises(ValueError, match=rf"{name}_shot_2\.pt: made with input start \w+, not another; .* --from {name}$"):
+        with pytest.raises(ValueError, match=rf"{name}_shot_2_responses\.pt: made with input policy \w+, not another; .* --from {name}$"):
             job("--from", "evaluate", "--out", tmp_path)
         (tmp_path / f"{name}.pt").write_bytes(whole)
 
@@ -359,7 +359,7 @@ def test_the_frontier_goes_from_no_constraint_through_the_optimum(quick):
 def test_progress_has_a_line_at_once_every_ten_seconds_and_at_the_end(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(mocan.time, "monotonic", lambda: now[0])
-    progress = mocan.Progress(mocan.Draw("stage", 1, ""), 250)
+    progress = mocan.Progress(mocan.Recipe("stage", 250))
     for step in range(1, 251):
         now[0] = 0.125 * step  # 31.25 s in all
         progress.report(None)
@@ -408,7 +408,7 @@ def test_real_data_end_to_end(read_shared, tmp_path, capsys):
     said, results = capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())
     assert "constraints: safe" in said and list(results["policies"])[2] == "dpo-safe"
     for name in ("helpful", "safe"):
-        assert re.search(rf"{name}, evaluation: [\d.]+% ± [\d.]+% of \d+ pairs right; τ = [\d.]+ ± ", said)
+        assert re.search(rf"{name}, evaluation: [\d.]+% ± [\d.]+% of \d+ pairs right; τ = [\d.]+; ", said)
     assert re.search(r"\d+ of \d+ prompts lost their beginning", said)
     parts = re.search(r"(\d+) training, (\d+) calibration and (\d+) evaluation pairs", said)
     assert sum(map(int, parts.groups())) == 120
@@ -479,7 +479,7 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
     spy(train.pecan, "prealign", lambda policy, a, b, *_: (on("pre 0", a.pool), on("pre 1", b.pool)))
     spy(mocan, "learn_score", lambda model, name, a, b, c, *_: [on(f"learn {i}", x.pool) for i, x in enumerate((a, b, c))])
     spy(train.pecan, "calibrate_policy", lambda policy, name, a, *_: on("pre 1", a.pool))
-    spy(train.mocan, "sample_pool", lambda policy, tok, prompts, draw: seen.setdefault(draw.stage, set()).add(
+    spy(train.mocan, "sample_pool", lambda policy, tok, prompts, K, recipe: seen.setdefault(recipe.stage, set()).add(
         group_of(prompts)))
     count = {len(split.calibration): "calibration", len(split.evaluation): "evaluation", len(split.train): "train"}
     assert len(count) == 3
@@ -490,7 +490,7 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
     assert seen["sft"] == seen["judge"] == seen["learn 0"] == seen["pre 0"] == {"train"}
     assert seen["sft stops"] == seen["judge stops"] == seen["learn 1"] == seen["pre 1"] == {"calibration"}
     assert seen["learn 2"] == {"evaluation"}
-    assert seen["offline"] == seen["mocan shot 2, responses"] == {"train"}
+    assert seen["offline"] == seen["mocan shot 2 responses"] == {"train"}
     assert seen["evaluate reference"] == seen["evaluate mocan"] == {"evaluation"}
     assert set(seen["calibrated_loss"]) == {"calibration"} and set(seen["calibrate"]) == {"calibration", "evaluation"}
     assert seen["calibrate"].count("evaluation") == 2  # what is said of the two judges, and used for nothing
@@ -643,7 +643,8 @@ def test_a_preference_may_have_any_name(tmp_path, name):
     job(*TINY, "--sft_steps", 5, "--algo", "mocan", "--margin", "0", "--out", tmp_path / "out", "--accumulate", 1, "--data",
         f"helpful={path}", f"{name}={path}")
     made_from = torch.load(tmp_path / "out" / "offline_scores.pt", weights_only=True)["made_from"]
-    assert {"input offline", "input score_helpful", f"input score_{name}"} <= made_from.keys()
+    assert len(made_from["input scorers"]) == 2
+    assert (tmp_path / "out" / f"score_{name}.pt").exists()
 
 
 def test_alternating_rows_of_two_preferences_keep_both(tmp_path, monkeypatch):
@@ -677,7 +678,7 @@ def test_a_margin_that_only_pecans_scores_cannot_reach_keeps_the_table(tiny_copy
     results = json.loads((tiny_copy / "results.json").read_text())
     assert list(results["policies"]) == [*POLICIES[:-1], "optimum"]
     out = capsys.readouterr().out
-    assert re.search(r"no PeCAN policy, by its implicit scores: margin \[0\.\d+\] is out of reach .* is \[0\.0\]; lower", out)
+    assert re.search(r"no policy pecan, by its scores: margin \[0\.\d+\] is out of reach .* is \[0\.0\]; lower", out)
     job("--from", "evaluate", "--out", tiny_copy)
     assert list(json.loads((tiny_copy / "results.json").read_text())["policies"]) == [*POLICIES[:-1], "optimum"]
     with pytest.raises(dual.Infeasible):  # alone, there is no table to save
@@ -851,8 +852,8 @@ NOT_REMEMBERED = set("start out resume checkpoint_every algo device export batch
 def test_every_setting_is_remembered_by_one_stage_or_deliberately_not():
     remembered = [name for names in train.REMEMBERED.values() for name in names.split()]
     assert len(set(remembered)) == len(remembered) and list(train.REMEMBERED) == list(train.STAGES[:-1])
-    assert {*remembered} | NOT_REMEMBERED == {f.name for f in fields(train.Config)} and not {*remembered} & NOT_REMEMBERED
-    assert train.LEAST.keys() <= {f.name for f in train.SETTINGS}
+    assert {*remembered} | NOT_REMEMBERED == {*train.SETTINGS, "run"} and not {*remembered} & NOT_REMEMBERED
+    assert train.LEAST.keys() <= train.SETTINGS.keys() >= train.CHOICES.keys()
 
 
 def test_help_names_every_setting_with_its_comment_and_default(capsys):
@@ -860,13 +861,11 @@ def test_help_names_every_setting_with_its_comment_and_default(capsys):
         train.settings(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    comments = re.findall(r"^    (\w+): .*  # (.+)$", source("train"), re.MULTILINE)
-    assert {f.name for f in fields(train.Config)} <= {name for name, _ in comments}
-    for f in train.SETTINGS:
-        help = dict(comments[:len(fields(train.Config))])[f.name]
-        flag = "--from" if f.name == "start" else f"--{f.name}"
-        assert re.search(rf"{re.escape(flag)} .*?{re.escape(f'{help} (default: {f.default})')}", text), f.name
-    assert [f.name for f in fields(train.Config) if f not in train.SETTINGS] == ["run"]
+    comments = re.findall(r"^    (\w+) = .*  # (.+)$", source("train"), re.MULTILINE)
+    assert [name for name, _ in comments[:len(train.SETTINGS)]] == [*train.SETTINGS]
+    for (name, comment), default in zip(comments, train.SETTINGS.values()):
+        flag = "--from" if name == "start" else f"--{name}"
+        assert re.search(rf"{re.escape(flag)} .*?{re.escape(f'{comment} (default: {default})')}", text), name
     for preset in (train.DATA, train.INIT):
         assert " ".join(preset.split()) in text
 
@@ -884,7 +883,7 @@ def test_presets_are_flags_that_the_command_line_knows():
         assert train.settings(preset.split())
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(train.Config)])
+@pytest.mark.parametrize("name", [*train.SETTINGS, "run"])
 def test_every_setting_is_read_somewhere(name):
     used = r"\"quick\" in given" if name == "quick" else rf"\b(c|run)\.{name}\b"
     assert any(re.search(used, source(module)) for module in MODULES)
