@@ -77,14 +77,6 @@ class Preferences(NamedTuple):
     """The pairs that hold one preference, as tensors."""
     pool: Pool              # (P, 2, T) chosen, rejected
     ref_logp: torch.Tensor  # (P, 2) ln π_ref of these; 0 where nothing asks for it
-    talks: list             # P conversations
-
-    def half_width(self, x):
-        """Of the 95 % interval of x's mean (P,), over conversations: their pairs hang together."""
-        sums = Counter()
-        for talk, deviation in zip(self.talks, (x - x.mean()).tolist()):
-            sums[talk] += deviation
-        return 1.96 * math.hypot(*sums.values()) / len(x)
 
 
 def preferences(pairs, name, pool, ref_logp=None):
@@ -95,9 +87,7 @@ def preferences(pairs, name, pool, ref_logp=None):
     n = torch.tensor(some)[:, None]  # (P, 1)
     chosen = torch.tensor([[pairs[i].prefers[name]] for i in some])  # (P, 1) 0 or 1
     k = torch.cat([chosen, 1 - chosen], dim=1)  # (P, 2)
-    talks = [conversation(pairs[i].prompt) for i in some]
-    pool = Pool(*[x[n, k] for x in pool])
-    return Preferences(pool, ref_logp[n, k], talks)
+    return Preferences(Pool(*[x[n, k] for x in pool]), ref_logp[n, k])
 
 
 # ---- 2. batches
@@ -111,8 +101,7 @@ def stream(*key):
 def uniforms(key, prompts, K, T):
     """Numbers in [0, 1), (n, K, T), that depend on the key, the prompt's index and k alone, not on
     what else is sampled with them."""
-    streams = [stream(key, n, k) for n in prompts for k in range(K)]
-    return pad([torch.rand(T, generator=generator) for generator in streams], K)
+    return torch.stack([torch.rand(K, T, generator=stream(key, n)) for n in prompts])
 
 
 def group_batches(lengths, responses, group, key):
@@ -250,6 +239,25 @@ def encode_responses(tok, responses, what="responses"):
     return [x[:tok.response_limit] for x in ids]
 
 
+def tokenizer_files(encoding):
+    """{name: text} from which Transformers' AutoTokenizer makes GPT-2's encoding again: there every
+    byte is spelled as a letter, and every way in which a token is two others is a merge."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: byte for byte in printable}
+    for byte in range(256):
+        letters.setdefault(byte, 68 + len(letters))  # from 256 on
+    ranks = encoding._mergeable_ranks
+    spelled = {token: token.decode("latin-1").translate(letters)
+               for token in sorted(ranks, key=ranks.get)}
+    merges = [f"{spelled[token[:i]]} {spelled[token[i:]]}\n"
+              for token in spelled for i in range(1, len(token))
+              if token[:i] in ranks and token[i:] in ranks]
+    vocab = {letters: ranks[token] for token, letters in spelled.items()}
+    end = "<|endoftext|>"
+    return {"vocab.json": json.dumps({**vocab, end: encoding.eot_token}),
+            "merges.txt": "#version: 0.2\n" + "".join(merges)}
+
+
 # ---- 4. preference files
 MAX_LINE = 2**19  # bytes; tiktoken does not survive a million blanks in a row
 MAX_LINES = 2**22
@@ -277,8 +285,8 @@ def load_preferences(paths):
             name, path = named.groups()
         rows = []
         skipped = {}  # why: where
-        for line, place in _lines(path):
-            pair = _pair(_row(line, place), name, place)
+        for row, place in _rows(path):
+            pair = _pair(row, name, place)
             if isinstance(pair, Pair):
                 rows.append(pair)
             else:
@@ -293,9 +301,9 @@ def load_preferences(paths):
     return pairs
 
 
-def _lines(path):
-    """The file's lines that are not blank, each with FILE:NUMBER. Stops at MAX_LINE and MAX_LINES:
-    a small gzip file may hold terabytes."""
+def _rows(path):
+    """What the file's lines hold but for null fields, each with FILE:NUMBER. Stops at MAX_LINE and
+    MAX_LINES: a small gzip file may hold terabytes."""
     try:
         with open(path, "rb") as file:
             if file.peek(2).startswith(b"\x1f\x8b"):
@@ -307,7 +315,8 @@ def _lines(path):
                     raise ValueError(f"{path}:{number}: more than {MAX_LINE} bytes in a line or "
                                      f"{MAX_LINES} lines; shorten it, or split the file")
                 if line.strip():
-                    yield line, f"{path}:{number}"
+                    place = f"{path}:{number}"
+                    yield _row(line, place), place
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path}: cannot be read as JSONL or JSONL.gz ({error}); check --data") from None
@@ -339,13 +348,29 @@ def _talk(row, field, speaker, place):
             talk.insert(0, ("" if parts else speaker, before))
     else:
         try:
-            talk = [(ROLES[message["role"]], message["content"]) for message in x or [{}]]
-            "".join(words for _, words in talk)
-        except (TypeError, KeyError) as error:
+            talk = [(ROLES[message["role"]], message["content"].strip()) for message in x or [{}]]
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{place}: field {field!r} is missing or wrong ({error}); expected text or "
                 "messages, each of a role, user or assistant, and content, text") from None
     return [(who, words.strip().encode(errors="replace").decode()) for who, words in talk]
+
+
+def _prefers(row, name, place):
+    columns = {"helpful": "better_response_id", "safe": "safer_response_id"}
+    if name:
+        columns = {name: columns.get(name, "safer_response_id")}
+    prefers = {}
+    for preference, column in columns.items():
+        value = row.get(column)
+        if isinstance(value, bool) or value not in (0, 1, None):
+            raise ValueError(f"{place}: {column} is {value!r}; expected 0 or 1")
+        if value is not None:
+            prefers[preference] = int(value)
+    if not prefers:
+        raise ValueError(
+            f"{place}: no preference here; expected {' or '.join(columns.values())}, 0 or 1")
+    return prefers
 
 
 def _pair(row, name, place):
@@ -368,7 +393,12 @@ def _pair(row, name, place):
             raise ValueError(f"{place}: the conversation of {side} does not begin with the prompt; "
                              "drop one of them")
         talks.append(talk)
-    prefers = _prefers(row, sides, name, place)
+    prefers = {name: 0}
+    if sides[0] != "chosen":
+        prefers = _prefers(row, name, place)
+    elif not name:
+        raise ValueError(f"{place}: chosen/rejected rows do not say which preference they hold; "
+                         "name it: --data helpful=FILE or --data safe=FILE")
     context, other = [talk[:-1] for talk in talks]
     speakers = [[who for who, _ in talk] for talk in talks]
     if context != other or speakers != 2 * [["Human", "Assistant"] * (len(talk) // 2)]:
@@ -378,28 +408,6 @@ def _pair(row, name, place):
         return "the two responses are the same"
     words = tuple(words for _, words in context)
     return Pair(words if len(words) > 1 else words[0], responses, prefers)
-
-
-def _prefers(row, sides, name, place):
-    if "chosen" in sides:
-        if not name:
-            raise ValueError(f"{place}: chosen/rejected rows do not say which preference they "
-                             "hold; name it: --data helpful=FILE or --data safe=FILE")
-        return {name: 0}
-    columns = {"helpful": "better_response_id", "safe": "safer_response_id"}
-    if name:
-        columns = {name: columns.get(name, "safer_response_id")}
-    prefers = {}
-    for preference, column in columns.items():
-        value = row.get(column)
-        if isinstance(value, bool) or value not in (0, 1, None):
-            raise ValueError(f"{place}: {column} is {value!r}; expected 0 or 1")
-        if value is not None:
-            prefers[preference] = int(value)
-    if not prefers:
-        raise ValueError(
-            f"{place}: no preference here; expected {' or '.join(columns.values())}, 0 or 1")
-    return prefers
 
 
 # ---- 5. the split
@@ -450,10 +458,6 @@ def spread(texts, count):
     texts = sorted(set(texts), key=transcript)
     count = min(count, len(texts))
     return [texts[i * len(texts) // (2 * count)] for i in range(1, 2 * count, 2)]
-
-
-def some_prompts(pairs, count):
-    return spread((pair.prompt for pair in pairs), count)
 
 
 def load_pairs(files, world_pairs, rng, held_out, calibration, constraints):

@@ -94,7 +94,7 @@ def centred(problem):
 
     What the responses of a prompt share moves no π_λ. So from here on E_ref[r] = 0 and h = g − b.
     """
-    planes, n, _ = problem.memory.shape
+    n = problem.memory.size(1)
     for part, mean in zip(problem.scores.split(n, dim=1), problem.mean.split(n, dim=1)):
         room = problem.memory[:, :part.size(1)]
         scores = torch.sub(part, mean[..., None], out=room[:len(part)])
@@ -138,8 +138,7 @@ def newton_step(point, damp):
     of the free entries, cut off at 0. An entry is free if it is > 0, or 0 with D falling as it
     grows; the others stay at 0."""
     free = (point.lam > 0) | (point.grad < 0)
-    matrix = point.hessian * np.outer(free, free)
-    matrix += np.diag(damp + SINGULAR * point.hessian.diagonal())
+    matrix = point.hessian * np.outer(free, free) + np.diag(damp)
     return np.maximum(point.lam - np.linalg.solve(matrix, free * point.grad), 0)
 
 
@@ -175,7 +174,7 @@ def minimise(problem, lam, limit):
     if limit == LIMIT and beta < problem.spread:
         # for small β, D is nearly piecewise linear: follow λ* down from a larger one
         easier, more = minimise(problem._replace(beta=4 * beta), lam, LIMIT)
-        point, last = minimise(problem, easier.lam, FOLLOWING_LIMIT)
+        point, last = minimise(problem, easier.lam, 10 * LIMIT)
         return point, evaluations + more + last
     raise FloatingPointError(
         f"no convergence: margin {problem.margin.tolist()}, beta {beta}: gradient "
@@ -199,12 +198,10 @@ def solve(score, constraint, margin, beta):
 
 
 ROUNDING = 1e-15  # relative, of a sum of a few numbers
-SINGULAR = 1e-13  # relative damping: collinear constraints make ∇²D singular
 TINY = 1e-100  # keeps a division by 0 away
 TOLERANCE = 3e-11  # largest violation of KKT, in units of h
 MOST_NOISE = 1e-8  # in addition, where rounding explains it
-LIMIT = 40  # most evaluations
-FOLLOWING_LIMIT = 400  # for each β on the way
+LIMIT = 40  # most evaluations; ten times as many for each β on the way
 AMPLE = 8  # first radius / (spread of the scores + β); next radius / length of a good step
 SHRINK = 5  # length of a refused step / next radius
 ACCEPT = 1e-3  # least drop of D / ⟨∇D,step⟩
@@ -246,8 +243,7 @@ def prepare(score, constraint, margin, beta):
     bad = (~mean.isfinite()).nonzero()  # (.., 2)
     if len(bad):
         row, prompt = bad[0].tolist()
-        name = f"constraint {row - 1}" if row else "score"
-        raise ValueError(f"{name}: NaN or inf at prompt {prompt}; drop or repair it")
+        raise ValueError(f"{name_of(row)}: NaN or inf at prompt {prompt}; drop or repair it")
     beta = float(beta)
     if not TINY < beta < math.inf:
         raise ValueError(f"beta is {beta}: it must be a finite number above {TINY}")
@@ -257,6 +253,10 @@ def prepare(score, constraint, margin, beta):
     n = max(1, CHUNK * torch.get_num_threads() // K)
     memory = mean.new_empty(1 + 2 * m, min(n, N), K)
     return Problem(scores, mean, memory, margin, beta, spread, width + abs(margin) + TINY, reach)
+
+
+def name_of(row):
+    return f"constraint {row - 1}" if row else "score"
 
 
 def one_each(margin, m):
@@ -310,6 +310,11 @@ def predict(problem, point, evaluations):
             f"effective sample size {few:.1f} of {K} responses per prompt: gains come out too "
             "small, lam* too large, beyond their error bars; sample more of them, raise beta or "
             "lower the margin", stacklevel=3)
+
+    for row, most in enumerate([problem.spread, *problem.reach]):
+        if most == 0:
+            warnings.warn(f"{name_of(row)} is the same for all responses to a prompt: no policy "
+                          "changes it", stacklevel=3)
 
     tensor = problem.mean.new_tensor  # on the device of the scores
     lam = tensor(point.lam)
@@ -402,16 +407,13 @@ def label(data, s):
     responses y_0 and y_1 by index, {"p": P(y_1 ≻ y_0) = σ(s_1 − s_0) (P,)}."""
     if "pairs" not in data:
         return {"s": s}
-    pairs = data["pairs"]
-    known = pairs.dtype.kind in "iu" and pairs.ndim == 2 and pairs.shape[1] == 3
-    N, K = s.shape
-    if not known or (pairs < 0).any() or (pairs >= [N, K, K]).any():
-        raise ValueError(
-            f"pairs, of {pairs.dtype} and {pairs.shape}, must be whole numbers (P, 3): a prompt, "
-            f"below {N}, and two of its responses, below {K}")
-    n, first, second = pairs.T
-    lead = s[n, second] - s[n, first]
-    return {"s": s, "p": 0.5 + 0.5 * np.tanh(lead / 2)}  # σ, without its overflow
+    try:
+        n, *sides = data["pairs"].T
+        first, second = [s.take(np.ravel_multi_index((n, k), s.shape)) for k in sides]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"pairs, of {data['pairs'].shape}, must be whole numbers (P, 3): a prompt "
+                         f"and two of its responses, of {s.shape} ({error})") from None
+    return {"s": s, "p": 0.5 + 0.5 * np.tanh((second - first) / 2)}  # σ, without its overflow
 
 
 def report(args):
@@ -430,13 +432,15 @@ def report(args):
         print(re.sub("NaN|-?Infinity", "null", text))
         return
     N, K = score.shape
-    print(f"{N} prompts x {K} responses, beta {beta:g}; +-: 95% interval over prompts")
+    text = f"{N} prompts x {K} responses, beta {beta:g}; +-: 95% interval over prompts\n"
     for j, b in enumerate(margin.tolist()):
-        print(f"constraint {j}: margin {b:.4f} of at most {d.reachable[j]:.4f}   "
-              f"lam* {d.lam[j]:.4f} +- {1.96 * d.lam_se[j]:.4f}   "
-              f"gain {d.constraint_gain[j]:.4f} +- {1.96 * d.constraint_gain_se[j]:.4f}")
-    print(f"score gain {d.score_gain:.4f} +- {1.96 * d.score_gain_se:.4f}   KL {d.kl:.4f} nats   "
-          f"effective sample size {d.ess:.1f}, 5th percentile {d.ess_p5:.1f}")
+        text += (f"constraint {j}: margin {b:.4f} of at most {d.reachable[j]:.4f}   "
+                 f"lam* {d.lam[j]:.4f} +- {1.96 * d.lam_se[j]:.4f}   "
+                 f"gain {d.constraint_gain[j]:.4f} +- {1.96 * d.constraint_gain_se[j]:.4f}\n")
+    text += (f"score gain {d.score_gain:.4f} +- {1.96 * d.score_gain_se:.4f}   "
+             f"KL {d.kl:.4f} nats   effective sample size {d.ess:.1f}, "
+             f"5th percentile {d.ess_p5:.1f}")
+    print(text.replace("nan", "unknown"))  # for one prompt
 
 
 def main():
@@ -458,7 +462,7 @@ def main():
         f"dual.py: warning: {message}", file=sys.stderr)
     try:
         report(parser.parse_args())
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, TypeError, FloatingPointError, OSError) as error:
         sys.exit(f"dual.py: error: {error}")
 
 

@@ -62,7 +62,9 @@ def preference_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_reject
     ρ_chosen), the expectation of DPO's loss over the paper's Bernoulli label, p = p_chosen.
     """
     lead = beta * ((logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected))
-    return -p_chosen * F.logsigmoid(lead) - (1 - p_chosen) * F.logsigmoid(-lead)
+    p = p_chosen + torch.zeros_like(lead)
+    chosen = torch.where(p == 0, 0.0, -p * F.logsigmoid(lead))  # 0·∞ is 0 here
+    return chosen + torch.where(p == 1, 0.0, (p - 1) * F.logsigmoid(-lead))
 
 
 # ---- 1. sample
@@ -160,8 +162,8 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
-    for step, batches, _ in schedule(pool, group, recipe, progress):
-        optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
+    for lr, batches, _ in schedule(pool, group, recipe, progress):
+        optimizer.param_groups[0]["lr"] = lr
         for n, k, whole in batches:  # (B,) prompts, (B, G) some of the K responses to each
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
             logp = sequence_logprob(policy, tokens, response_mask, group).view(k.shape)  # (B, G)
@@ -207,7 +209,7 @@ def lr_at(step, recipe):
 
 
 def schedule(pool, group, recipe, progress):
-    """Yield (step, batches, ends_epoch) for the steps that are left, until two epochs have brought
+    """Yield (lr, batches, ends_epoch) for the steps that are left, until two epochs have brought
     nothing. batches: (n, k, whole) of each micro-batch, this rank's prompts n (B,), groups k (B, G)
     of their responses, and the prompts of all ranks (W,); where those are too few, a rank has none.
     ends_epoch: whether as many pairs have been seen as the pool has, or it is the last step."""
@@ -220,7 +222,7 @@ def schedule(pool, group, recipe, progress):
             return
         if step >= len(progress.done):  # none that a killed run has done
             mine = [(n[me::ranks], k[me::ranks], n) for n, k in found if len(n) > me]
-            yield step, mine, step + 1 in (recipe.steps, (step + 1) // epoch * epoch)
+            yield lr_at(step, recipe), mine, step + 1 in (recipe.steps, (step + 1) // epoch * epoch)
 
 
 class Progress:
@@ -235,9 +237,8 @@ class Progress:
         self.loss = 0.0  # of the step's micro-batches so far
         self.began = self.due = time.monotonic()
         run = recipe.run
-        self.path = f"{run.out}/checkpoint.pt" if run else ""
-        if run and run.resume and os.path.exists(self.path):
-            saved = load(self.path, "remove it, which begins the last stage anew")
+        if run and run.resume and os.path.exists(f"{run.out}/checkpoint.pt"):
+            saved = load(f"{run.out}/checkpoint.pt", "remove it, which begins the last stage anew")
             if saved["loop"] == [run.run, recipe.stage]:
                 self.done = saved["done"]
                 self.best = saved["best"]
@@ -271,7 +272,7 @@ class Progress:
         if run:
             states = {name: part.state_dict() for name, part in self.parts.items()}
             save({"loop": [run.run, self.recipe.stage], "done": self.done, "best": self.best,
-                  **states}, self.path)
+                  **states}, f"{run.out}/checkpoint.pt")
             saved = time.monotonic()
             self.due = saved + max(run.checkpoint_every, 50 * (saved - now))
 
@@ -332,8 +333,8 @@ def train_reference(model, pool, calibration, recipe):
     -> the loss of every step."""
     optimizer = adamw(model)
     progress = Progress(recipe, model=model, optimizer=optimizer)
-    for step, batches, ends_epoch in schedule(pool, 2, recipe, progress):
-        optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
+    for lr, batches, ends_epoch in schedule(pool, 2, recipe, progress):
+        optimizer.param_groups[0]["lr"] = lr
         for n, k, whole in batches:  # (B,) pairs, (B, 2) both responses
             tokens, response_mask = take_text(pool, n, k, model.device)  # (B·2, T)
             logp = sequence_logprob(model, tokens, response_mask, 2)  # (B·2,)
@@ -362,8 +363,8 @@ def train_score(model, pool, calibration, recipe):
     epochs as help on the calibration pool -> the loss of every step."""
     optimizer = adamw(model)
     progress = Progress(recipe, model=model, optimizer=optimizer)
-    for step, batches, ends_epoch in schedule(pool, 2, recipe, progress):
-        optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
+    for lr, batches, ends_epoch in schedule(pool, 2, recipe, progress):
+        optimizer.param_groups[0]["lr"] = lr
         for n, k, whole in batches:  # (B,) pairs
             k = k.sort(1).values  # (B, 2) chosen, rejected
             tokens, response_mask = take_text(pool, n, k, model.device)  # (B·2, T)
@@ -391,7 +392,7 @@ def learn_score(model, name, training, calibration, evaluation, recipe):
     with torch.no_grad():
         model.score_head.weight *= tau
     print(f"  {name}: multiplied by the inverse temperature τ = {tau:.3f}")
-    say_agreement(f"{name}, evaluation", map_pool(model, evaluation.pool), evaluation)
+    say_agreement(f"{name}, evaluation", map_pool(model, evaluation.pool))
 
 
 # ---- calibration: scores in log-odds of the preference
@@ -431,11 +432,10 @@ def temperature(name, score):
     return 1.0
 
 
-def say_agreement(name, score, preferences):
+def say_agreement(name, score):
     """How well scores (P, 2) of chosen and rejected predict a choice that did not train them: how
-    often they agree with it, ± over conversations, and the τ that is left."""
+    often they agree with it, and the τ that is left."""
     chosen, rejected = score.T
     right = (chosen > rejected) + 0.5 * (chosen == rejected)  # (P,) half of a tie
-    print(f"  {name}: {right.mean():.1%} ± {preferences.half_width(right):.1%} of {len(right)} "
-          f"pairs right; τ = {calibrate(chosen, rejected):.3f}; standard deviation of the score "
-          f"{score.std():.2f}")
+    print(f"  {name}: {right.mean():.1%} of {len(right)} pairs right; τ = "
+          f"{calibrate(chosen, rejected):.3f}; standard deviation of the score {score.std():.2f}")

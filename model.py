@@ -22,7 +22,6 @@ Read next: data.py, what the text is.
 """
 
 import copy
-import glob
 import json
 import math
 import os
@@ -200,8 +199,7 @@ def sequence_logprob(model, tokens, response_mask, group=1):
     asked = F.pad(response_mask[:, 1:], (0, 1))  # position t predicts t+1
     hidden = model.hidden_at(tokens, response_mask, asked, group)  # (R, C)
     row, column = asked.nonzero(as_tuple=True)  # (R,)
-    with torch.autocast(hidden.device.type, enabled=False):  # a caller's own, if any
-        logp = TokenLogprob.apply(hidden, model.wte.weight, tokens[row, column + 1])  # (R,)
+    logp = TokenLogprob.apply(hidden, model.wte.weight, tokens[row, column + 1])  # (R,)
     return logp.new_zeros(len(tokens)).index_add(0, row.to(logp.device), logp)
 
 
@@ -239,11 +237,13 @@ def logit_tiles(hidden, weight):
         span = slice(first, first + SPAN)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            yield rows, span, hidden[rows] @ weight[span].T
+            tile = hidden.new_empty(len(hidden[rows]), len(weight[span]))
+            yield rows, span, torch.mm(hidden[rows], weight[span].T, out=tile)  # without autocast
 
 
 class TokenLogprob(torch.autograd.Function):
-    """ln p(target) (R,) under softmax(hidden·weightᵀ): hidden (R, C), weight (V, C), targets (R,).
+    """ln p(target) (R,) under softmax(hidden·weightᵀ): hidden (R, C), weight (V, C), targets (R,);
+    0 where a target is below 0. It has one derivative, and is exact under a caller's autocast.
 
     No more than two tiles of logits exist at a time; the backward pass computes them again, which
     is faster than fresh memory for all.
@@ -255,11 +255,15 @@ class TokenLogprob(torch.autograd.Function):
         for rows, _, logits in logit_tiles(hidden, weight):
             log_z[rows] = log_z[rows].logaddexp(logits.logsumexp(1))
         ctx.save_for_backward(hidden, weight, targets, log_z)
-        return (hidden * weight[targets]).sum(1) - log_z
+        logp = (hidden * weight[targets.clamp(min=0)]).sum(1) - log_z
+        return logp.where(targets >= 0, 0)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # (R,); ∂ ln p(target)/∂ logits = onehot − p
         hidden, weight, targets, log_z = ctx.saved_tensors
+        grad = grad.where(targets >= 0, 0)
+        targets = targets.clamp(min=0)
         scaled = grad[:, None] * hidden
         d_hidden = weight[targets]
         d_weight = torch.zeros_like(weight).index_add_(0, targets, scaled)
@@ -289,8 +293,7 @@ def sample_responses(model, prompts, uniforms, eos):
     index = torch.arange(N * K, device=model.device)[:, None]  # (A, 1) which response a row is
     active = torch.ones_like(index, dtype=torch.bool)  # (A, 1) it has not ended yet
     weight = model.wte.weight
-    spans = weight.split(SPAN)
-    buffer = weight.new_empty(len(spans), N * K, len(spans[0]))
+    buffer = weight.new_zeros(N * K, -(-len(weight) // DRAWN) * DRAWN)
     for step in range(max_new_tokens):
         if step > 0:
             seen = longest + step  # tokens in the cache, the newest one included
@@ -346,24 +349,20 @@ def sample_token(hidden, weight, u, buffer):
     """Inverse-CDF sampling from softmax(hidden·weightᵀ): hidden (A, C), weight (V, C), u (A, 1) ->
     token ids (A, 1) and their log-probabilities (A, 1), exact to float32's rounding.
 
-    buffer (V/SPAN rounded up, A or more, SPAN) is the memory to work in. Logits become exponentials
-    a span of the vocabulary at a time, while they are in cache; then u picks a span by the spans'
-    sums, and a token within the span.
+    buffer (A or more, V rounded up to whole spans) is the memory to work in, zero behind V. u picks
+    a span of the vocabulary by the spans' sums, and a token within the span: one cumulative sum
+    over all of it would take longer than the rest.
     """
-    A = len(hidden)
-    log_mass = []
-    for p, w in zip(buffer[:, :A], weight.split(buffer.size(2))):
-        torch.mm(hidden, w.T, out=p[:, :len(w)])
-        p[:, len(w):] = -math.inf
-        top = p.amax(1, keepdim=True)  # (A, 1)
-        log_mass.append(top + p.sub_(top).exp_().sum(1, keepdim=True).log())
-    log_mass = torch.cat(log_mass, dim=1)  # (A, V/SPAN) ln Σ exp(logits of the span)
-    span, rest, log_p = invert_cdf(log_mass.softmax(1), u)
-    p = buffer[span[:, 0], torch.arange(A, device=u.device)]  # (A, SPAN) exp(logit − top) there
-    i, _, log_p_in_span = invert_cdf(p, rest)
-    return span * buffer.size(2) + i, log_p + log_p_in_span
+    A, V = len(hidden), len(weight)
+    p = torch.mm(hidden, weight.T, out=buffer[:A, :V])
+    p.sub_(p.amax(1, keepdim=True)).exp_()
+    spans = buffer[:A].view(A, -1, DRAWN)
+    span, rest, log_p = invert_cdf(spans.sum(2), u)
+    i, _, log_p_in_span = invert_cdf(spans[torch.arange(A, device=u.device), span[:, 0]], rest)
+    return span * DRAWN + i, log_p + log_p_in_span
 
 
+DRAWN = 256  # tokens of a span, about as many as there are spans
 LEAST = 1e-30  # u = 0 must not draw a token whose probability underflowed
 
 
@@ -414,7 +413,7 @@ def load(path, remedy):
     remedy where the file is missing, damaged or no such dict."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["path"] = str(path)  # for errors
+        saved["path"] = path  # for errors
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
     return saved
@@ -426,22 +425,28 @@ def save(saved, path):
 
 def replace_file(path, put):
     """put(file) writes a file that is there as a whole or not at all: until then the old one stays,
-    also where the run is killed meanwhile or the disk is full. Under torchrun its first process
-    writes, and the others do not. Raises OSError where it cannot be written."""
+    also where the run is killed meanwhile or the disk is full. A link is followed; a pipe or a
+    device is written as it is. Under torchrun its first process writes, and the others do not.
+    Raises OSError where it cannot be written."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
+    whole = part = path
+    if not os.path.exists(path) or os.path.isfile(path):
+        whole = os.path.realpath(path)
+        part = f"{whole}.tmp"
     try:
-        with open(f"{path}.tmp", "wb") as file:
+        with open(part, "wb") as file:
             put(file)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
+            if part != whole:
+                os.fsync(file.fileno())
+                os.replace(part, whole)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as the latter
-        if os.path.exists(f"{path}.tmp"):
-            os.remove(f"{path}.tmp")
+        if part != whole and os.path.exists(part):
+            os.remove(part)
         raise OSError(
             f"{path}: cannot be written ({in_one_line(error)}); earlier files are kept; make room "
-            "(or mend the path), then go on with --resume") from None
+            "(or mend the path), then run it again, train.py with --resume") from None
 
 
 # ---- files: GPT-2's published layout, a folder of config.json and model.safetensors
@@ -451,9 +456,9 @@ FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_ep
          "n_inner": None, "tie_word_embeddings": True, "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there
-LEFT_OUT = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # masks; the tied output layer
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "U8": torch.uint8, "BOOL": torch.bool}  # these two of the masks
+MASKS = (".attn.bias", ".attn.masked_bias")  # left out
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = FLOATS | {"U8": torch.uint8, "BOOL": torch.bool}  # these two of the masks
 
 
 def read_published(folder):
@@ -465,23 +470,43 @@ def read_published(folder):
             if theirs.get(what, value) != value:
                 raise ValueError(f"{what} is {theirs[what]}, not {value}")
         weights = {}
-        shards = glob.glob(f"{glob.escape(folder)}/model[.-]*safetensors")
-        for path in shards or [f"{folder}/pytorch_model.bin"]:
+        for path in weight_files(folder):
             for name, tensor in read_tensors(path).items():
+                if name.endswith(MASKS):
+                    continue
+                dtype = getattr(tensor, "dtype", type(tensor).__name__)
+                if dtype not in FLOATS.values() or not tensor.isfinite().all():
+                    raise ValueError(f"{name} is of {dtype}, or not finite: finite numbers of "
+                                     "float32, float16 or bfloat16 are expected")
                 if name.endswith(TRANSPOSED):
                     tensor = tensor.t().contiguous()
-                if not name.endswith(LEFT_OUT):
-                    weights[name.removeprefix("transformer.")] = tensor.float()
+                weights[name.removeprefix("transformer.")] = tensor.float()
+        head = weights.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(weights.setdefault("wte.weight", head), head):
+            raise ValueError("lm_head.weight is not the embedding, wte.weight, to which it is tied")
         return assemble({ours: theirs[name] for name, ours in SIZES.items()}, weights)
     except Exception as error:  # a damaged file raises a dozen kinds
         raise ValueError(
             f"{folder}: not a GPT-2 as published ({in_one_line(error)}); expected config.json with "
-            "model.safetensors, its shards, or pytorch_model.bin") from None
+            "model.safetensors or pytorch_model.bin, or with the shards that its index names"
+        ) from None
+
+
+def weight_files(folder):
+    """The first that is there, as Transformers chooses; of an index the shards that it names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if os.path.exists(f"{folder}/{name}"):
+            return [f"{folder}/{name}"]
+        if os.path.exists(f"{folder}/{name}.index.json"):
+            with open(f"{folder}/{name}.index.json", encoding="utf-8") as file:
+                shards = json.load(file)["weight_map"].values()
+            return [f"{folder}/{shard}" for shard in set(shards)]
+    raise ValueError("no weights")
 
 
 def read_tensors(path):
     """{name: tensor} of a file. safetensors: the header's length in 8 bytes, the header as JSON,
-    then raw bytes."""
+    then raw bytes, of one tensor after the other."""
     if path.endswith(".bin"):
         return torch.load(path, map_location="cpu", weights_only=True)
     raw = torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8)  # mapped, not read
@@ -490,25 +515,40 @@ def read_tensors(path):
     body = raw[start:]
     header.pop("__metadata__", None)
     tensors = {}
-    for name, entry in header.items():
+    last = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
-        _, content, _ = body.split([begin, end - begin, len(body) - end])  # none may be negative
-        content = content.clone()  # aligned; the next line checks its size
+        if entry["dtype"] not in DTYPES or begin != last:
+            raise ValueError(f"{name} is {entry}: expected one of {', '.join(DTYPES)}, from {last}")
+        last = end
+        content = body[begin:end].clone()  # aligned; the next line checks its size
         tensors[name] = content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 
-def export(model, folder):
-    """Write a policy so that `from_pretrained`, ours and Transformers', loads it."""
+def export(model, folder, files={}):
+    """Write a policy so that `from_pretrained`, ours and Transformers', loads it, and files {name:
+    text} with it, such as `data.tokenizer_files`."""
+    open_export(folder)
+    end = model.config.vocab_size - 1
     config = {theirs: getattr(model.config, ours) for theirs, ours in SIZES.items()}
-    config |= FIXED | {"architectures": ["GPT2LMHeadModel"],
-                       "eos_token_id": model.config.vocab_size - 1}
+    config |= FIXED | {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end,
+                       "eos_token_id": end, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
     weights = to_checkpoint(model)["weights"]
     for name in weights:
         if name.endswith(TRANSPOSED):
             weights[name] = weights[name].t()
-    os.makedirs(folder, exist_ok=True)
-    for other in glob.glob(f"{glob.escape(folder)}/model[.-]*safetensors"):
-        os.remove(other)  # it would be read instead
-    replace_file(f"{folder}/config.json", lambda file: file.write(json.dumps(config).encode()))
+    for name, text in {**files, "config.json": json.dumps(config)}.items():
+        replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
     save(weights, f"{folder}/pytorch_model.bin")
+
+
+def open_export(folder):
+    """Make a folder for `export`; OSError where it cannot be, ValueError where nothing can be
+    written, or where it holds something else, which would be read with it."""
+    os.makedirs(folder, exist_ok=True)
+    others = set(os.listdir(folder)) - {
+        "config.json", "pytorch_model.bin", "vocab.json", "merges.txt"}
+    if others or not os.access(folder, os.W_OK):
+        raise ValueError(
+            f"{folder}: read-only, or holds {sorted(others)}; empty it, or export elsewhere")

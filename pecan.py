@@ -33,7 +33,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import take, take_text
-from mocan import (Progress, adamw, add_up_gradients, bradley_terry, calibrated_loss, lr_at,
+from mocan import (Progress, adamw, add_up_gradients, bradley_terry, calibrated_loss,
                    map_pool, preference_loss, say_agreement, schedule, temperature)
 from model import from_checkpoint, sequence_logprob
 
@@ -44,8 +44,7 @@ def implicit_score(logp_r, logp_g, ref_logp, lam, beta):
     -> (…), in the units of the score that the preferences come from."""
     reward = logp_r - ref_logp  # (…)
     safety = logp_g - ref_logp  # (m, …)
-    lam = lam.to(safety).view(-1, *[1] * reward.dim())  # (m, 1, …)
-    return beta * (reward + (lam * safety).sum(0))
+    return beta * (reward + torch.tensordot(lam.to(safety), safety, 1))
 
 
 def implicit_scores(prealigned, pool, ref_logp, beta, device):
@@ -72,8 +71,8 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
-    for step, batches, _ in schedule(pool, group, recipe, progress):
-        optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
+    for lr, batches, _ in schedule(pool, group, recipe, progress):
+        optimizer.param_groups[0]["lr"] = lr
         for n, k, whole in batches:  # (B,) prompts, (B, G) some of the K responses to each
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
             logp = sequence_logprob(policy, tokens, response_mask, group).view(k.shape)  # (B, G)
@@ -105,8 +104,8 @@ def prealign(policy, training, calibration, beta, recipe):
     pool = training.pool  # (P, 2, T) chosen, rejected
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
-    for step, batches, ends_epoch in schedule(pool, 2, recipe, progress):
-        optimizer.param_groups[0]["lr"] = lr_at(step, recipe)
+    for lr, batches, ends_epoch in schedule(pool, 2, recipe, progress):
+        optimizer.param_groups[0]["lr"] = lr
         for n, k, whole in batches:  # (B,) pairs
             k = k.sort(1).values  # (B, 2) chosen, rejected
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·2, T)
@@ -134,5 +133,5 @@ def prealign(policy, training, calibration, beta, recipe):
 def calibrate_policy(policy, name, calibration, beta):
     """The τ that puts a pre-aligned policy's implicit scores in log-odds of its preference."""
     implicit = beta * (map_pool(policy, calibration.pool) - calibration.ref_logp)  # (P, 2)
-    say_agreement(f"{name}, calibration", implicit, calibration)
+    say_agreement(f"{name}, calibration", implicit)
     return temperature(name, implicit)

@@ -46,8 +46,8 @@ import data
 import dual
 import mocan
 import pecan
-from model import (GPT, GPTConfig, export, from_checkpoint, load, replace_file, save,
-                   to_checkpoint)
+from model import (GPT, GPTConfig, export, from_checkpoint, in_one_line, load, open_export,
+                   replace_file, save, to_checkpoint)
 
 STAGES = ("reference", "scores", "offline", "prealign", "dual", "mocan", "pecan", "evaluate")
 CUDA = torch.cuda.is_available()
@@ -65,7 +65,7 @@ class Config(SimpleNamespace):  # a comment is what --help says of a setting
     dtype = (  # arithmetic of the blocks; logits stay float32
         "bfloat16" if CUDA and torch.cuda.is_bf16_supported(False) else "float32")
     # text
-    data = ()  # preference files, FILE or NAME=FILE, several; none: the built-in world
+    data = []  # preference files, FILE or NAME=FILE, several; none: the built-in world
     world_pairs = 36000  # preference pairs that the world writes
     held_out = 0.2  # share of the conversations kept for evaluation
     calibration = 0.1  # share kept for temperatures and early stopping
@@ -112,7 +112,8 @@ class Config(SimpleNamespace):  # a comment is what --help says of a setting
 SETTINGS = {name: default for name, default in vars(Config).items() if name[0] != "_"}
 CHOICES = {"start": STAGES, "algo": ("mocan", "pecan", "all"), "dtype": ("float32", "bfloat16"),
            "tokenizer": ("vocab", "gpt2")}
-LEAST = dict(seed=0, vocab_size=300, responses=2, shot_responses=2, group=2, eval_prompts=2)
+LEAST = dict(seed=0, vocab_size=300, prompts=2, responses=2, shot_responses=2, group=2,
+             eval_prompts=2)
 
 # what the artifacts of a stage and of all later ones remember; others change nothing in them, or,
 # as --batch, --accumulate and --device, may differ from those that made an artifact
@@ -148,7 +149,7 @@ def main():
     pools = {part: data.pair_pool(tok, getattr(split, part), f"{part} pairs")
              for part in split._fields}
     reference = train_reference(c, tok, tokenizer, pools)
-    prompts = data.some_prompts(split.train, c.prompts)
+    prompts = data.spread([pair.prompt for pair in split.train], c.prompts)
     policies = {}
     margin = None
 
@@ -182,7 +183,7 @@ def main():
     if c.algo == "pecan":  # the table asks them
         judges = train_judges(c, reference, split, pools, names)
     evaluate(c, reference, policies, judges, names, margin, split, tok)
-    export_policies(c, policies)
+    export_policies(c, policies, tok)
     Path(f"{c.out}/checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -200,6 +201,8 @@ def enter(c):
             sys.stdout = open(os.devnull, "w")  # the first process speaks, and locks the folder
             return c, sys.stdout
     os.makedirs(c.out, exist_ok=True)
+    for name in ("mocan", "pecan") if c.export else ():
+        open_export(f"{c.export}/{name}")  # now, not after the last minute
     print("settings:", json.dumps(vars(c)))
     return c, lock(c.out)
 
@@ -207,8 +210,8 @@ def enter(c):
 # ---- the stages: each returns its artifact, made now if it is not there
 def open_tokenizer(c, split):
     """The tokenizer, and its artifact."""
-    digest = hashlib.sha256(repr(split).encode(errors="surrogatepass")).hexdigest()
-    saved = artifact(c, "reference", "tokenizer.pt", data=digest[:16])
+    digest = hashlib.sha256(repr(split).encode()).hexdigest()
+    saved = artifact(c, "reference", "tokenizer.pt", data=digest)
     if "began" in saved:
         pieces = None  # GPT-2's own
         if c.tokenizer == "vocab":
@@ -229,9 +232,10 @@ def train_reference(c, tok, tokenizer, pools):
 
 
 def first_model(c, tok):
+    how = {"dtype": c.dtype, "checkpoint_activations": c.checkpoint_activations}
     if not c.init:
-        config = GPTConfig(tok.encoding.n_vocab, c.block_size, c.n_layer, c.n_head, c.n_embd,
-                           dtype=c.dtype, checkpoint_activations=c.checkpoint_activations)
+        config = GPTConfig(
+            tok.encoding.n_vocab, c.block_size, c.n_layer, c.n_head, c.n_embd, **how)
         return new_model(c, config, "reference")
     model = GPT.from_pretrained(c.init)
     sizes = model.config
@@ -239,7 +243,7 @@ def first_model(c, tok):
         raise ValueError(
             f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; --tokenizer "
             f"{c.tokenizer} has {tok.encoding.n_vocab} tokens, and --block_size is {c.block_size}")
-    model.config = replace(sizes, dtype=c.dtype, checkpoint_activations=c.checkpoint_activations)
+    model.config = replace(sizes, **how)
     return model.to(c.device)
 
 
@@ -295,7 +299,8 @@ def sample(c, label, policy, reference, tok, prompts):
     saved = artifact(c, stage, f"{name}.pt", policy=policy)
     if "began" in saved:
         model = from_checkpoint(policy, c.device)
-        pool, logp = mocan.sample_pool(model, tok, prompts, K, sampling(c, name))
+        pool, logp = mocan.sample_pool(
+            model, tok, prompts, K, recipe(c, name)._replace(batch=c.sample_batch))
         ref_logp = logp
         if policy is not reference:
             ref_logp = mocan.map_pool(from_checkpoint(reference, c.device), pool)
@@ -343,23 +348,19 @@ def mean_g(of):
     return of.scores[1:].double().mean(dim=(1, 2))
 
 
-def recipe(c, stage, steps, lr):
+def recipe(c, stage, steps=0, lr=0.0):
     return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", c.batch, c.accumulate, c)
-
-
-def sampling(c, stage):
-    return mocan.Recipe(stage, key=f"{c.seed}/{stage}", batch=c.sample_batch, run=c)
 
 
 # ---- what came of it
 def evaluate(c, reference, policies, judges, names, margin, split, tok):
     """Fresh responses of every policy to evaluation prompts -> results.json, samples.jsonl and the
     table. Gains are over the reference's responses to the same prompts."""
-    prompts = data.some_prompts(split.evaluation, c.eval_prompts)
+    prompts = data.spread([pair.prompt for pair in split.evaluation], c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} evaluation prompts")
     model = from_checkpoint(reference, c.device)
-    plan = sampling(c, "evaluate")  # the same noise for all
+    plan = recipe(c, "evaluate")._replace(batch=c.sample_batch)  # the same noise for all
     rows = {}
     texts = {}
     for name, saved in {"reference": reference, **policies}.items():
@@ -374,7 +375,6 @@ def evaluate(c, reference, policies, judges, names, margin, split, tok):
         rows[name] = {**compare(scores, logp - of.ref_logp, 1 / c.eval_responses, ref.scores),
                       "margin": margin.tolist(), "lam": saved.get("lam", []),
                       "predicted": saved.get("predicted"), "seconds": saved.get("seconds", 0.0)}
-    rows["reference"]["seconds"] = 0.0
     frontier = optima(of, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
     if frontier:
         rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}
@@ -421,16 +421,17 @@ def optima(sample, ref, logp, margin, beta):
         tilt = (scores[0] + torch.einsum("m,mnk->nk", at, scores[1:].double())) / beta
         log_weight = tilt - (mixed - ref_logp)  # (N, 2K) ln π_λ/π_mixed + ln Z
         log_z = log_weight.logsumexp(1, keepdim=True) - math.log(log_weight.size(1))
-        row = compare(scores, tilt - log_z, log_weight.softmax(1), ref.scores)
-        rows.append({**row, "lam": at.tolist()})
+        rows.append({"lam": at.tolist(), **compare(
+            scores, tilt - log_z, log_weight.softmax(1), ref.scores)})
     return rows
 
 
 def write_results(c, rows, frontier, prompts, texts):
     """results.json, samples.jsonl, and three samples on the screen; texts {policy: N·K}."""
     K = c.eval_responses
-    results = {"config": vars(c), "policies": rows, "frontier": frontier}
-    write(c, "results.json", json.dumps(results, default=torch.Tensor.tolist, indent=1))
+    write(c, "results.json", json.dumps(
+        {"config": vars(c), "policies": rows, "frontier": frontier},
+        default=torch.Tensor.tolist, indent=1))
     samples = [{"instruction": prompts[i // K], "output": text, "generator": name}
                for name in texts for i, text in enumerate(texts[name])]
     write(c, "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
@@ -468,10 +469,11 @@ def holds(gain, ci, b):
     return "within error" if ci[1] >= b else "no"
 
 
-def export_policies(c, policies):
+def export_policies(c, policies, tok):
+    files = data.tokenizer_files(tok.encoding) if c.tokenizer == "gpt2" else {}
     for name, saved in policies.items() if c.export else ():
         folder = f"{c.export}/{name.replace(' ', '_')}"
-        export(from_checkpoint(saved), folder)
+        export(from_checkpoint(saved), folder, files)
         print(f"exported {folder}")
 
 
@@ -509,24 +511,17 @@ def artifact(c, stage, name, **inputs):
     if earlier or c.resume and os.path.exists(path):
         saved = load(path, remedy)
         if earlier or saved.get("run") == c.run:
-            refuse_others(saved, made_from, remedy)
+            own = saved.get("made_from", made_from)  # or a file of one's own, which passes
+            own = own if isinstance(own, dict) else {}
+            saved.setdefault("run", os.path.getmtime(path))
+            for what in made_from | own:
+                if made_from.get(what) != own.get(what):
+                    raise ValueError(f"{path}: made with {what} {own.get(what)}, not "
+                                     f"{made_from.get(what)}; {remedy}")
             return saved
     print(f"\n{stage}: {path}", flush=True)
     write(c, "run.json", json.dumps({"config": vars(c) | {"resume": False}}, indent=1))
     return {"path": path, "made_from": made_from, "run": c.run, "began": time.time()}
-
-
-def refuse_others(saved, made_from, remedy):
-    """ValueError where an artifact was made from anything else; a file of one's own, in which that
-    does not stand, passes."""
-    own = saved.get("made_from", made_from)
-    if not isinstance(own, dict):  # a foreign file
-        own = {}
-    saved.setdefault("run", os.path.getmtime(saved["path"]))
-    for what in made_from | own:
-        if made_from.get(what) != own.get(what):
-            raise ValueError(f"{saved['path']}: made with {what} {own.get(what)}, not "
-                             f"{made_from.get(what)}; {remedy}")
 
 
 def finish(saved, **content):
@@ -555,7 +550,6 @@ def settings(argv):
     if "resume" in given or "start" in given:
         base = continued(parser, given)
     c = Config(**{"run": secrets.token_hex(8), **SETTINGS, **base, **given})
-    c.data = tuple(c.data)
     check(parser, c)
     return c
 
@@ -571,12 +565,13 @@ def build_parser():
     comments = dict(re.findall(r"^    (\w+) = .*  # (.*)$", inspect.getsource(Config), re.M))
     for name, default in SETTINGS.items():
         text = f"{comments[name]} (default: {default})".replace("%", "%%")
-        options = {"dest": name, "help": text, "type": type(default), "choices": CHOICES.get(name)}
+        options = {"type": type(default), "choices": CHOICES.get(name)}
         if default is False:
-            options = {"dest": name, "help": text, "action": "store_true"}
+            options = {"action": "store_true"}
         elif name == "data":
-            options = {"dest": name, "help": text, "nargs": "+", "action": "extend"}
-        parser.add_argument("--from" if name == "start" else f"--{name}", **options)
+            options = {"nargs": "+", "action": "extend"}
+        flag = "--from" if name == "start" else f"--{name}"
+        parser.add_argument(flag, dest=name, help=text, **options)
     return parser
 
 
@@ -603,8 +598,8 @@ def check(parser, c):
     for name, value in vars(c).items():
         least = LEAST.get(name, math.ulp(0.0))  # above 0
         if type(value) in (int, float) and not least <= value < math.inf:
-            wanted = f"at least {least}" if name in LEAST else "above 0"
-            parser.error(f"--{name} is {value}; it must be finite, and {wanted}")
+            parser.error(f"--{name} is {value}; it must be finite, and "
+                         f"{f'at least {least}' if name in LEAST else 'above 0'}")
     if c.held_out + c.calibration >= 1:
         parser.error(
             f"--held_out {c.held_out} and --calibration {c.calibration} must add up to less than 1")
@@ -620,7 +615,7 @@ def check(parser, c):
 
 def run_as_command():
     """main, with one line for what a user can mend."""
-    for console in (sys.stdout, sys.stderr):
+    for console in filter(None, (sys.stdout, sys.stderr)):  # a service may have none
         console.reconfigure(errors="backslashreplace")  # whatever its encoding
     try:
         main()
@@ -632,9 +627,8 @@ def run_as_command():
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
-        reason = str(error).split("\n")[0]
-        sys.exit(f"error: another process of this run ended ({reason}); mend what it says, then "
-                 "go on with --resume")
+        sys.exit(f"error: another process of this run ended ({in_one_line(error)}); mend what it "
+                 "says, then go on with --resume")
     except KeyboardInterrupt:
         sys.exit("interrupted; python train.py --resume, and its --out if it had one, goes on")
 

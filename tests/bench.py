@@ -55,7 +55,7 @@ import data
 import dual
 import mocan
 import train
-from model import GPT, GPTConfig, SPAN, export, from_checkpoint, load, sample_token, sequence_logprob
+from model import DRAWN, GPT, GPTConfig, export, from_checkpoint, load, sample_token, sequence_logprob
 
 silent = contextlib.redirect_stdout(None)  # around what reports its progress
 
@@ -278,7 +278,9 @@ def bench_shots(argv):
     saved = {name: load(os.path.join(a.out, f"{name}.pt"), "make it with python train.py")
              for name in ("reference", "offline", "offline_scores")}
     reference, policy = (from_checkpoint(saved["reference"], c.device) for _ in range(2))
-    prompts, held = data.some_prompts(split.train, c.prompts), data.some_prompts(split.evaluation, c.eval_prompts)
+    prompts, held = [
+        data.spread([pair.prompt for pair in part], count)
+        for part, count in ((split.train, c.prompts), (split.evaluation, c.eval_prompts))]
     offline_scores = saved["offline_scores"]["scores"]  # (2, N, K)
     ref_g = offline_scores[1].mean(dim=1)  # (N,)
     mine, best = ours["policies"]["mocan"], ours["policies"]["optimum"]
@@ -289,7 +291,7 @@ def bench_shots(argv):
     def respond(model, text, stage, K):
         """A mocan.Sample of the model's fresh responses; it leaves the run's checkpoint alone."""
         with silent:
-            pool, logp = mocan.sample_pool(model, tok, text, K, train.sampling(c, stage)._replace(run=None))
+            pool, logp = mocan.sample_pool(model, tok, text, K, train.recipe(c, stage)._replace(run=None, batch=c.sample_batch))
         scores = mocan.score_pool({}, names, text, pool, tok, c.device)
         return mocan.Sample(pool, logp, mocan.map_pool(reference, pool), scores)
     ref_eval = respond(reference, held, "evaluate", c.eval_responses).scores
@@ -761,8 +763,7 @@ def draw_alone(policy, rows, tokens):
     weight = policy.wte.weight
     hidden = torch.randn(rows, weight.size(1), device=weight.device)
     u = torch.rand(rows, 1, device=weight.device)
-    width = min(SPAN, len(weight))
-    buffer = weight.new_empty(-(-len(weight) // width), rows, width)
+    buffer = weight.new_zeros(rows, -(-len(weight) // DRAWN) * DRAWN)
     for _ in range(tokens):
         sample_token(hidden, weight, u, buffer)
 

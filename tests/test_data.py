@@ -348,10 +348,10 @@ def test_four_conversations_are_enough_and_three_are_not():
 
 def test_some_prompts_are_distinct_and_evenly_spread():
     pairs = pairs_of(*(f"{i:02d}" for i in range(20)), "07", "07")
-    assert data.some_prompts(pairs, 4) == ["02", "07", "12", "17"]
-    assert data.some_prompts(pairs, 99) == [f"{i:02d}" for i in range(20)]
+    assert data.spread([pair.prompt for pair in pairs], 4) == ["02", "07", "12", "17"]
+    assert data.spread([pair.prompt for pair in pairs], 99) == [f"{i:02d}" for i in range(20)]
     mixed = [("b", "x", "y"), "a", ("a", "x", "y"), "b"]
-    assert data.some_prompts(pairs_of(*mixed), 9) == ["a", ("a", "x", "y"), "b", ("b", "x", "y")]
+    assert data.spread([pair.prompt for pair in pairs_of(*mixed)], 9) == ["a", ("a", "x", "y"), "b", ("b", "x", "y")]
 
 
 def loaded(files=(), constraints=""):
@@ -487,6 +487,27 @@ def test_gpt2_is_the_published_encoding(gpt2):
     assert gpt2.encoding.decode(gpt2.before) == "\n\nHuman:" and gpt2.encoding.decode(gpt2.after) == "\n\nAssistant:"
 
 
+def test_the_tokenizer_files_of_gpt2_are_the_same_encoding(gpt2, tmp_path):
+    """Against the byte-level BPE of `tokenizers`, and against Transformers' AutoTokenizer, where they are installed."""
+    files = data.tokenizer_files(gpt2.encoding)
+    vocab, (version, *merges) = json.loads(files["vocab.json"]), files["merges.txt"].splitlines()
+    assert len(vocab) == 50257 and vocab["<|endoftext|>"] == 50256 and vocab["!"] == 0 and version == "#version: 0.2"
+    assert merges[:3] == ["Ġ t", "Ġ a", "h e"]  # as published
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.ByteLevelBPETokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    texts = [*TRICKY, "".join(map(chr, range(1, 600))), *(pair.responses[0] for pair in data.world_preferences(50, random.Random(0)))]
+    for text in texts:
+        if "<|endoftext|>" not in text:
+            assert theirs.encode(text).ids == gpt2.encoding.encode_ordinary(text), text
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "bos_token_id": 50256, "eos_token_id": 50256}))
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert auto.eos_token_id == auto.bos_token_id == 50256 and len(auto) == 50257
+    assert all(auto.encode(text) == gpt2.encoding.encode_ordinary(text) for text in texts if "<|" not in text)
+
+
 def test_a_frequent_piece_is_one_token():
     tok = vocab(["the cat and the cat"])
     assert len(tok.encoding.encode_ordinary(" the cat and the dog")) == 4 + len(" dog")
@@ -574,22 +595,6 @@ def test_a_transcript_reads_as_in_the_file():
     assert "\n\nHuman: " + data.transcript(("Hi", "Hello!", "How?")) == HH["chosen"].rpartition("\n\nAssistant:")[0]
 
 
-def test_intervals_are_those_of_conversations():
-    """Pairs of one conversation that agree are one observation: with each pair repeated the mean's error stays the same."""
-    x, talk = torch.randn(50, dtype=torch.float64), [f"talk {i}" for i in range(50)]
-    once = data.Preferences(None, None, talk).half_width(x)
-    assert once == pytest.approx(1.96 * x.std(unbiased=False).item() / 50 ** 0.5)
-    again = data.Preferences(None, None, talk * 4).half_width(x.repeat(4))
-    assert again == pytest.approx(once)
-    apart = data.Preferences(None, None, [*range(200)]).half_width(x.repeat(4))
-    assert apart == pytest.approx(once / 2)
-
-
-def test_pairs_of_a_conversation_are_told_alike():
-    pairs = [Pair(prompt, ("x", "y"), {"safe": 1}) for prompt in ("A?", ("a?", "b", "c"), "d", "a?")]
-    talks = data.preferences(pairs, "safe", data.pair_pool(vocab([]), pairs, "all")).talks
-    assert talks[0] == talks[1] == talks[3] != talks[2]
-
 
 def test_a_long_response_loses_its_end_and_its_end_token(capsys):
     tok = vocab([], response_limit=4)
@@ -634,11 +639,11 @@ def test_preferences_take_the_pairs_that_carry_the_preference_with_the_chosen_re
              Pair("c", ("x", "y"), {"safe": 0, "helpful": 1})]
     everything = data.pair_pool(vocab([]), pairs, "all")
     ref_logp = torch.arange(6.0).view(3, 2)  # which response it is
-    pool, ref, talks = data.preferences(pairs, "safe", everything, ref_logp)
-    assert pool.texts(vocab([])) == ["y", "x", "x", "y"] and ref.tolist() == [[1, 0], [4, 5]] and talks == ["a", "c"]
+    pool, ref = data.preferences(pairs, "safe", everything, ref_logp)
+    assert pool.texts(vocab([])) == ["y", "x", "x", "y"] and ref.tolist() == [[1, 0], [4, 5]]
     assert pool.tokens[:, 0, 2].tolist() == [*b"ac"]  # the prompts, after the template's token and the space
     assert torch.equal(everything.tokens.flatten(0, 1)[ref.long()], pool.tokens)
-    pool, ref, _ = data.preferences(pairs, "helpful", everything, ref_logp)
+    pool, ref = data.preferences(pairs, "helpful", everything, ref_logp)
     assert pool.texts(vocab([])) == ["x", "y", "y", "x"] and ref.tolist() == [[2, 3], [5, 4]]
     assert data.preferences(pairs, "helpful", everything).ref_logp.tolist() == [[0, 0], [0, 0]]
 

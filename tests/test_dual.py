@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -251,7 +252,7 @@ def test_reachable_is_its_definition_for_one_constraint_and_several():
     g = rand(0, 3, 5, 7)
     expected = [sum(max(row) - sum(map(sum, plane)) / 35 for row in plane) / 5 for plane in g.tolist()]
     assert dual.reachable(g).tolist() == pytest.approx(expected, abs=1e-12)
-    for one in (g[1], g[1].numpy(), g[1][None]):
+    for one in (g[1], g[1][None]):
         assert dual.reachable(one).flatten().tolist() == pytest.approx(expected[1:2], abs=1e-12)
     assert dual.reachable((100 * g).int()).tolist() == pytest.approx(dual.reachable((100 * g).int().double()).tolist())
 
@@ -469,7 +470,7 @@ def test_one_prompt_has_no_error_bars(tmp_path, cli):
     np.savez(tmp_path / "s.npz", score=[[0.0, 0.0]], constraint=[[0.0, 1.0]])
     out = json.loads(cli(tmp_path / "s.npz", "--margin", 0.25, "--beta", 1, "--json")[1])
     assert out["lam"] == pytest.approx([math.log(3)]) and out["lam_se"] == [None] and out["score_gain_se"] is None
-    assert "nan" in cli(tmp_path / "s.npz", "--margin", 0.25, "--beta", 1)[1]
+    assert "+- unknown" in cli(tmp_path / "s.npz", "--margin", 0.25, "--beta", 1)[1]
 
 
 def written(path):
@@ -593,6 +594,111 @@ def test_command_line_errors_in_one_line(tmp_path, cli):
                          cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith("dual.py: error: margin [99.0]")
     assert run.stderr.count("\n") == 1 and run.stdout == ""
+
+
+def test_what_write_wrote_is_read_back_right_at_any_beta(tmp_path, cli):
+    """PeCAN's log-probabilities stay what they are: no score in units of the old β is left beside them."""
+    ref = rand(2, 60, 9).numpy()
+    np.savez(tmp_path / "a.npz", ref_logp=ref, logp_r=ref + rand(0, 60, 9).numpy(), logp_g=ref + rand(1, 60, 9).numpy())
+    for beta in (0.1, 1.0):
+        assert cli(tmp_path / "a.npz", "--margin", "0.1", "--beta", beta, "--write", tmp_path / "b.npz")[0] == 0
+        for other in (0.1, 1.0, 3.0):
+            asked = ("--margin", "20%", "--beta", other, "--json")
+            assert json.loads(cli(tmp_path / "b.npz", *asked)[1]) == json.loads(cli(tmp_path / "a.npz", *asked)[1])
+    assert set(written(tmp_path / "b.npz")) == {"ref_logp", "logp_r", "logp_g", "s"}
+
+
+@pytest.mark.parametrize("flat", ["score", "constraint 0", "constraint 1", "all"])
+def test_what_no_policy_changes_is_said(tmp_path, cli, flat):
+    r, g = rand(0, 20, 1 if flat == "all" else 6), rand(1, 2, 20, 1 if flat == "all" else 6)
+    if flat == "score":
+        r = r[:, :1].expand(20, 6)
+    elif flat != "all":
+        g[int(flat[-1])] = 0.1
+    np.savez(tmp_path / "a.npz", score=r.numpy(), constraint=g.numpy())
+    code, _, err = cli(tmp_path / "a.npz", "--margin", 0, "--beta", 1)
+    named = {"score", "constraint 0", "constraint 1"} if flat == "all" else {flat}
+    assert code == 0 and err.count("no policy changes it") == len(named) and all(f"{name} is the same" in err for name in named)
+
+
+def test_margins_that_are_only_together_out_of_reach_are_called_so(tmp_path, cli):
+    g = rand(1, 40, 8).numpy()
+    np.savez(tmp_path / "a.npz", score=rand(0, 40, 8).numpy(), constraint=np.stack([g, -g]))
+    for margin, together in (("20%", True), ("0.1,0.2", True), ("99,0.1", False)):
+        code, _, err = cli(tmp_path / "a.npz", "--margin", margin, "--beta", 1)
+        assert code == 1 and ("together" in err) is together and "out of reach" in err
+
+
+@pytest.mark.parametrize("margin", ["-5%", "-0.1", "-.1", "-1e-3"])
+def test_a_margin_below_zero_is_a_value(tmp_path, cli, margin):
+    np.savez(tmp_path / "a.npz", score=rand(0, 40, 8).numpy(), constraint=rand(1, 2, 40, 8).numpy())
+    assert cli(tmp_path / "a.npz", "--margin", margin, "--beta", 1)[0] == 0
+    assert cli(tmp_path / "a.npz", "--margin", f"{margin},0.1", "--beta", 1)[0] == 0
+    assert "expected a number in g's units" in cli(tmp_path / "a.npz", "--margin", "-5x", "--beta", 1)[2]
+
+
+def test_json_is_json_for_one_prompt_and_for_constants(tmp_path, cli):
+    def never(word):
+        raise AssertionError(word)
+    for r, g in ((rand(0, 1, 5), rand(1, 1, 5)), (torch.zeros(4, 5), torch.zeros(4, 5)), (rand(0, 3, 1), rand(1, 3, 1))):
+        np.savez(tmp_path / "a.npz", score=r.numpy(), constraint=g.numpy())
+        assert json.loads(cli(tmp_path / "a.npz", "--margin", 0, "--beta", 1, "--json")[1], parse_constant=never)
+
+
+ARRAYS = {
+    "inf": (dict(constraint=np.array([[1.0, np.inf]] * 3)), "constraint"), "-inf": (dict(score=np.full((3, 2), -np.inf)), "score"),
+    "N = 0": (dict(score=np.zeros((0, 2)), constraint=np.zeros((0, 2))), "score"),
+    "K = 0": (dict(score=np.zeros((3, 0)), constraint=np.zeros((3, 0))), "score"),
+    "m = 0": (dict(constraint=np.zeros((0, 3, 2))), "constraint"), "complex": (dict(constraint=np.zeros((3, 2), complex)), "constraint"),
+    "text": (dict(score=np.full((3, 2), "a")), "score"), "bool": (dict(score=np.zeros((3, 2), bool)), "score"),
+    "dates": (dict(score=np.zeros((3, 2), "M8[s]")), "score"), "another K": (dict(constraint=np.zeros((3, 4))), "constraint"),
+    "another N": (dict(constraint=np.zeros((1, 2))), "constraint"), "flat": (dict(score=np.zeros(2), constraint=np.zeros(2)), "score"),
+    "a matrix too many": (dict(constraint=np.zeros((1, 1, 3, 2))), "constraint"),
+    "three scores": (dict(score=np.zeros((3, 3, 2))), "score"),
+}
+
+
+@pytest.mark.parametrize("margin", ["0.1", "50%"])
+@pytest.mark.parametrize("case", ARRAYS)
+def test_an_array_that_cannot_be_is_named_with_its_shape(tmp_path, cli, case, margin):
+    change, name = ARRAYS[case]
+    arrays = {**dict(score=np.zeros((3, 2)), constraint=np.zeros((3, 2))), **change}
+    for names in ({}, {"score": "logp_r", "constraint": "logp_g"}):  # PeCAN's too
+        given = {names.get(what, what): x for what, x in arrays.items()}
+        if names:
+            given["ref_logp"] = np.zeros((3, 2))
+        np.savez(tmp_path / "a.npz", **given)
+        code, out, err = cli(tmp_path / "a.npz", "--margin", margin, "--beta", 1)
+        assert code == 1 and out == "" and err.count("\n") == 1 and "nan" not in err, err
+        shape = re.escape(str(given[names.get(name, name)].shape))
+        assert re.search(rf"a\.npz: {names.get(name, name)} is .*{shape}|score has shape {shape}", err), err
+
+
+def test_an_array_named_file_is_named(tmp_path, cli):
+    np.savez(tmp_path / "a.npz", score=rand(0, 4, 3).numpy(), constraint=rand(1, 4, 3).numpy())
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as file:
+        file.writestr("file.npy", file.read("score.npy"))
+    code, out, err = cli(tmp_path / "a.npz", "--margin", 0, "--beta", 1, "--write", tmp_path / "b.npz")
+    assert code == 1 and out == "" and err.count("\n") == 1 and "'file'" in err and not (tmp_path / "b.npz").exists()
+
+
+def test_write_follows_links_and_keeps_pipes_and_devices(tmp_path, cli):
+    np.savez(tmp_path / "a.npz", score=rand(0, 4, 3).numpy(), constraint=rand(1, 4, 3).numpy())
+    asked = (tmp_path / "a.npz", "--margin", 0, "--beta", 1, "--write")
+    (tmp_path / "b.npz").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("b.npz")
+    (tmp_path / "dangling").symlink_to("c.npz")
+    for link, target in (("link", "b.npz"), ("dangling", "c.npz")):
+        assert cli(*asked, tmp_path / link)[0] == 0
+        assert (tmp_path / link).is_symlink() and "s" in written(tmp_path / target)
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE) as reader:
+        assert cli(*asked, tmp_path / "pipe")[0] == 0
+        (tmp_path / "d.npz").write_bytes(reader.stdout.read())
+    assert "s" in written(tmp_path / "d.npz") and (tmp_path / "pipe").is_fifo()
+    run = subprocess.run([sys.executable, "dual.py", *map(str, asked), "/dev/stdout", "--json"], cwd=ROOT, capture_output=True)
+    assert run.returncode == 0 and run.stdout.startswith(b"PK") and os.path.islink("/dev/stdout")
+    assert cli(*asked, "/dev/full")[0] == 1 and cli(*asked, tmp_path)[0] == 1 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_the_file_is_narrow_and_documented():

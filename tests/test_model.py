@@ -1,6 +1,8 @@
 import inspect
+import itertools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import (ASK_EVERY, GPT, SPAN, TILE, Block, GPTConfig, TokenLogprob, export, from_checkpoint, invert_cdf, load,
+from model import (ASK_EVERY, DRAWN, GPT, SPAN, TILE, Block, GPTConfig, TokenLogprob, export, from_checkpoint, invert_cdf, load,
                    logit_tiles, pack, prefill, sample_token, save, sequence_logprob, to_checkpoint)
 
 PROMPTS = [[1 + (7 * i + 3 * t * t) % 10 for t in range(1 + i % 5)] for i in range(32)]  # 32 rows, lengths 1 to 5
@@ -136,7 +138,7 @@ def test_generate_is_the_same_however_the_vocabulary_is_split(monkeypatch):
     model, chance = small(), uniforms(len(PROMPTS), 8, K=2)
     whole = model.generate(PROMPTS, chance, eos=0)
     for span in (1, 3, 4, 10, 11, 12):
-        monkeypatch.setattr("model.SPAN", span)
+        monkeypatch.setattr("model.DRAWN", span)
         parts = model.generate(PROMPTS, chance, eos=0)
         assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
         assert torch.allclose(whole[2], parts[2], atol=1e-4, rtol=0)
@@ -145,8 +147,11 @@ def test_generate_is_the_same_however_the_vocabulary_is_split(monkeypatch):
 def draw(logits, u, span):
     """sample_token on these logits (V,), which one channel hands through as they are, for each u."""
     u = torch.as_tensor(u, dtype=torch.float32)[:, None]
-    buffer = torch.full((-(-len(logits) // span), len(u) + 2, span), math.nan)  # what it held before is nobody's matter
-    new, logp = sample_token(torch.ones(len(u), 1), logits[:, None].float(), u, buffer)
+    buffer = torch.zeros(len(u) + 2, -(-len(logits) // span) * span)
+    buffer[:, :len(logits)] = math.nan  # what it held before is nobody's matter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.DRAWN", span)
+        new, logp = sample_token(torch.ones(len(u), 1), logits[:, None].float(), u, buffer)
     assert new.shape == logp.shape == u.shape and new.dtype == torch.long
     return new[:, 0], logp[:, 0]
 
@@ -167,8 +172,8 @@ def check_draw(logits, u, span):
 LAST = 1 - 2 ** -24  # the largest float32 below one
 
 
-@pytest.mark.parametrize("size, span", [(5, 8), (8, 8), (9, 8), (16, 8), (23, 8), (1, 8), (6, 1), (100, SPAN),
-                                        (SPAN, SPAN), (SPAN + 1, SPAN), (2 * SPAN, SPAN), (50257, SPAN)])
+@pytest.mark.parametrize("size, span", [(5, 8), (8, 8), (9, 8), (16, 8), (23, 8), (1, 8), (6, 1), (100, DRAWN),
+                                        (DRAWN, DRAWN), (DRAWN + 1, DRAWN), (2 * DRAWN, DRAWN), (50257, DRAWN)])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
 def test_sample_token_is_the_inverse_cdf(size, span, scale):
     chance = torch.Generator().manual_seed(size)
@@ -302,6 +307,52 @@ def test_token_logprob_runs_pasted_alone():
     assert torch.allclose(logp, expected, atol=1e-5, rtol=0)
     for leaf, gradient in zip((hidden, weight), torch.autograd.grad(expected.sum(), (hidden, weight))):
         assert torch.allclose(leaf.grad, gradient, atol=1e-5, rtol=0)
+
+
+def pasted():
+    space = {}
+    exec("import torch\nimport torch.nn.functional as F\n" + f"SPAN, TILE = {SPAN}, {TILE}\n" + inspect.getsource(logit_tiles)
+         + inspect.getsource(TokenLogprob), space)
+    return space["TokenLogprob"]
+
+
+def test_a_pasted_log_probability_is_right_under_the_callers_autocast():
+    hidden, weight = torch.randn(9, 64), torch.randn(300, 64)
+    targets = torch.randint(300, (9,))
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    with torch.autocast("cpu", torch.bfloat16):
+        logp = pasted().apply(*leaves, targets)
+        logp.sum().backward()  # inside too
+    right = [x.double().requires_grad_() for x in (hidden, weight)]
+    expected = (right[0] @ right[1].T).log_softmax(dim=1)[torch.arange(9), targets]
+    expected.sum().backward()
+    assert logp.dtype == torch.float32 and torch.allclose(logp.double(), expected, atol=1e-4, rtol=0)
+    for a, b in zip(leaves, right):
+        assert torch.allclose(a.grad.double(), b.grad, atol=1e-4, rtol=0)
+
+
+def test_a_pasted_log_probability_has_no_second_derivative_and_says_so():
+    hidden = torch.randn(3, 4, requires_grad=True)
+    for power, said in ((1, "does not require grad"), (2, "once_differentiable")):
+        loss = pasted().apply(hidden, torch.randn(7, 4), torch.tensor([1, 2, 3])).pow(power).sum()
+        first, = torch.autograd.grad(loss, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match=said):
+            torch.autograd.grad((first * torch.randn(3, 4)).sum(), hidden)
+
+
+def test_a_pasted_log_probability_ignores_the_targets_that_everyone_ignores():
+    hidden, weight = torch.randn(6, 4), torch.randn(7, 4)
+    targets = torch.tensor([3, -100, 0, -1, 6, -100])
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    logp = pasted().apply(*leaves, targets)
+    right = [x.clone().requires_grad_() for x in (hidden, weight)]
+    expected = -F.cross_entropy(right[0] @ right[1].T, targets.where(targets >= 0, -100), reduction="none")
+    assert torch.allclose(logp, expected, atol=1e-5, rtol=0) and logp[[1, 3, 5]].tolist() == [0.0] * 3
+    upstream = torch.randn(6)
+    (logp * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    for a, b in zip(leaves, right):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5, rtol=0)
 
 
 def test_no_response_tokens_are_no_problem(monkeypatch):
@@ -676,7 +727,8 @@ def random_model(dtypes={}, **changes):
 
 ROUNDED = {"c_fc.weight": torch.float16, "c_proj.weight": torch.bfloat16, "wte.weight": torch.float16,
            "ln_1.bias": torch.bfloat16}
-THEIR_DTYPE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
+THEIR_DTYPE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
+               torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8", torch.complex64: "C64"}
 
 
 def published(model, prefix="", dtypes={}):
@@ -739,6 +791,9 @@ def test_a_folder_as_published_loads_and_is_the_model_whose_weights_it_holds(tmp
     model = random_model(dtypes)
     tensors = published(model, prefix, dtypes)
     put_config(tmp_path, model)
+    if len(files) > 1:
+        named = {name: files[i % len(files)] for i, name in enumerate(tensors)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": named}))
     for i, file in enumerate(files):
         some = dict(list(tensors.items())[i::len(files)])
         if file.endswith(".bin"):
@@ -782,12 +837,126 @@ def test_export_and_from_pretrained_are_the_identity(tmp_path):
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "pytorch_model.bin"]
 
 
-def test_an_exported_model_is_what_its_folder_holds_whatever_it_held_before(tmp_path):
+@pytest.mark.parametrize("there", ["model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+                                   "pytorch_model.bin.index.json", "generation_config.json", "tokenizer.json", "notes.txt"])
+def test_a_folder_that_holds_what_would_be_read_with_an_export_is_refused(tmp_path, there):
     old, new = random_model(), random_model(seed=1)
-    put_config(tmp_path, old)
-    put(tmp_path / "model.safetensors", *parts(published(old)))
-    export(new, str(tmp_path))
+    export(old, str(tmp_path))
+    export(new, str(tmp_path))  # onto its own
     same_model(GPT.from_pretrained(str(tmp_path)), new)
+    (tmp_path / there).write_text("{}")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=re.escape(there)) as error:
+        export(old, str(tmp_path))
+    assert "\n" not in str(error.value) and before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_an_exported_configuration_has_its_ids_and_no_dropout(tmp_path):
+    export(random_model(), str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["bos_token_id"] == config["eos_token_id"] == config["vocab_size"] - 1
+    assert {name: x for name, x in config.items() if "pdrop" in name} == dict.fromkeys(
+        ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0)
+
+
+FILES = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+
+
+@pytest.mark.parametrize("there", [some for n in (1, 2, 3, 4) for some in itertools.combinations(range(4), n)])
+def test_of_several_weights_in_a_folder_those_are_read_that_transformers_reads(tmp_path, there):
+    """Each kind of file holds another model; besides, some that no one reads."""
+    models = [random_model(seed=seed) for seed in range(4)]
+    put_config(tmp_path, models[0])
+    put(tmp_path / "model.fp16.safetensors", *parts(published(random_model(seed=9))))
+    put(tmp_path / "model-00003-of-00003.safetensors", *parts(published(random_model(seed=9))))
+    for i in there:
+        tensors = published(models[i])
+        if "index" not in FILES[i]:
+            shards = {FILES[i]: tensors}
+        else:
+            ending = "bin" if "bin" in FILES[i] else "safetensors"
+            shards = {f"{FILES[i].split('.')[0]}-0000{n}-of-00002.{ending}": dict(list(tensors.items())[n - 1::2]) for n in (1, 2)}
+            named = {name: shard for shard, some in shards.items() for name in some}
+            (tmp_path / FILES[i]).write_text(json.dumps({"weight_map": named}))
+        for name, some in shards.items():
+            if name.endswith(".bin"):
+                torch.save(some, tmp_path / name)
+            else:
+                put(tmp_path / name, *parts(some))
+    same_model(GPT.from_pretrained(str(tmp_path)), models[there[0]])
+
+
+def test_the_output_layer_alone_is_the_embedding(tmp_path):
+    model = random_model()
+    tensors = published(model)
+    tensors["lm_head.weight"] = tensors.pop("wte.weight")
+    put_config(tmp_path, model)
+    put(tmp_path / "model.safetensors", *parts(tensors))
+    same_model(GPT.from_pretrained(str(tmp_path)), model)
+
+
+def untied(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+
+
+def spoiled(name, value):
+    def spoil(tensors):
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[3] = value
+    return spoil
+
+
+def retyped(name, dtype):
+    return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+
+
+def nested(tensors):
+    inner = dict(tensors)
+    tensors.clear()
+    tensors["model"] = inner
+
+
+LIES = {
+    "an output layer of its own": (untied, "lm_head.weight is not the embedding"),
+    "NaN": (spoiled("h.1.mlp.c_fc.weight", math.nan), "h.1.mlp.c_fc.weight .*finite"),
+    "infinity": (spoiled("wpe.weight", -math.inf), "wpe.weight .*finite"),
+    "NaN in the output layer": (spoiled("lm_head.weight", math.nan), "lm_head.weight .*finite"),
+    "float64": (retyped("ln_f.bias", torch.float64), "ln_f.bias is .*expected"),
+    "integers": (retyped("ln_f.bias", torch.int64), "ln_f.bias is .*expected"),
+    "bytes": (retyped("ln_f.bias", torch.uint8), "ln_f.bias is .*expected"),
+    "bool": (retyped("ln_f.bias", torch.bool), "ln_f.bias is .*expected"),
+    "complex": (retyped("ln_f.bias", torch.complex64), "ln_f.bias is .*expected"),
+    "a dictionary in it": (nested, "model is of dict.*expected"),
+}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("case", LIES)
+def test_weights_that_lie_are_refused_by_name(tmp_path, file, case):
+    spoil, said = LIES[case]
+    model = random_model()
+    tensors = published(model)
+    put_config(tmp_path, model)
+    spoil(tensors)
+    if file.endswith(".bin"):
+        torch.save(tensors, tmp_path / file)
+    elif case == "a dictionary in it":
+        pytest.skip("a safetensors file cannot hold one")
+    else:
+        put(tmp_path / file, *parts(tensors))
+    with pytest.raises(ValueError, match=said) as error:
+        GPT.from_pretrained(str(tmp_path))
+    assert str(error.value).startswith(f"{tmp_path}: not a GPT-2 as published (") and "\n" not in str(error.value)
+
+
+def test_tensors_that_share_their_bytes_are_refused_by_name(tmp_path):
+    model = random_model()
+    header, content = parts(published(model))
+    header["h.1.ln_1.weight"]["data_offsets"] = header["h.0.ln_1.weight"]["data_offsets"]
+    put_config(tmp_path, model)
+    put(tmp_path / "model.safetensors", header, content)
+    with pytest.raises(ValueError, match="h.[01].ln_1.weight is .*expected"):
+        GPT.from_pretrained(str(tmp_path))
 
 
 class NotWeights:
