@@ -153,7 +153,8 @@ def main():
     policies = {}
     margin = None
 
-    for algorithm in ("mocan", "pecan") if c.algo == "all" else (c.algo,):
+    offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
+    for algorithm in c.algo.replace("all", "mocan pecan").split():
         if algorithm == "mocan":
             scorers = judges = train_judges(c, reference, split, pools, names)
         else:  # no judge: policies that DPO made from one preference each
@@ -162,7 +163,8 @@ def main():
         policy = reference
         for shot in range(1, c.shots + 1):
             label = f"{algorithm} shot {shot}" if shot > 1 else algorithm
-            sampled = sample(c, label, policy, reference, tok, prompts)  # 1. sample
+            sampled = offline if shot == 1 else sample(  # 1. sample
+                c, f"{label} responses", c.shot_responses, policy, reference, tok, prompts)
             pool = data.Pool(sampled["tokens"], sampled["response_mask"])  # (N, K, T)
             scored = score(c, label, sampled, pool, scorers, names, prompts, tok)  # 2. score
             of = mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], scored["scores"])
@@ -178,13 +180,12 @@ def main():
                 print(f"  no policy {label}, by its scores: {error}")
                 break
             policy = update(c, label, policy, scored, of, margin, found)  # 4. update
-            policies[label] = policy
+            policies |= {label: policy}
 
     if c.algo == "pecan":  # the table asks them
         judges = train_judges(c, reference, split, pools, names)
     evaluate(c, reference, policies, judges, names, margin, split, tok)
     export_policies(c, policies, tok)
-    Path(f"{c.out}/checkpoint.pt").unlink(missing_ok=True)
 
 
 def enter(c):
@@ -291,12 +292,9 @@ def prealign(c, reference, split, pools, names):
     return dpo
 
 
-def sample(c, label, policy, reference, tok, prompts):
+def sample(c, name, K, policy, reference, tok, prompts):
     """Responses of a policy, at first of the reference, for MoCAN and PeCAN alike."""
-    stage, name, K = label.split()[0], f"{label} responses", c.shot_responses
-    if policy is reference:
-        stage, name, K = "offline", "offline", c.responses
-    saved = artifact(c, stage, f"{name}.pt", policy=policy)
+    saved = artifact(c, name.split()[0], f"{name}.pt", policy=policy)
     if "began" in saved:
         model = from_checkpoint(policy, c.device)
         pool, logp = mocan.sample_pool(
@@ -475,6 +473,7 @@ def export_policies(c, policies, tok):
         folder = f"{c.export}/{name.replace(' ', '_')}"
         export(from_checkpoint(saved), folder, files)
         print(f"exported {folder}")
+    Path(f"{c.out}/checkpoint.pt").unlink(missing_ok=True)  # the end
 
 
 # ---- the run's folder
