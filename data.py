@@ -443,7 +443,7 @@ def split_pairs(pairs, held_out, calibration):
         raise ValueError(f"{count} distinct conversations in the data; at least 4 are needed: 2 "
                          "for evaluation, 1 for calibration, 1 for training")
     tuned = min(count - 3, max(1, round(calibration * count)))
-    held = spread(opened, min(count - 1, tuned + max(2, round(held_out * count))))
+    held = set(spread(opened, min(count - 1, tuned + max(2, round(held_out * count)))))
     tuning = set(spread(held, tuned))
     split = Split([], [], [])
     for pair in pairs:

@@ -179,8 +179,8 @@ def main():
                     raise
                 print(f"  no policy {label}, by its scores: {error}")
                 break
-            policy = update(c, label, policy, scored, of, margin, found)  # 4. update
-            policies |= {label: policy}
+            policies[label] = policy = update(  # 4. update
+                c, label, policy, scored, of, margin, found)
 
     if c.algo == "pecan":  # the table asks them
         judges = train_judges(c, reference, split, pools, names)
@@ -586,7 +586,7 @@ def continued(parser, given):
         parser.error(f"--from and --resume continue a run, but {path} is missing or damaged; "
                      "leave the flag out, which begins anew")
     if "resume" not in given:
-        del kept["run"]
+        kept.pop("run", None)
     elif given.keys() - {"resume", "out", "device", "checkpoint_every"}:
         parser.error("--resume keeps the run's settings; next to it only --out, --device and "
                      "--checkpoint_every may stand; --from changes settings")
