@@ -374,7 +374,7 @@ def test_a_file_of_another_run_is_refused_whatever_its_settings(copied, finished
     job(*TINY, "--sft_steps", 20, "--algo", "mocan", "--data", finished / "pairs.jsonl", "--out", tmp_path / "other")
     assert same_weights(tmp_path / "other", copied, "reference.pt")
     for name, said in (("reference.pt", r"reference\.pt: made with input tokenizer \w+, not \w+; .* --from reference$"),
-                       ("tokenizer.pt", r"score_helpful\.pt: made with input reference \w+, not \w+; .* --from scores$")):
+                       ("tokenizer.pt", r"offline\.pt: made with input policy \w+, not \w+; .* --from offline$")):
         shutil.copy(tmp_path / "other" / name, copied / name)
         with pytest.raises(ValueError, match=said):
             job("--from", "mocan", "--out", copied)
@@ -385,7 +385,7 @@ def test_a_file_of_another_run_is_refused_whatever_its_settings(copied, finished
 
 
 REMADE = {  # what another run made again: the artifact that this refuses, and what that calls it
-    "tokenizer": ("reference", "tokenizer"), "reference": ("score_helpful", "reference"),
+    "tokenizer": ("reference", "tokenizer"), "reference": ("offline", "policy"),
     "offline": ("offline_scores", "samples"), "score_helpful": ("offline_scores", "scorers"),
     "score_safe": ("offline_scores", "scorers"), "offline_scores": ("mocan", "scores")}
 
