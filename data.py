@@ -99,8 +99,8 @@ def stream(*key):
 
 
 def uniforms(key, prompts, K, T):
-    """Numbers in [0, 1), (n, K, T), that depend on the key, the prompt's index and k alone, not on
-    what else is sampled with them."""
+    """Numbers in [0, 1), (n, K, T), for the prompts of these n indices, that depend on the key, the
+    index, k and T alone, not on what else is sampled with them."""
     return torch.stack([torch.rand(K, T, generator=stream(key, n)) for n in prompts])
 
 
@@ -245,14 +245,14 @@ def tokenizer_files(encoding):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: byte for byte in printable}
     for byte in range(256):
-        letters.setdefault(byte, 68 + len(letters))  # from 256 on
+        letters.setdefault(byte, 68 + len(letters))  # the 188 printable ones are there: from 256
     ranks = encoding._mergeable_ranks
     spelled = {token: token.decode("latin-1").translate(letters)
                for token in sorted(ranks, key=ranks.get)}
     merges = [f"{spelled[token[:i]]} {spelled[token[i:]]}\n"
               for token in spelled for i in range(1, len(token))
               if token[:i] in ranks and token[i:] in ranks]
-    vocab = {letters: ranks[token] for token, letters in spelled.items()}
+    vocab = {spelling: ranks[token] for token, spelling in spelled.items()}
     end = "<|endoftext|>"
     return {"vocab.json": json.dumps({**vocab, end: encoding.eot_token}),
             "merges.txt": "#version: 0.2\n" + "".join(merges)}
@@ -271,10 +271,10 @@ def load_preferences(paths):
       (PKU-SafeRLHF). With NAME=FILE better_response_id (NAME is helpful) or safer_response_id (any
       other NAME) is read as the preference NAME.
     - chosen, rejected. The row does not say which preference it holds: NAME=FILE does.
-    What precedes them is `prompt`. Each of these is text, a transcript "\n\nHuman: … \n\nAssistant:
-    …" (HH-RLHF) or messages [{"role": "user", "content": …}, …]; a response may also be the whole
-    conversation, which then begins with the prompt, if there is one. Null and unknown fields are
-    ignored. Rows that teach nothing here are skipped, counted and said, see `_pair`.
+    What precedes them is `prompt`. Each of these is text, a transcript "\\n\\nHuman: … \\n\\n
+    Assistant: …" (HH-RLHF) or messages [{"role": "user", "content": …}, …]; a response may also be
+    the whole conversation, which then begins with the prompt, if there is one. Null and unknown
+    fields are ignored. Rows that teach nothing here are skipped, counted and said, see `_pair`.
     Returns list[Pair]; raises ValueError with the file and, for a bad row, its line number.
     """
     pairs = []

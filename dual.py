@@ -90,7 +90,8 @@ class Point(NamedTuple):
 
 
 def centred(problem):
-    """r (n, K) and g (m, n, K) less their means over y, n prompts at a time, in the same memory.
+    """r (n, K) and g (m, n, K) less their means over y, n prompts at a time, in the same memory,
+    and m planes (m, n, K) of it to write on.
 
     What the responses of a prompt share moves no π_λ. So from here on E_ref[r] = 0 and h = g − b.
     """
@@ -145,7 +146,7 @@ def newton_step(point, damp):
 def minimise(problem, lam, limit):
     """Newton's method from λ: the Point where it ends, and after how many evaluations.
 
-    Raises Infeasible with a proof, FloatingPointError where no β on the way converges.
+    Raises Infeasible with a proof, FloatingPointError where a β on the way does not converge.
     """
     beta, unit = problem.beta, problem.unit
     radius = AMPLE * (problem.spread + beta)  # of a step, in units of r
@@ -171,7 +172,7 @@ def minimise(problem, lam, limit):
                 radius = max(radius, AMPLE * length)
         else:
             radius = min(radius, length) / SHRINK
-    if limit == LIMIT and beta < problem.spread:
+    if limit == LIMIT and beta < problem.spread:  # a first try at this β
         # for small β, D is nearly piecewise linear: follow λ* down from a larger one
         easier, more = minimise(problem._replace(beta=4 * beta), lam, LIMIT)
         point, last = minimise(problem, easier.lam, 10 * LIMIT)
@@ -202,8 +203,8 @@ TINY = 1e-100  # keeps a division by 0 away
 TOLERANCE = 3e-11  # largest violation of KKT, in units of h
 MOST_NOISE = 1e-8  # in addition, where rounding explains it
 LIMIT = 40  # most evaluations; ten times as many for each β on the way
-AMPLE = 8  # first radius / (spread of the scores + β); next radius / length of a good step
-SHRINK = 5  # length of a refused step / next radius
+AMPLE = 8  # first radius / (spread of the scores + β); least radius / length of a good step
+SHRINK = 5  # length of a refused step / largest next radius
 ACCEPT = 1e-3  # least drop of D / ⟨∇D,step⟩
 GOOD = 0.35  # share of it that makes a step a good one
 LN_2 = 0.6931471805599453

@@ -110,7 +110,7 @@ def map_pool(model, pool):
     me, ranks = rank()
     order = pool.lengths.amax(1).argsort(stable=True)
     for n in order.split(max(1, SCORED // K))[me::ranks]:
-        tokens, response_mask = take_text(pool, n, torch.arange(K), model.device)  # (B·K, T)
+        tokens, response_mask = take_text(pool, n, torch.arange(K), model.device)  # (B·K, T) all
         if model.config.score_head:
             x = model.score(tokens, response_mask, K)  # (B·K,)
         else:
@@ -164,7 +164,8 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
     progress = Progress(recipe, model=policy, optimizer=optimizer)
     for lr, batches, _ in schedule(pool, group, recipe, progress):
         optimizer.param_groups[0]["lr"] = lr
-        for n, k, whole in batches:  # (B,) prompts, (B, G) some of the K responses to each
+        # (B,) prompts of this rank, (B, G) some of the K responses, (W,) prompts of all ranks
+        for n, k, whole in batches:
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
             logp = sequence_logprob(policy, tokens, response_mask, group).view(k.shape)  # (B, G)
             ref = take(ref_logp, n, k, policy.device)  # (B, G)
@@ -187,13 +188,13 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
 # ---- what every loop uses
 class Recipe(NamedTuple):
     """How a model is trained or, without steps and lr, sampled."""
-    stage: str  # what progress and errors call it, and the checkpoint: unique in a run
+    stage: str  # what progress, errors and the checkpoint call it: unique in a run
     steps: int = 0
     lr: float = 0.0
     key: str = ""  # of its random streams
-    batch: int = 16  # pairs a micro-batch; policy updates: 2·batch responses, in groups of G
+    batch: int = 16  # pairs a micro-batch: 2·batch responses, in groups of G; sampling: responses
     accumulate: int = 1  # micro-batches a step
-    run: object = None  # whose checkpoints it writes: out, run, resume, checkpoint_every
+    run: object = None  # the settings out, run, resume, checkpoint_every; None: no checkpoints
     warmup: int = 20  # steps
 
 
@@ -209,10 +210,11 @@ def lr_at(step, recipe):
 
 
 def schedule(pool, group, recipe, progress):
-    """Yield (lr, batches, ends_epoch) for the steps that are left, until two epochs have brought
-    nothing. batches: (n, k, whole) of each micro-batch, this rank's prompts n (B,), groups k (B, G)
-    of their responses, and the prompts of all ranks (W,); where those are too few, a rank has none.
-    ends_epoch: whether as many pairs have been seen as the pool has, or it is the last step."""
+    """Yield (lr, batches, ends_epoch) for the steps that are left, or until two epochs have brought
+    nothing to a loop that considers it. batches: (n, k, whole) of each micro-batch, this rank's
+    prompts n (B,), groups k (B, G) of their responses, and the prompts of all ranks (W,); where
+    those are too few, a rank has none. ends_epoch: whether as many pairs have been seen as the pool
+    has (group 2), or it is the last step."""
     me, ranks = rank()
     batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
     epoch = max(1, len(pool.tokens) // (recipe.batch * recipe.accumulate))  # steps
@@ -222,7 +224,8 @@ def schedule(pool, group, recipe, progress):
             return
         if step >= len(progress.done):  # none that a killed run has done
             mine = [(n[me::ranks], k[me::ranks], n) for n, k in found if len(n) > me]
-            yield lr_at(step, recipe), mine, step + 1 in (recipe.steps, (step + 1) // epoch * epoch)
+            ends_epoch = (step + 1) % epoch == 0 or step + 1 == recipe.steps
+            yield lr_at(step, recipe), mine, ends_epoch
 
 
 class Progress:
@@ -425,7 +428,7 @@ def temperature(name, score):
     """`calibrate` on scores (P, 2) of chosen and rejected, or 1 where no τ fits: where they are
     always right, no better than a coin, or so small that it would be 100."""
     tau = calibrate(*score.T).item()
-    if 0 < tau < 100 and score.diff().max() > 0:
+    if 0 < tau < 100 and score.diff().max() > 0:  # wrong at least once
         return tau
     warnings.warn(f"no temperature fits the {name} scores on {len(score)} calibration pairs; they "
                   "stay as they are; more pairs are needed")

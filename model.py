@@ -203,7 +203,7 @@ def sequence_logprob(model, tokens, response_mask, group=1):
     return logp.new_zeros(len(tokens)).index_add(0, row.to(logp.device), logp)
 
 
-# ---- memory and speed of scoring: nothing below changes what the lines above compute
+# ---- memory and speed of scoring: this section changes nothing of what is computed
 class Packing(NamedTuple):
     """Which positions of a batch of text (B, T) are worth computing."""
     kept: torch.Tensor   # (M,) their indices in the flattened batch (B·T)
@@ -387,7 +387,7 @@ def to_checkpoint(model):
 
 
 def from_checkpoint(saved, device="cpu"):
-    """Its own weights: training them leaves `saved`."""
+    """The model, with a copy of the weights: training it leaves `saved`."""
     try:
         return assemble(saved["config"], saved["weights"]).to(device)
     except Exception as error:  # a damaged file raises half a dozen kinds
@@ -449,7 +449,7 @@ def replace_file(path, put):
             "(or mend the path), then run it again, train.py with --resume") from None
 
 
-# ---- files: GPT-2's published layout, a folder of config.json and model.safetensors
+# ---- files: GPT-2's published layout, a folder of config.json and weights
 SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
          "n_head": "n_head", "n_embd": "n_embd"}  # theirs: ours
 FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,

@@ -62,7 +62,7 @@ class Config(SimpleNamespace):  # a comment is what --help says of a setting
     algo = "all"  # which policies to train
     seed = 0  # seeds every random stream
     device = "cuda" if CUDA else "cpu"  # cpu, cuda, cuda:1, …
-    dtype = (  # arithmetic of the blocks; logits stay float32
+    dtype = (  # arithmetic of the blocks; logits stay float32, on CUDA by TF32 products
         "bfloat16" if CUDA and torch.cuda.is_bf16_supported(False) else "float32")
     # text
     data = []  # preference files, FILE or NAME=FILE, several; none: the built-in world
@@ -167,20 +167,20 @@ def main():
                 c, f"{label} responses", c.shot_responses, policy, reference, tok, prompts)
             pool = data.Pool(sampled["tokens"], sampled["response_mask"])  # (N, K, T)
             scored = score(c, label, sampled, pool, scorers, names, prompts, tok)  # 2. score
-            of = mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], scored["scores"])
+            samples = mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], scored["scores"])
             if shot == 1:
-                ref_mean = mean_g(of)  # (m,) E_ref[g]
-            if margin is None:
-                margin = dual.parse_margin(c.margin, dual.reachable(of.scores[1:]))  # (m,) b
+                ref_mean = mean_g(samples)  # (m,) E_ref[g]
+            if margin is None:  # PeCAN gets MoCAN's, where both run
+                margin = dual.parse_margin(c.margin, dual.reachable(samples.scores[1:]))  # (m,) b
             try:
-                found = mocan.solve_from(of, ref_mean, margin, c.beta)  # 3. dual
+                found = mocan.solve_from(samples, ref_mean, margin, c.beta)  # 3. dual
             except dual.Infeasible as error:
-                if label in ("mocan", c.algo):
+                if label in ("mocan", c.algo):  # the very first
                     raise
                 print(f"  no policy {label}, by its scores: {error}")
                 break
             policies[label] = policy = update(  # 4. update
-                c, label, policy, scored, of, margin, found)
+                c, label, policy, scored, samples, margin, found)
 
     if c.algo == "pecan":  # the table asks them
         judges = train_judges(c, reference, split, pools, names)
@@ -308,7 +308,7 @@ def sample(c, name, K, policy, reference, tok, prompts):
 
 def score(c, label, sampled, pool, scorers, names, prompts, tok):
     """Their scores (1+m, N, K): by {NAME: artifact} of MoCAN's judges, or of PeCAN's policies."""
-    name = {"mocan": "offline", "pecan": "prealign"}.get(label, label)
+    name = {"mocan": "offline", "pecan": "prealign"}.get(label, label)  # the first shots'
     saved = artifact(c, name.split()[0], f"{name}_scores.pt", samples=sampled,
                      scorers=[scorer["run"] for scorer in scorers.values()])
     if "began" in saved:
@@ -320,8 +320,9 @@ def score(c, label, sampled, pool, scorers, names, prompts, tok):
     return saved
 
 
-def update(c, label, policy, scored, of, margin, found):
-    """The policy update, from the policy that was sampled."""
+def update(c, label, policy, scored, samples, margin, found):
+    """The policy update, from the policy that was sampled, to which `predicted` refers: in a first
+    shot the reference."""
     stage, *shot = label.split()
     saved = artifact(c, stage, f"{label}.pt", policy=policy, scores=scored, b=margin.tolist())
     if "began" in saved:
@@ -334,16 +335,16 @@ def update(c, label, policy, scored, of, margin, found):
         steps, lr = (c.shot_steps, c.shot_lr) if shot else (c.steps, c.lr)
         plan = recipe(c, label, steps, lr)._replace(key=f"{c.seed}/{stage}")  # all shots draw alike
         if stage == "mocan":
-            mocan.train_mocan(model, of, found.lam, c.beta, c.group, plan)
+            mocan.train_mocan(model, samples, found.lam, c.beta, c.group, plan)
         else:
-            pecan.train_pecan(model, of, found.lam, c.beta, c.group, plan)
+            pecan.train_pecan(model, samples, found.lam, c.beta, c.group, plan)
         finish(saved, **to_checkpoint(model), lam=found.lam.tolist(), predicted=found._asdict())
     return saved
 
 
-def mean_g(of):
+def mean_g(samples):
     """E[g] of a Sample, (m,)."""
-    return of.scores[1:].double().mean(dim=(1, 2))
+    return samples.scores[1:].double().mean(dim=(1, 2))
 
 
 def recipe(c, stage, steps=0, lr=0.0):
@@ -366,14 +367,15 @@ def evaluate(c, reference, policies, judges, names, margin, split, tok):
         pool, logp = mocan.sample_pool(
             policy, tok, prompts, c.eval_responses, plan._replace(stage=f"evaluate {name}"))
         scores = mocan.score_pool(judges, names, prompts, pool, tok, c.device)
-        of = mocan.Sample(pool, logp, mocan.map_pool(model, pool), scores)
+        samples = mocan.Sample(pool, logp, mocan.map_pool(model, pool), scores)
         if not rows:
-            ref = of
+            ref = samples
         texts[name] = pool.texts(tok)
-        rows[name] = {**compare(scores, logp - of.ref_logp, 1 / c.eval_responses, ref.scores),
+        rows[name] = {**compare(scores, logp - samples.ref_logp, 1 / c.eval_responses, ref.scores),
                       "margin": margin.tolist(), "lam": saved.get("lam", []),
                       "predicted": saved.get("predicted"), "seconds": saved.get("seconds", 0.0)}
-    frontier = optima(of, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
+    # the last policy, the nearest to the optimum
+    frontier = optima(samples, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
     if frontier:
         rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}
     write_results(c, rows, frontier, [data.transcript(prompt) for prompt in prompts], texts)
@@ -534,8 +536,8 @@ def finish(saved, **content):
 
 # ---- the command line
 def settings(argv):
-    """Defaults, then the flags that --quick, --data and --init stand for or those of the run that
-    --from continues, then the command line. Bad values exit with code 2."""
+    """Defaults, then the flags that --quick (else --data) and --init stand for, or those of the run
+    that --from continues, then the command line. Bad values exit with code 2."""
     parser = build_parser()
     given = vars(parser.parse_args(argv))
     flags = "--dtype float32 " if given.get("device") == "cpu" else ""
