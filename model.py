@@ -1,9 +1,11 @@
 """
 model.py: a GPT, how it scores text, and how it samples its own.
 
-The architecture is GPT-2's (pre-LN blocks, learned positions, tanh GELU, tied output layer) with
-GPT-2's own module names, and without its dropout: `from_pretrained` loads its published weights,
-`export` writes them. Three uses:
+The architecture is GPT-2's (pre-LN blocks, learned positions, tanh GELU) with GPT-2's own module
+names, and without its dropout; or that of the Llama family (`llama`, `qwen2`, `qwen3`), which has
+the same modules under the same names, but RMSNorm, rotary positions, a gated MLP, fewer heads of
+keys and values than of queries, and no biases but qwen2's. `from_pretrained` loads published
+weights, `export` writes them. Three uses:
 
     policy, reference   sequence_logprob   ln π(y|x) = Σ_t ln π(y_t | x, y_<t): what DPO trains on
                         generate           y ~ π(·|x), and ln π(y|x) for free
@@ -33,82 +35,136 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 
 # ---- the model
 @dataclass(frozen=True)
 class GPTConfig:
-    vocab_size: int = 50257
-    block_size: int = 1024  # tokens of the longest text
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
+    vocab_size: int
+    block_size: int  # tokens of the longest text
+    n_layer: int
+    n_head: int
+    n_embd: int
     score_head: bool = False  # a reward or safety model: a scalar instead of logits
     dtype: str = "float32"  # of the blocks' arithmetic; weights and results stay float32
     checkpoint_activations: bool = False  # recompute each block in the backward pass
+    family: str = "gpt2"  # or llama, qwen2, qwen3
+    n_kv_head: int = 0  # heads of keys and values, each for several of queries; 0: n_head
+    head_dim: int = 0  # 0: n_embd / n_head
+    n_inner: int = 0  # width of the MLP; 0: 4 n_embd
+    norm_eps: float = 1e-5
+    tied: bool = True  # the embedding is the output layer
+    rope: dict = None  # of the Llama family: rope_theta and what else config.json calls so
+
+
+def norm(config, size):
+    if config.family == "gpt2":
+        return nn.LayerNorm(size, config.norm_eps)
+    return nn.RMSNorm(size, config.norm_eps)
+
+
+def rotation(config, size, position):
+    """Rotary positions: cos and sin (…, 1, T, D/2) of position (…, T) times D/2 frequencies, with
+    Llama 3.1's change of those that turn less than a few times in its first context."""
+    rope = config.rope
+    exponent = torch.arange(0, size, 2, device=position.device) / size
+    frequency = rope["rope_theta"] ** -exponent  # (D/2,)
+    if "factor" in rope:
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / rope["factor"])
+    angle = position[..., None, :, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by its angle."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        shared = config.n_kv_head or config.n_head
+        self.heads = [config.n_head, shared, shared]  # of queries, keys, values
+        self.head_dim = size = config.head_dim or config.n_embd // config.n_head
+        self.c_attn = nn.Linear(
+            config.n_embd, sum(self.heads) * size, bias=config.family in ("gpt2", "qwen2"))
+        self.c_proj = nn.Linear(config.n_head * size, config.n_embd, bias=config.family == "gpt2")
+        if config.family == "qwen3":
+            self.q_norm = norm(config, size)
+            self.k_norm = norm(config, size)
 
-    def forward(self, x, packing, cache, visible):
-        """(B, T, C) -> (B, T, C), or with a Packing (M, C) -> (M, C). See GPT.forward; the cache
-        (B, 2, H, S, C/H) is this block's."""
+    def forward(self, x, turn, packing, cache, visible):
+        """(B, T, C) -> (B, T, C), or with a Packing (M, C) -> (M, C). See GPT.forward; turn:
+        `rotation` or nothing; the cache (B, 2, H', S, D) is this block's."""
         qkv = self.c_attn(x)
         if packing:
-            qkv = F.embedding(packing.where, qkv)  # (B, T, 3C); qkv[where], faster backward
-        B, T, _ = qkv.shape
-        qkv = qkv.view(B, T, 3, self.n_head, -1).permute(0, 2, 3, 1, 4)
-        q, k, v = qkv.unbind(1)  # (B, H, T, C/H)
+            qkv = F.embedding(packing.where, qkv)  # (B, T, ·); qkv[where], faster backward
+        qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), twice (B, H', T, D)
+        if hasattr(self, "q_norm"):
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        if turn:
+            q = rotate(q, *turn)
+            k = rotate(k, *turn)
         if cache is not None:
-            cache[..., -T:, :] = qkv[:, 1:]
-            k, v = cache.to(q.dtype).unbind(1)  # (B, H, S, C/H)
-        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
+            cache[..., -k.size(2):, :] = torch.stack([k, v], dim=1)
+            k, v = cache.to(v.dtype).unbind(1)  # (B, H', S, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, visible, is_causal=visible is None, enable_gqa=True)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H·D)
         if packing:
-            y = F.embedding(packing.kept, y.flatten(0, 1))  # (M, C)
+            y = F.embedding(packing.kept, y.flatten(0, 1))  # (M, H·D)
         return self.c_proj(y)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        inner = config.n_inner or 4 * config.n_embd
+        self.gated = config.family != "gpt2"
+        self.c_fc = nn.Linear(config.n_embd, inner * (1 + self.gated), bias=not self.gated)
+        self.c_proj = nn.Linear(inner, config.n_embd, bias=not self.gated)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_fc(x)
+        if not self.gated:
+            return self.c_proj(F.gelu(x, approximate="tanh"))
+        gate, up = x.chunk(2, dim=-1)
+        return self.c_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, packing, cache, visible):
-        x = x + self.attn(self.ln_1(x), packing, cache, visible)
+    def forward(self, x, *where):
+        x = x + self.attn(self.ln_1(x), *where)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        if config.n_head < 1 or config.n_embd % config.n_head:
+        if config.n_head < 1 or config.n_embd % config.n_head and not config.head_dim:
             raise ValueError(
                 f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output layer: tied
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if not config.rope:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = norm(config, config.n_embd)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.score_head:
             self.score_head = nn.Linear(config.n_embd, 1, bias=False)
         for name, parameter in self.named_parameters():  # GPT-2's initialisation
@@ -122,20 +178,25 @@ class GPT(nn.Module):
 
     @staticmethod
     def from_pretrained(folder):
-        """GPT-2 of any size from a folder in the published layout, in float32. Raises ValueError
-        where the folder holds something else."""
+        """A model of these families from a folder in the published layout, in float32. Raises
+        ValueError where the folder holds something else."""
         return read_published(folder)
 
     @property
     def device(self):
         return self.wte.weight.device
 
+    @property
+    def output_weight(self):
+        """(V, C)."""
+        return self.wte.weight if self.config.tied else self.lm_head.weight
+
     def forward(self, tokens, packing=None, position=None, cache=None, visible=None):
         """Hidden states (B, T, C), float32, of text (B, T) that is whole; raises ValueError where
         it is longer than block_size. Besides:
 
         packing: compute and return those of a Packing alone, (M, C); see `pack`.
-        cache (B, n_layer, 2, H, S, C/H): keys and values of S tokens; those of `tokens`, the last
+        cache (B, n_layer, 2, H', S, D): keys and values of S tokens; those of `tokens`, the last
         T, are written there. Where text goes on, position (B, T) says at which place each of
         `tokens` stands, and visible (B, 1, T, S) which of the S it may look at.
         """
@@ -145,10 +206,15 @@ class GPT(nn.Module):
                              "truncate the text or build a larger model")
         if position is None:
             position = torch.arange(T, device=tokens.device)
+        turn = None
+        if self.config.rope:
+            turn = rotation(self.config, self.h[0].attn.head_dim, position)
         if packing:
             tokens = tokens.flatten()[packing.kept]  # (M,)
             position = packing.kept % T
-        x = self.wte(tokens) + self.wpe(position)
+        x = self.wte(tokens)
+        if not turn:
+            x = x + self.wpe(position)
         caches = [None] * len(self.h) if cache is None else cache.unbind(1)
         # Mixed precision for the blocks only: a log-ratio is a small difference of long sums, and
         # bfloat16 rounds logits from 8 to 16 to 1/16.
@@ -156,9 +222,10 @@ class GPT(nn.Module):
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for block, past in zip(self.h, caches):
                 if self.config.checkpoint_activations and torch.is_grad_enabled():
-                    x = checkpoint(block, x, packing, past, visible, use_reentrant=False)
+                    x = torch.utils.checkpoint.checkpoint(
+                        block, x, turn, packing, past, visible, use_reentrant=False)
                 else:
-                    x = block(x, packing, past, visible)
+                    x = block(x, turn, packing, past, visible)
         return self.ln_f(x)
 
     def hidden_at(self, tokens, response_mask, asked, group):
@@ -176,13 +243,13 @@ class GPT(nn.Module):
         hidden = self.hidden_at(tokens, response_mask, last, group)  # (B, C)
         return (hidden * self.score_head.weight).sum(1)
 
-    def generate(self, prompts, uniforms, eos=None):
+    def generate(self, prompts, uniforms, eos=()):
         """Sample K responses to each of N prompts, lists of token ids of any lengths. uniforms:
         (N, K, max_new_tokens) random numbers in [0, 1), all the chance there is.
 
         Returns tokens (N·K, T), response_mask (N·K, T), and logp (N·K,): each response's
-        log-probability in nats under the policy that sampled it. A response ends with `eos`, which
-        belongs to it, or is cut at max_new_tokens. Raises ValueError when a prompt leaves no room
+        log-probability in nats under the policy that sampled it. A response ends with `eos`, an id
+        or several, which belongs to it, or is cut at max_new_tokens. Raises ValueError when a prompt leaves no room
         for that many tokens.
         """
         return sample_responses(self, prompts, uniforms, eos)
@@ -199,7 +266,7 @@ def sequence_logprob(model, tokens, response_mask, group=1):
     asked = F.pad(response_mask[:, 1:], (0, 1))  # position t predicts t+1
     hidden = model.hidden_at(tokens, response_mask, asked, group)  # (R, C)
     row, column = asked.nonzero(as_tuple=True)  # (R,)
-    logp = TokenLogprob.apply(hidden, model.wte.weight, tokens[row, column + 1])  # (R,)
+    logp = token_logprob(hidden, model.output_weight, tokens[row, column + 1])  # (R,)
     return logp.new_zeros(len(tokens)).index_add(0, row.to(logp.device), logp)
 
 
@@ -226,52 +293,24 @@ def pack(response_mask, asked, group):
     return Packing(*torch.unique(place * needed, return_inverse=True))
 
 
-SPAN = 2048  # tokens of the vocabulary whose logits stay in a CPU's cache
-TILE = 2 ** (24 if torch.cuda.is_available() else 21)  # logits of a tile; likewise
+LOGITS = 2 ** 25  # of a slice, which is all that exists of them at a time
 
 
-def logit_tiles(hidden, weight):
-    """Yield slices of the rows of hidden (R, C) and of the vocabulary, and their logits."""
-    size = TILE // SPAN
-    for first in range(0, len(weight), SPAN):
-        span = slice(first, first + SPAN)
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            tile = hidden.new_empty(len(hidden[rows]), len(weight[span]))
-            yield rows, span, torch.mm(hidden[rows], weight[span].T, out=tile)  # without autocast
+def token_logprob(hidden, weight, targets):
+    """ln p(target) (R,) under softmax(hidden·weightᵀ), in float32 also under a caller's autocast:
+    hidden (R, C), weight (V, C), targets (R,); 0 where a target is -100.
 
-
-class TokenLogprob(torch.autograd.Function):
-    """ln p(target) (R,) under softmax(hidden·weightᵀ): hidden (R, C), weight (V, C), targets (R,);
-    0 where a target is below 0. It has one derivative, and is exact under a caller's autocast.
-
-    No more than two tiles of logits exist at a time; the backward pass computes them again, which
-    is faster than fresh memory for all.
+    The backward pass computes the logits again, slice by slice, instead of keeping (R, V) of them.
     """
+    def slice_logprob(hidden, targets):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return -F.cross_entropy(hidden @ weight.T, targets, reduction="none")
 
-    @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        log_z = hidden.new_full(targets.shape, float("-inf"))
-        for rows, _, logits in logit_tiles(hidden, weight):
-            log_z[rows] = log_z[rows].logaddexp(logits.logsumexp(1))
-        ctx.save_for_backward(hidden, weight, targets, log_z)
-        logp = (hidden * weight[targets.clamp(min=0)]).sum(1) - log_z
-        return logp.where(targets >= 0, 0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # (R,); ∂ ln p(target)/∂ logits = onehot − p
-        hidden, weight, targets, log_z = ctx.saved_tensors
-        grad = grad.where(targets >= 0, 0)
-        targets = targets.clamp(min=0)
-        scaled = grad[:, None] * hidden
-        d_hidden = weight[targets]
-        d_weight = torch.zeros_like(weight).index_add_(0, targets, scaled)
-        for rows, span, logits in logit_tiles(hidden, weight):
-            p = logits.sub_(log_z[rows, None]).exp_()
-            d_hidden[rows].addmm_(p, weight[span], alpha=-1)
-            d_weight[span].addmm_(p.T, scaled[rows], alpha=-1)
-        return grad[:, None] * d_hidden, d_weight, None
+    rows = max(1, LOGITS // len(weight))
+    return torch.cat([
+        torch.utils.checkpoint.checkpoint(
+            slice_logprob, *some, use_reentrant=False, preserve_rng_state=False)
+        for some in zip(hidden.split(rows), targets.split(rows))])
 
 
 # ---- sampling
@@ -292,19 +331,19 @@ def sample_responses(model, prompts, uniforms, eos):
     uniforms = uniforms.flatten(0, 1).to(model.device)  # (N·K, max_new_tokens)
     index = torch.arange(N * K, device=model.device)[:, None]  # (A, 1) which response a row is
     active = torch.ones_like(index, dtype=torch.bool)  # (A, 1) it has not ended yet
-    weight = model.wte.weight
-    buffer = weight.new_zeros(N * K, -(-len(weight) // DRAWN) * DRAWN)
+    ends = torch.tensor(eos, dtype=torch.long, device=model.device)
     for step in range(max_new_tokens):
         if step > 0:
             seen = longest + step  # tokens in the cache, the newest one included
             hidden = model(new, position=position, cache=cache[..., :seen, :],
                            visible=visible[..., :seen])[:, 0]  # (A, C)
             position = position + 1
-        new, new_logp = sample_token(hidden, weight, uniforms[index, step], buffer)  # (A, 1)
+        new, new_logp = sample_token(
+            hidden, model.output_weight, uniforms[index, step])  # (A, 1)
         tokens[index, position] = new * active
         response_mask[index, position] = active
         logp[index] += new_logp * active
-        active = active & (new != eos)  # eos None: never ends
+        active = active & ~torch.isin(new, ends)
         if step % ASK_EVERY == 0:  # how many are left: the host waits for the device
             left = int(active.sum())
             if left == 0:
@@ -320,7 +359,7 @@ def prefill(model, prompts, K, max_new_tokens):
     """One pass over N prompts, lists of token ids, then a row for each of their K responses:
 
     tokens (N·K, T) with room for the response, position (N·K, 1) where it begins, visible (N·K, 1,
-    1, T), hidden (N·K, C) at the prompt's last token, and the cache (N·K, n_layer, 2, H, T, C/H).
+    1, T), hidden (N·K, C) at the prompt's last token, and the cache (N·K, n_layer, 2, H', T, D).
     The responses' tokens begin behind the longest prompt in the cache, and a shorter one's padding
     is not visible to them.
     """
@@ -337,7 +376,8 @@ def prefill(model, prompts, K, max_new_tokens):
     tokens = F.pad(tokens, (0, max_new_tokens))  # (N, T)
     visible = F.pad(torch.arange(longest) < lengths, (0, max_new_tokens), value=True)  # (N, T)
     N, T = tokens.shape
-    shape = N, config.n_layer, 2, config.n_head, T, config.n_embd // config.n_head
+    attn = model.h[0].attn
+    shape = N, config.n_layer, 2, attn.heads[1], T, attn.head_dim
     cache = torch.zeros(shape, dtype=getattr(torch, config.dtype), device=model.device)
     hidden = model(tokens[:, :longest].to(model.device), cache=cache[..., :longest, :])
     hidden = hidden[torch.arange(N), lengths[:, 0] - 1]  # (N, C)
@@ -345,37 +385,17 @@ def prefill(model, prompts, K, max_new_tokens):
     return [x.to(model.device).repeat_interleave(K, dim=0) for x in rows]
 
 
-def sample_token(hidden, weight, u, buffer):
+def sample_token(hidden, weight, u):
     """Inverse-CDF sampling from softmax(hidden·weightᵀ): hidden (A, C), weight (V, C), u (A, 1) ->
-    token ids (A, 1) and their log-probabilities (A, 1), exact to float32's rounding.
-
-    buffer (A or more, V rounded up to whole spans) is the memory to work in, zero behind V. u picks
-    a span of the vocabulary by the spans' sums, and a token within the span: one cumulative sum
-    over all of it would take longer than the rest.
-    """
-    A, V = len(hidden), len(weight)
-    p = torch.mm(hidden, weight.T, out=buffer[:A, :V])
-    p.sub_(p.amax(1, keepdim=True)).exp_()
-    spans = buffer[:A].view(A, -1, DRAWN)
-    span, rest, log_p = invert_cdf(spans.sum(2), u)
-    i, _, log_p_in_span = invert_cdf(spans[torch.arange(A, device=u.device), span[:, 0]], rest)
-    return span * DRAWN + i, log_p + log_p_in_span
-
-
-DRAWN = 256  # tokens of a span, about as many as there are spans
-LEAST = 1e-30  # u = 0 must not draw a token whose probability underflowed
-
-
-def invert_cdf(p, u):
-    """Where u (A, 1) from 0 to 1 falls in the CDF of p (A, n), unnormalised: the index (A, 1), how
-    much of its p lies below u, from 0 to 1 (uniform again, for a next level), and ln of its share
-    of the sum."""
+    token ids (A, 1) and their log-probabilities (A, 1)."""
+    p = (hidden @ weight.T).softmax(1)  # (A, V)
     cdf = p.cumsum(1)
-    total = cdf[:, -1:]
-    goal = (u * total).clamp(min=LEAST)
-    i = torch.searchsorted(cdf, goal)
-    mass = p.gather(1, i)
-    return i, (goal - cdf.gather(1, i)) / mass + 1, (mass / total).log()
+    goal = (u * cdf[:, -1:]).clamp(min=LEAST)
+    token = torch.searchsorted(cdf, goal)  # the first whose cdf reaches it
+    return token, p.gather(1, token).log()
+
+
+LEAST = 1e-30  # u = 0 must not draw a token whose probability underflowed
 
 
 # ---- files: what a run keeps
@@ -449,45 +469,93 @@ def replace_file(path, put):
             "(or mend the path), then run it again, train.py with --resume") from None
 
 
-# ---- files: GPT-2's published layout, a folder of config.json and weights
-SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
-         "n_head": "n_head", "n_embd": "n_embd"}  # theirs: ours
-FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-         "n_inner": None, "tie_word_embeddings": True, "scale_attn_weights": True,
-         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there
-MASKS = (".attn.bias", ".attn.masked_bias")  # left out
+# ---- files: the published layout, a folder of config.json and weights
+SIZES = {  # config.json's names, GPT-2's and the Llama family's: ours
+    "vocab_size": "vocab_size", "tie_word_embeddings": "tied",
+    "n_positions": "block_size", "max_position_embeddings": "block_size",
+    "n_layer": "n_layer", "num_hidden_layers": "n_layer",
+    "n_head": "n_head", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
+    "n_embd": "n_embd", "hidden_size": "n_embd", "head_dim": "head_dim",
+    "n_inner": "n_inner", "intermediate_size": "n_inner",
+    "layer_norm_epsilon": "norm_eps", "rms_norm_eps": "norm_eps"}
+COVERED = {  # where config.json has these, nothing else
+    "activation_function": ["gelu_new"], "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
+    "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
+    "use_sliding_window": [False], "quantization_config": [None],
+    "model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"]}
+LLAMA_NAMES = {  # ours: theirs
+    "wte": "embed_tokens", "h.": "layers.", "ln_1": "input_layernorm", "ln_f": "norm",
+    "ln_2": "post_attention_layernorm", ".attn": ".self_attn", "c_attn": "q_proj k_proj v_proj",
+    "attn.c_proj": "attn.o_proj", "c_fc": "gate_proj up_proj", "mlp.c_proj": "mlp.down_proj"}
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in GPT-2's
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # left out
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES = FLOATS | {"U8": torch.uint8, "BOOL": torch.bool}  # these two of the masks
+DTYPES = FLOATS | {"U8": torch.uint8, "BOOL": torch.bool}  # these two of GPT-2's masks
+
+
+def read_config(theirs):
+    """config.json -> GPTConfig; ValueError where it asks for what is not here."""
+    rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
+    kind = rope.setdefault("rope_type", rope.get("type", "default"))
+    for what, covered in COVERED.items():
+        found = {"rope_type": kind, **theirs}.get(what, covered[0])
+        if found not in covered:
+            raise ValueError(f"{what} is {found}; covered: {covered}")
+    if set(theirs.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"layer_types are {theirs['layer_types']}; covered: full_attention")
+    sizes = {ours: theirs[name] for name, ours in SIZES.items() if theirs.get(name) is not None}
+    if theirs["model_type"] != "gpt2":
+        rope = {"rope_theta": theirs.get("rope_theta", 1e4), **rope}
+        sizes = {"tied": False, "norm_eps": 1e-6, "rope": rope, **sizes}
+    if "ForSequenceClassification" in str(theirs.get("architectures")):
+        sizes |= {"score_head": True, "tied": True}  # it has no other output layer
+    return GPTConfig(**sizes, family=theirs["model_type"])
+
+
+def their_names(config, name):
+    """The published tensors, without prefix, that lie one behind the other in ours of this name."""
+    names = [name.replace("score_head", "score")]
+    for ours, theirs in LLAMA_NAMES.items() if config.rope else ():
+        if ours in name:
+            names = [x.replace(ours, part) for x in names for part in theirs.split()]
+    return names
 
 
 def read_published(folder):
     """GPT.from_pretrained."""
     try:
         with open(f"{folder}/config.json", encoding="utf-8") as file:
-            theirs = json.load(file)
-        for what, value in FIXED.items():
-            if theirs.get(what, value) != value:
-                raise ValueError(f"{what} is {theirs[what]}, not {value}")
-        weights = {}
+            config = read_config(json.load(file))
+        with torch.device("meta"):
+            model = GPT(config)
+        tensors = {}
         for path in weight_files(folder):
             for name, tensor in read_tensors(path).items():
-                if name.endswith(MASKS):
+                if name.endswith(BUFFERS):
                     continue
                 dtype = getattr(tensor, "dtype", type(tensor).__name__)
                 if dtype not in FLOATS.values() or not tensor.isfinite().all():
                     raise ValueError(f"{name} is of {dtype}, or not finite: finite numbers of "
                                      "float32, float16 or bfloat16 are expected")
-                if name.endswith(TRANSPOSED):
-                    tensor = tensor.t().contiguous()
-                weights[name.removeprefix("transformer.")] = tensor.float()
-        head = weights.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(weights.setdefault("wte.weight", head), head):
-            raise ValueError("lm_head.weight is not the embedding, wte.weight, to which it is tied")
-        return assemble({ours: theirs[name] for name, ours in SIZES.items()}, weights)
+                if not config.rope and name.endswith(TRANSPOSED):
+                    tensor = tensor.t()
+                name = name.removeprefix("transformer.").removeprefix("model.")
+                tensors[name] = tensor.float()
+        [embedding] = their_names(config, "wte.weight")
+        head = tensors.pop("lm_head.weight", None) if config.tied else None
+        if head is not None and not torch.equal(tensors.setdefault(embedding, head), head):
+            raise ValueError("lm_head.weight is not the embedding, to which it is tied")
+        weights = {}
+        for name in model.state_dict():
+            parts = their_names(config, name)
+            if tensors.keys() >= set(parts):
+                weights[name] = torch.cat([tensors.pop(part) for part in parts])
+        model.load_state_dict(weights | tensors, assign=True)
+        return model
     except Exception as error:  # a damaged file raises a dozen kinds
         raise ValueError(
-            f"{folder}: not a GPT-2 as published ({in_one_line(error)}); expected config.json with "
+            f"{folder}: not a model as published ({in_one_line(error)}); expected config.json with "
             "model.safetensors or pytorch_model.bin, or with the shards that its index names"
         ) from None
 
@@ -527,28 +595,53 @@ def read_tensors(path):
 
 
 def export(model, folder, files={}):
-    """Write a policy so that `from_pretrained`, ours and Transformers', loads it, and files {name:
-    text} with it, such as `data.tokenizer_files`."""
+    """Write a model so that `from_pretrained`, ours and Transformers', loads it, in float32, and
+    files {name: text} with it, which must have its config.json if it is not a GPT-2."""
     open_export(folder)
-    end = model.config.vocab_size - 1
-    config = {theirs: getattr(model.config, ours) for theirs, ours in SIZES.items()}
-    config |= FIXED | {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end,
-                       "eos_token_id": end, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
-    weights = to_checkpoint(model)["weights"]
-    for name in weights:
-        if name.endswith(TRANSPOSED):
-            weights[name] = weights[name].t()
-    for name, text in {**files, "config.json": json.dumps(config)}.items():
+    c = model.config
+    config = {"model_type": "gpt2", "vocab_size": c.vocab_size, "n_positions": c.block_size,
+              "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "resid_pdrop": 0,
+              "embd_pdrop": 0, "attn_pdrop": 0, "architectures": ["GPT2LMHeadModel"],
+              "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1}
+    config = json.loads(files.get("config.json", json.dumps(config))) | {"dtype": "float32", "torch_dtype": "float32"}
+    prefix = "model." if c.rope else "transformer."
+    attn = model.h[0].attn
+    tensors = {}
+    for name, tensor in to_checkpoint(model)["weights"].items():
+        if not c.rope and name.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        names = their_names(c, name)
+        sizes = len(tensor) // len(names)
+        if len(names) == 3:
+            sizes = [heads * attn.head_dim for heads in attn.heads]
+        for theirs, part in zip(names, tensor.split(sizes)):
+            tensors[theirs if name == "lm_head.weight" else prefix + theirs] = part.contiguous()
+    files = {**files, "config.json": json.dumps(config)}
+    for name, text in files.items():
         replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
-    save(weights, f"{folder}/pytorch_model.bin")
+    replace_file(f"{folder}/model.safetensors", lambda file: write_tensors(tensors, file))
 
 
-def open_export(folder):
+def write_tensors(tensors, file):
+    """safetensors; see `read_tensors`."""
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(tensor.numpy())
+
+
+def open_export(folder, others=()):
     """Make a folder for `export`; OSError where it cannot be, ValueError where nothing can be
-    written, or where it holds something else, which would be read with it."""
+    written, or where it holds something else, which would be read with it. others: files that
+    `export` writes besides."""
     os.makedirs(folder, exist_ok=True)
-    others = set(os.listdir(folder)) - {
-        "config.json", "pytorch_model.bin", "vocab.json", "merges.txt"}
+    others = set(os.listdir(folder)) - {"config.json", "model.safetensors", *others}
     if others or not os.access(folder, os.W_OK):
         raise ValueError(
             f"{folder}: read-only, or holds {sorted(others)}; empty it, or export elsewhere")
