@@ -23,8 +23,10 @@ import math
 import os
 import random
 import re
+import unicodedata
 import zlib
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import tiktoken
@@ -52,7 +54,8 @@ class Pool(NamedTuple):
 
     def texts(self, tok):
         """N·K response texts, without the end token, those of a prompt one after the other."""
-        said = self.response_mask & (self.tokens != tok.end)  # (N, K, T)
+        words = (self.tokens < tok.known) & ~torch.isin(self.tokens, torch.tensor(tok.ends))
+        said = self.response_mask & words  # (N, K, T)
         rows = zip(self.tokens.flatten(0, 1), said.flatten(0, 1))
         return [tok.encoding.decode(row[mask].tolist()).strip() for row, mask in rows]
 
@@ -64,13 +67,20 @@ def pad(rows, K):
 
 
 def pair_pool(tok, pairs, what):
-    """Preference pairs -> Pool (N, 2, T). What does not fit is truncated, counted and said."""
-    prompts = encode_prompts(tok, [pair.prompt for pair in pairs], what)
-    responses = encode_responses(tok, [y for pair in pairs for y in pair.responses], what)
-    prompts = [prompt for prompt in prompts for _ in range(2)]
+    """Preference pairs -> Pool (N, 2, T)."""
+    responses = [y for pair in pairs for y in pair.responses]
+    return text_pool(tok, [pair.prompt for pair in pairs], responses, what)
+
+
+def text_pool(tok, prompts, responses, what):
+    """N prompts and N·K responses -> Pool (N, K, T). What does not fit is truncated, counted and
+    said."""
+    K = len(responses) // len(prompts)
+    prompts = [prompt for prompt in encode_prompts(tok, prompts, what) for _ in range(K)]
+    responses = encode_responses(tok, responses, what)
     texts = [torch.tensor(x + y, dtype=torch.int32) for x, y in zip(prompts, responses)]
     masks = [torch.arange(len(text)) >= len(x) for x, text in zip(prompts, texts)]
-    return Pool(pad(texts, 2), pad(masks, 2))
+    return Pool(pad(texts, K), pad(masks, K))
 
 
 class Preferences(NamedTuple):
@@ -146,40 +156,41 @@ def take_text(pool, n, k, device):
 
 
 # ---- 3. the tokenizer and the chat template
-
-# tiktoken's split pattern for GPT-2, and the same for `re`, which lacks \p{L} and \p{N} (so it
-# takes ½ for a letter).
-SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLIT_RE = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
-
-
 class Tokenizer(NamedTuple):
     """An encoding, the chat template, and how many tokens a prompt and a response may have.
 
-    The template is `before` + prompt + `after` + response + `end`, all of them ids.
+    The template is `start`, then of every exchange `before` + prompt + `after` + response + `end` +
+    `next`, all of them ids.
     """
     encoding: tiktoken.Encoding
+    start: list    # a system message
     before: list
     after: list
     end: int
+    next: list
+    close: list    # behind a response in training and scoring: its end
+    ends: list     # any of these ends a response in sampling
+    known: int     # ids from here on are no tokens of this encoding's
+    lead: str      # in front of every text
+    normal: str    # Unicode's normal form, "" for text as it is
     prompt_limit: int
     response_limit: int
 
 
+# tiktoken's split pattern for GPT-2; the same where every digit stands alone; and the first for
+# `re`, which lacks \p{L} and \p{N} (so it takes ½ for a letter).
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLIT_DIGITS = (r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|"
+                r"\s+(?!\S)|\s+")
+SPLIT_RE = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+
+
 def open_tokenizer(pieces, prompt_limit, response_limit):
-    """256 single bytes, then those pieces of text, then the template's three special tokens; or,
-    where pieces is None, GPT-2's published byte-pair encoding, which tiktoken downloads once. Its
-    template is plain text, since its one special token ends responses.
+    """256 single bytes, then those pieces of text, then the template's three special tokens.
 
     tiktoken looks a whole piece up before it merges anything: a frequent piece is one token, any
     other is merged from its bytes as far as these pieces allow.
     """
-    limits = prompt_limit, response_limit
-    if pieces is None:
-        encoding = tiktoken.get_encoding("gpt2")
-        before = encoding.encode_ordinary("\n\nHuman:")
-        after = encoding.encode_ordinary("\n\nAssistant:")
-        return Tokenizer(encoding, before, after, encoding.eot_token, *limits)
     ranks = {bytes([i]): i for i in range(256)}
     for piece in pieces:
         ranks.setdefault(piece.encode(), len(ranks))
@@ -187,7 +198,119 @@ def open_tokenizer(pieces, prompt_limit, response_limit):
     special = {"<|user|>": user, "<|assistant|>": user + 1, "<|end|>": user + 2}
     encoding = tiktoken.Encoding(
         "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(encoding, [user], [user + 1], user + 2, *limits)
+    end = user + 2
+    return Tokenizer(encoding, [], [user], [user + 1], end, [], [end], [end], end + 1, " ", "",
+                     prompt_limit, response_limit)
+
+
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+         "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+         "merges.txt")
+TEMPLATES = {  # first text, system message, then Tokenizer's before, after, end, next
+    "chatml": ("", "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n",
+               "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n"),
+    "llama3": ("<|begin_of_text|>",
+               "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+               "<|start_header_id|>user<|end_header_id|>\n\n",
+               "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", "")}
+
+
+def tokenizer_files(folder):
+    """{name: text} of what a published folder says of its tokenizer."""
+    return {name: Path(folder, name).read_text("utf-8")
+            for name in FILES if os.path.exists(f"{folder}/{name}")}
+
+
+def chat_template(files, wanted="auto"):
+    """The name of the template of `tokenizer_files`, "plain" where a model has none, and the
+    template itself."""
+    config = json.loads(files.get("tokenizer_config.json", "{}"))
+    text = str(files.get("chat_template.jinja") or config.get("chat_template") or "")
+    marks = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "": "plain"}
+    name = next(name for mark, name in marks.items() if mark in text)
+    if wanted != "auto":
+        name = wanted
+    elif "Cutting Knowledge Date" in text or text and name == "plain":
+        raise ValueError("its chat template writes a date, or is neither ChatML nor Llama-3's; "
+                         "--template chatml, llama3 or plain takes one of these instead")
+    return name, text
+
+
+def published_tokenizer(files, template, system, prompt_limit, response_limit):
+    """The byte-level BPE of `tokenizer_files`, with one of TEMPLATES or, for a base model, a plain
+    text one. system: "" for what the model's own template says there."""
+    encoding, known, normal = published_encoding(json.loads(files["tokenizer.json"]))
+    name, text = chat_template(files, template)
+    ends = []
+    for file in ("config.json", "generation_config.json"):
+        ids = json.loads(files.get(file, "{}")).get("eos_token_id") or []
+        ends += ids if isinstance(ids, list) else [ids]
+    own = re.search(r"<\|im_start\|>system(?:\n|\\n)([^{}']+)<\|im_end\|>", text)
+    if name == "plain":
+        end = encoding.decode(ends[-1:])
+        parts = ("", "{}", "\n\nHuman:", "\n\nAssistant:", end, "")
+    else:
+        parts = TEMPLATES[name]
+        system = system or own and own[1]
+    first, message, *parts = parts
+    parts = [first + message.format(system) if system else first, *parts]
+    start, before, after, end, after_end = [
+        encoding.encode(part, allowed_special="all") for part in parts]
+    print(f"  template: {name}, system message {system!r}")
+    used = len(start + before + after)
+    if used >= prompt_limit or len(end) > 1:
+        raise ValueError(f"the template takes {used} of the {prompt_limit} tokens of a prompt, or "
+                         f"{parts[3]} is no token here; raise --block_size, or choose --template")
+    return Tokenizer(encoding, start, before, after, *end, after_end, end, [*end, *ends], known,
+                     " " if name == "plain" else "", normal, prompt_limit, response_limit)
+
+
+def published_encoding(file):
+    """tokenizer.json -> encoding, the first id behind its own, normal form. Bytes that it lacks get
+    ids from there on, which `encode` drops. ValueError for anything but byte-level BPE."""
+    model = file["model"]
+    normal = (file["normalizer"] or {"type": ""})["type"]
+    if model["type"] != "BPE" or model.get("byte_fallback") or normal not in ("", "NFC"):
+        raise ValueError(f"tokenizer.json: {model['type']} with {normal or 'no normalizer'}, "
+                         "perhaps SentencePiece; byte-level BPE, with NFC at most, is expected")
+    vocab = model["vocab"]
+    order = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
+    if order != sorted(order):
+        raise ValueError("tokenizer.json: merges are not in the order of their ids")
+    spare = itertools.count(256)  # a byte is spelled as a letter, its own if it can be seen
+    letters = {chr(byte if byte > 32 and chr(byte).isprintable() else next(spare)): byte
+               for byte in range(256)}
+    special = {token["content"]: token["id"] for token in file["added_tokens"]}
+    ranks = {bytes(letters[letter] for letter in piece): i
+             for piece, i in vocab.items() if piece not in special}
+    known = max(*vocab.values(), *special.values()) + 1
+    for byte in range(256):
+        ranks.setdefault(bytes([byte]), known + byte)
+    return tiktoken.Encoding(
+        "published", pat_str=split_pattern(file["pre_tokenizer"]), mergeable_ranks=ranks,
+        special_tokens=special), known, normal
+
+
+def split_pattern(steps):
+    """The regular expression by which a tokenizer.json's pre_tokenizer splits text."""
+    steps = steps.get("pretokenizers", [steps])
+    how = " ".join(str(x) for step in steps for what, x in step.items()
+                   if what not in ("trim_offsets", "pattern"))
+    patterns = {  # type, individual_digits; type, behavior, invert; type, add_prefix_space, use_regex
+        "ByteLevel False": SPLIT,
+        "ByteLevel False True": SPLIT,
+        "Digits True ByteLevel False True": SPLIT_DIGITS,
+        "Split Isolated False ByteLevel False False": steps[0].get("pattern", {}).get("Regex")}
+    if not patterns.get(how):
+        raise ValueError(f"tokenizer.json: pre_tokenizer {how!r}; covered: {', '.join(patterns)}")
+    return patterns[how]
+
+
+def encode(tok, text):
+    """Text, special tokens spelled in it included -> ids of ordinary tokens."""
+    if tok.normal:
+        text = unicodedata.normalize(tok.normal, text)
+    return [i for i in tok.encoding.encode_ordinary(tok.lead + text) if i < tok.known]
 
 
 def frequent_pieces(pairs, vocab_size):
@@ -214,16 +337,16 @@ def encode_prompts(tok, prompts, what="prompts"):
 def encode_prompt(tok, prompt):
     """-> at most prompt_limit token ids, and whether something was cut: the oldest exchanges, each
     as a whole, so that no one's words pass for the other's; then the last question's beginning."""
-    *earlier, last = [tok.encoding.encode_ordinary(" " + words) for words in turns(prompt)]
-    room = max(0, tok.prompt_limit - len(tok.before) - len(tok.after))
-    last_words = last[max(0, len(last) - room):]
-    ids = tok.before + last_words + tok.after
+    *earlier, last = [encode(tok, words) for words in turns(prompt)]
+    limit = tok.prompt_limit - len(tok.start)
+    room = limit - len(tok.before + tok.after)
+    ids = tok.before + last[max(0, len(last) - room):] + tok.after
     for user, assistant in zip(earlier[-2::-2], earlier[::-2]):  # the latest first
-        exchange = tok.before + user + tok.after + assistant + [tok.end]
-        if len(exchange) + len(ids) > tok.prompt_limit:
-            return ids, True
+        exchange = tok.before + user + tok.after + assistant + [tok.end] + tok.next
+        if len(exchange) + len(ids) > limit:
+            return tok.start + ids, True
         ids = exchange + ids
-    return ids, len(last) > room
+    return tok.start + ids, len(last) > room
 
 
 def encode_responses(tok, responses, what="responses"):
@@ -231,31 +354,12 @@ def encode_responses(tok, responses, what="responses"):
 
     At most response_limit ids each: a longer response loses its tail and its `end`, as in sampling.
     """
-    ids = [tok.encoding.encode_ordinary(" " + response) + [tok.end] for response in responses]
+    ids = [encode(tok, response) + tok.close for response in responses]
     cut = sum(len(x) > tok.response_limit for x in ids)
     if cut:
         print(f"  {what}: {cut} of {len(ids)} responses lost their end (longer than "
               f"{tok.response_limit} tokens)")
     return [x[:tok.response_limit] for x in ids]
-
-
-def tokenizer_files(encoding):
-    """{name: text} from which Transformers' AutoTokenizer makes GPT-2's encoding again: there every
-    byte is spelled as a letter, and every way in which a token is two others is a merge."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {byte: byte for byte in printable}
-    for byte in range(256):
-        letters.setdefault(byte, 68 + len(letters))  # the 188 printable ones are there: from 256
-    ranks = encoding._mergeable_ranks
-    spelled = {token: token.decode("latin-1").translate(letters)
-               for token in sorted(ranks, key=ranks.get)}
-    merges = [f"{spelled[token[:i]]} {spelled[token[i:]]}\n"
-              for token in spelled for i in range(1, len(token))
-              if token[:i] in ranks and token[i:] in ranks]
-    vocab = {spelling: ranks[token] for token, spelling in spelled.items()}
-    end = "<|endoftext|>"
-    return {"vocab.json": json.dumps({**vocab, end: encoding.eot_token}),
-            "merges.txt": "#version: 0.2\n" + "".join(merges)}
 
 
 # ---- 4. preference files

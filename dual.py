@@ -70,9 +70,8 @@ Tensor = torch.Tensor
 
 class Problem(NamedTuple):
     """Checked input, and its statistics over the responses y of a prompt x (by prepare)."""
-    scores: Tensor  # (1+m, N, K): r, then each g_j
-    mean: Tensor  # (1+m, N) mean_y of each
-    memory: Tensor  # (1+2m, n, K), for n prompts at a time
+    parts: list  # of (1+m, n, K): r, then each g_j, less their means; n prompts at a time
+    mean: Tensor  # (1+m, N) mean_y of each: what all responses share moves no π_λ
     margin: Array  # (m,) b
     beta: float
     spread: float  # mean_x (max_y r − min_y r)
@@ -89,45 +88,33 @@ class Point(NamedTuple):
     gain: Tensor  # (m, N) E_π_λ[g_j|x] − mean_y g_j
 
 
-def centred(problem):
-    """r (n, K) and g (m, n, K) less their means over y, n prompts at a time, in the same memory,
-    and m planes (m, n, K) of it to write on.
-
-    What the responses of a prompt share moves no π_λ. So from here on E_ref[r] = 0 and h = g − b.
-    """
-    n = problem.memory.size(1)
-    for part, mean in zip(problem.scores.split(n, dim=1), problem.mean.split(n, dim=1)):
-        room = problem.memory[:, :part.size(1)]
-        scores = torch.sub(part, mean[..., None], out=room[:len(part)])
-        yield scores[0], scores[1:], room[len(part):]
-
-
 def tilt(r, g, lam, beta):
-    """π_λ(y|x) ∝ exp((r + ⟨λ,g⟩)/β) (n, K), in r's memory, and ln of its normaliser (n,)."""
-    scale = beta * LN_2  # exp(x/β) = 2^(x/scale), and exp2 is twice as fast as exp
-    z = r.div_(scale)
-    for slope, plane in zip((lam / scale).tolist(), g):
-        z.add_(plane, alpha=slope)  # (r + ⟨λ,g⟩)/scale
+    """π_λ(y|x) ∝ exp((r + ⟨λ,g⟩)/β) (n, K), and ln of its normaliser (n,)."""
+    z = r / beta
+    for slope, plane in zip((lam / beta).tolist(), g):
+        z.add_(plane, alpha=slope)  # (r + ⟨λ,g⟩)/β
     top = z.amax(1, keepdim=True)  # (n, 1)
-    p = z.sub_(top).exp2_()
+    p = z.sub_(top).exp_()  # in place: fresh memory takes longer than a softmax
     total = p.sum(1, keepdim=True)  # (n, 1)
-    return p.div_(total), (top * LN_2 + total.log())[:, 0]
+    return p.div_(total), (top + total.log())[:, 0]
 
 
 def evaluate(problem, lam):
-    """The three equations at λ (m,), in one pass over the responses."""
+    """The three equations at λ (m,), in one pass over the responses. As the scores are centred,
+    E_ref[r] = 0 and h = g − b here."""
     log_sums, gains = [], []
     second = 0
-    for r, g, room in centred(problem):
+    for part in problem.parts:
+        r, g = part[0], part[1:]
         p, log_sum = tilt(r, g, lam, problem.beta)
-        weighted = torch.mul(g, p, out=room)  # (m, n, K)
+        weighted = g * p  # (m, n, K)
         log_sums.append(log_sum)
         gains.append(weighted.sum(2))  # (m, n)
         second += weighted.flatten(1) @ g.flatten(1).T  # Σ_x E_π_λ[g·gᵀ]
     gain = torch.cat(gains, dim=1)
     covariance = (second - gain @ gain.T) / gain.size(1)  # (m, m)
 
-    log_mean = torch.cat(log_sums).mean().item() - math.log(problem.scores.size(2))
+    log_mean = torch.cat(log_sums).mean().item() - math.log(p.size(1))
     value = problem.beta * log_mean - lam @ problem.margin  # D(λ) − E_ref[r]
     grad = gain.mean(1).cpu().numpy() - problem.margin  # ∇D(λ) = E_π_λ[h]
     hessian = covariance.cpu().numpy() / problem.beta  # ∇²D(λ) = mean_x Cov/β
@@ -151,7 +138,7 @@ def minimise(problem, lam, limit):
     beta, unit = problem.beta, problem.unit
     radius = AMPLE * (problem.spread + beta)  # of a step, in units of r
     point = evaluate(problem, lam)
-    least = -problem.spread - beta * math.log(problem.scores.size(2))  # D(λ) ≥ R(λ) + least
+    least = -problem.spread - beta * math.log(problem.parts[0].size(2))  # D(λ) ≥ R(λ) + least
     for evaluations in range(1, limit + 1):
         # rounding r + ⟨λ,h⟩ by `noise` moves π_λ by a share noise/β, and ∇D by that much of h
         noise = ROUNDING * (problem.spread + beta + point.lam @ unit)
@@ -207,8 +194,7 @@ AMPLE = 8  # first radius / (spread of the scores + β); least radius / length o
 SHRINK = 5  # length of a refused step / largest next radius
 ACCEPT = 1e-3  # least drop of D / ⟨∇D,step⟩
 GOOD = 0.35  # share of it that makes a step a good one
-LN_2 = 0.6931471805599453
-CHUNK = 2 ** 17  # responses per thread whose numbers stay in its cache
+CHUNK = 2 ** 17  # responses at a time; what more need does not stay in a CPU's cache
 
 # ---- 2. the input
 
@@ -236,11 +222,10 @@ def prepare(score, constraint, margin, beta):
         raise ValueError(
             f"score has shape {tuple(score.shape)} and constraint {tuple(constraint.shape)}: they "
             "must be (N, K) and (N, K) or (m, N, K) with N, K, m >= 1")
-    scores = torch.cat([score[None], constraint])  # (1+m, N, K)
-    m, N, K = constraint.shape
+    scores = torch.cat([score[None], constraint]).double()  # (1+m, N, K)
     low = scores.amin(2)  # (1+m, N)
     high = scores.amax(2)
-    mean = scores.mean(2, dtype=torch.float64).clamp(low, high)  # exact where all are equal
+    mean = scores.mean(2).clamp(low, high)  # exact where all are equal
     bad = (~mean.isfinite()).nonzero()  # (.., 2)
     if len(bad):
         row, prompt = bad[0].tolist()
@@ -249,11 +234,10 @@ def prepare(score, constraint, margin, beta):
     if not TINY < beta < math.inf:
         raise ValueError(f"beta is {beta}: it must be a finite number above {TINY}")
     margin = one_each(margin, len(constraint))
-    spread, *width = (high.double() - low).mean(1).tolist()
+    spread, *width = (high - low).mean(1).tolist()
     reach = (high - mean)[1:].mean(1).cpu().numpy()
-    n = max(1, CHUNK * torch.get_num_threads() // K)
-    memory = mean.new_empty(1 + 2 * m, min(n, N), K)
-    return Problem(scores, mean, memory, margin, beta, spread, width + abs(margin) + TINY, reach)
+    parts = scores.sub_(mean[..., None]).split(max(1, CHUNK // scores.size(2)), dim=1)
+    return Problem(parts, mean, margin, beta, spread, width + abs(margin) + TINY, reach)
 
 
 def name_of(row):
@@ -297,15 +281,14 @@ class Dual(NamedTuple):
 def predict(problem, point, evaluations):
     """The Dual at the minimum; warns where K is too small for it."""
     score_gains, squares = [], []
-    for r, g, room in centred(problem):
-        score = room[0].copy_(r)
-        p, _ = tilt(r, g, point.lam, problem.beta)
-        score_gains.append(score.mul_(p).sum(1))  # (n,) E_π_λ[r|x] − mean_y r
+    for part in problem.parts:
+        p, _ = tilt(part[0], part[1:], point.lam, problem.beta)
+        score_gains.append((part[0] * p).sum(1))  # (n,) E_π_λ[r|x] − mean_y r
         squares.append(p.square_().sum(1))  # (n,)
     gain, gain_se = clustered(torch.cat([torch.cat(score_gains)[None], point.gain]))  # (1+m,)
     ref, ref_se = clustered(problem.mean)  # (1+m,) likewise
     ess = 1 / torch.cat(squares)  # (N,)
-    few, K = ess.mean().item(), problem.scores.size(2)
+    few, K = ess.mean().item(), p.size(1)
     if few < FEW < K:  # which no error bar shows
         warnings.warn(
             f"effective sample size {few:.1f} of {K} responses per prompt: gains come out too "
@@ -403,20 +386,6 @@ def read_npz(path, beta):
     return data, score, constraint.reshape(-1, *shape)
 
 
-def label(data, s):
-    """{"s": s (N, K)}, and, where the `pairs` (P, 3) of an npz give a prompt and two of its
-    responses y_0 and y_1 by index, {"p": P(y_1 ≻ y_0) = σ(s_1 − s_0) (P,)}."""
-    if "pairs" not in data:
-        return {"s": s}
-    try:
-        n, *sides = data["pairs"].T
-        first, second = [s.take(np.ravel_multi_index((n, k), s.shape)) for k in sides]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"pairs, of {data['pairs'].shape}, must be whole numbers (P, 3): a prompt "
-                         f"and two of its responses, of {s.shape} ({error})") from None
-    return {"s": s, "p": 0.5 + 0.5 * np.tanh((second - first) / 2)}  # σ, without its overflow
-
-
 def report(args):
     """Everything the command line prints."""
     beta = args.beta
@@ -424,8 +393,7 @@ def report(args):
     margin = parse_margin(args.margin, reachable(torch.from_numpy(constraint)))
     d = solve(score, constraint, margin, beta)
     if args.write:
-        s = score + np.einsum("m,mnk->nk", d.lam.numpy(), constraint)  # r + ⟨λ*,g⟩
-        data |= label(data, s)
+        data["s"] = score + np.tensordot(d.lam.numpy(), constraint, 1)  # (N, K) r + ⟨λ*,g⟩
         replace_file(args.write, lambda file: np.savez(file, **data))
     if args.json:
         text = json.dumps({"margin": margin, "beta": beta, **d._asdict()},
@@ -450,14 +418,14 @@ def main():
     parser._negative_number_matcher = NEGATIVE
     parser.add_argument(
         "scores", help="npz: score (N, K) and constraint (N, K) or (m, N, K), or PeCAN's ref_logp, "
-        "logp_r, logp_g (N, K); optional pairs (P, 3)")
+        "logp_r, logp_g (N, K)")
     parser.add_argument(
         "--margin", required=True, help="least gain in g: 0.5, or 50%% of the largest reachable "
         "one; one for all constraints, or comma separated")
     parser.add_argument("--beta", type=float, required=True, help="strength of the KL term")
     parser.add_argument(
-        "--write", help="npz to write, for a policy that is trained elsewhere: s = r + lam* g "
-        "(N, K) and, for pairs of (prompt, y_0, y_1), p = P(y_1 over y_0) (P,)")
+        "--write", help="npz to write, for a policy that is trained elsewhere: what it read, and s "
+        "= r + lam* g (N, K); P(y_1 over y_0) is the sigmoid of s_1 - s_0")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     warnings.showwarning = lambda message, *_, **__: print(
         f"dual.py: warning: {message}", file=sys.stderr)

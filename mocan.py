@@ -86,7 +86,7 @@ def sample_pool(policy, tok, prompts, K, recipe):
         sampled = []
         for n in batches[first + me:][:1]:  # one for each rank, none where none is left
             chance = uniforms(recipe.key, n.tolist(), K, tok.response_limit)
-            rows = policy.generate([ids[i] for i in n], chance, eos=tok.end)
+            rows = policy.generate([ids[i] for i in n], chance, eos=tok.ends)
             sampled = [x.cpu() for x in rows]
         for batch in filter(len, gather(sampled)):
             progress.report(batch)

@@ -2,10 +2,9 @@
 model.py: a GPT, how it scores text, and how it samples its own.
 
 The architecture is GPT-2's (pre-LN blocks, learned positions, tanh GELU) with GPT-2's own module
-names, and without its dropout; or that of the Llama family (`llama`, `qwen2`, `qwen3`), which has
-the same modules under the same names, but RMSNorm, rotary positions, a gated MLP, fewer heads of
-keys and values than of queries, and no biases but qwen2's. `from_pretrained` loads published
-weights, `export` writes them. Three uses:
+names, and without its dropout; or that of the Llama family (`llama`, `qwen2`, `qwen3`): RMSNorm,
+rotary positions, a gated MLP, fewer heads of keys and values than of queries, and no biases but
+qwen2's. `from_pretrained` loads published weights, `export` writes them. Three uses:
 
     policy, reference   sequence_logprob   ln π(y|x) = Σ_t ln π(y_t | x, y_<t): what DPO trains on
                         generate           y ~ π(·|x), and ln π(y|x) for free
@@ -87,25 +86,36 @@ def rotate(x, cos, sin):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        shared = config.n_kv_head or config.n_head
-        self.heads = [config.n_head, shared, shared]  # of queries, keys, values
-        self.head_dim = size = config.head_dim or config.n_embd // config.n_head
-        self.c_attn = nn.Linear(
-            config.n_embd, sum(self.heads) * size, bias=config.family in ("gpt2", "qwen2"))
-        self.c_proj = nn.Linear(config.n_head * size, config.n_embd, bias=config.family == "gpt2")
-        if config.family == "qwen3":
-            self.q_norm = norm(config, size)
-            self.k_norm = norm(config, size)
+        C, H = config.n_embd, config.n_head
+        shared = config.n_kv_head or H
+        self.heads = [H, shared, shared]  # of queries, keys, values
+        self.head_dim = D = config.head_dim or C // H
+        self.family = config.family
+        if self.family == "gpt2":
+            self.c_attn = nn.Linear(C, 3 * C)
+            self.c_proj = nn.Linear(C, C)
+            return
+        bias = self.family == "qwen2"
+        self.q_proj = nn.Linear(C, H * D, bias=bias)
+        self.k_proj = nn.Linear(C, shared * D, bias=bias)
+        self.v_proj = nn.Linear(C, shared * D, bias=bias)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        if self.family == "qwen3":
+            self.q_norm = norm(config, D)
+            self.k_norm = norm(config, D)
 
     def forward(self, x, turn, packing, cache, visible):
         """(B, T, C) -> (B, T, C), or with a Packing (M, C) -> (M, C). See GPT.forward; turn:
         `rotation` or nothing; the cache (B, 2, H', S, D) is this block's."""
-        qkv = self.c_attn(x)
+        if self.family == "gpt2":
+            qkv = self.c_attn(x)
+        else:
+            qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         if packing:
             qkv = F.embedding(packing.where, qkv)  # (B, T, ·); qkv[where], faster backward
         qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), twice (B, H', T, D)
-        if hasattr(self, "q_norm"):
+        if self.family == "qwen3":
             q = self.q_norm(q)
             k = self.k_norm(k)
         if turn:
@@ -119,7 +129,7 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).flatten(2)  # (B, T, H·D)
         if packing:
             y = F.embedding(packing.kept, y.flatten(0, 1))  # (M, H·D)
-        return self.c_proj(y)
+        return self.c_proj(y) if self.family == "gpt2" else self.o_proj(y)
 
 
 class MLP(nn.Module):
@@ -127,15 +137,18 @@ class MLP(nn.Module):
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
         self.gated = config.family != "gpt2"
-        self.c_fc = nn.Linear(config.n_embd, inner * (1 + self.gated), bias=not self.gated)
-        self.c_proj = nn.Linear(inner, config.n_embd, bias=not self.gated)
+        if self.gated:
+            self.gate_proj = nn.Linear(config.n_embd, inner, bias=False)
+            self.up_proj = nn.Linear(config.n_embd, inner, bias=False)
+            self.down_proj = nn.Linear(inner, config.n_embd, bias=False)
+        else:
+            self.c_fc = nn.Linear(config.n_embd, inner)
+            self.c_proj = nn.Linear(inner, config.n_embd)
 
     def forward(self, x):
-        x = self.c_fc(x)
-        if not self.gated:
-            return self.c_proj(F.gelu(x, approximate="tanh"))
-        gate, up = x.chunk(2, dim=-1)
-        return self.c_proj(F.silu(gate) * up)
+        if self.gated:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -154,9 +167,6 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        if config.n_head < 1 or config.n_embd % config.n_head and not config.head_dim:
-            raise ValueError(
-                f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rope:
@@ -321,9 +331,6 @@ ASK_EVERY = 4  # tokens
 def sample_responses(model, prompts, uniforms, eos):
     """GPT.generate. A row is a response, and A of the N·K are still computed."""
     N, K, max_new_tokens = uniforms.shape
-    if N != len(prompts):
-        raise ValueError(f"uniforms {tuple(uniforms.shape)} for {len(prompts)} prompts; "
-                         "(N, K, max_new_tokens) for N prompts is expected")
     tokens, position, visible, hidden, cache = prefill(model, prompts, K, max_new_tokens)
     longest = tokens.size(1) - max_new_tokens
     response_mask = torch.zeros_like(tokens, dtype=torch.bool)  # (N·K, T)
@@ -409,19 +416,14 @@ def to_checkpoint(model):
 def from_checkpoint(saved, device="cpu"):
     """The model, with a copy of the weights: training it leaves `saved`."""
     try:
-        return assemble(saved["config"], saved["weights"]).to(device)
+        with torch.device("meta"):  # sizes are checked before memory is asked for
+            model = GPT(GPTConfig(**saved["config"]))
+        model.load_state_dict(saved["weights"], assign=True)
+        return copy.deepcopy(model).to(device)
     except Exception as error:  # a damaged file raises half a dozen kinds
         raise ValueError(
             f"{saved.get('path', 'checkpoint')}: not a model that this program saved "
             f"({in_one_line(error)}); make it again with --from its stage") from None
-
-
-def assemble(config, weights):
-    """A model that owns its weights; sizes are checked before memory is asked for."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**config))
-    model.load_state_dict(weights, assign=True)
-    return copy.deepcopy(model)
 
 
 def in_one_line(error):
@@ -484,10 +486,10 @@ COVERED = {  # where config.json has these, nothing else
     "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
     "use_sliding_window": [False], "quantization_config": [None],
     "model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"]}
-LLAMA_NAMES = {  # ours: theirs
-    "wte": "embed_tokens", "h.": "layers.", "ln_1": "input_layernorm", "ln_f": "norm",
-    "ln_2": "post_attention_layernorm", ".attn": ".self_attn", "c_attn": "q_proj k_proj v_proj",
-    "attn.c_proj": "attn.o_proj", "c_fc": "gate_proj up_proj", "mlp.c_proj": "mlp.down_proj"}
+NAMES = {"embed_tokens": "wte", "layers": "h", "input_layernorm": "ln_1", "self_attn": "attn",
+         "post_attention_layernorm": "ln_2", "norm": "ln_f", "score": "score_head"}  # theirs: ours
+EXPORTED = {"dtype": "float32", "torch_dtype": "float32", "resid_pdrop": 0, "embd_pdrop": 0,
+            "attn_pdrop": 0}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in GPT-2's
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # left out
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -502,8 +504,6 @@ def read_config(theirs):
         found = {"rope_type": kind, **theirs}.get(what, covered[0])
         if found not in covered:
             raise ValueError(f"{what} is {found}; covered: {covered}")
-    if set(theirs.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types are {theirs['layer_types']}; covered: full_attention")
     sizes = {ours: theirs[name] for name, ours in SIZES.items() if theirs.get(name) is not None}
     if theirs["model_type"] != "gpt2":
         rope = {"rope_theta": theirs.get("rope_theta", 1e4), **rope}
@@ -513,13 +513,8 @@ def read_config(theirs):
     return GPTConfig(**sizes, family=theirs["model_type"])
 
 
-def their_names(config, name):
-    """The published tensors, without prefix, that lie one behind the other in ours of this name."""
-    names = [name.replace("score_head", "score")]
-    for ours, theirs in LLAMA_NAMES.items() if config.rope else ():
-        if ours in name:
-            names = [x.replace(ours, part) for x in names for part in theirs.split()]
-    return names
+def renamed(name, names):
+    return ".".join(names.get(part, part) for part in name.split("."))
 
 
 def read_published(folder):
@@ -529,7 +524,7 @@ def read_published(folder):
             config = read_config(json.load(file))
         with torch.device("meta"):
             model = GPT(config)
-        tensors = {}
+        weights = {}
         for path in weight_files(folder):
             for name, tensor in read_tensors(path).items():
                 if name.endswith(BUFFERS):
@@ -539,19 +534,13 @@ def read_published(folder):
                     raise ValueError(f"{name} is of {dtype}, or not finite: finite numbers of "
                                      "float32, float16 or bfloat16 are expected")
                 if not config.rope and name.endswith(TRANSPOSED):
-                    tensor = tensor.t()
+                    tensor = tensor.t().contiguous()
                 name = name.removeprefix("transformer.").removeprefix("model.")
-                tensors[name] = tensor.float()
-        [embedding] = their_names(config, "wte.weight")
-        head = tensors.pop("lm_head.weight", None) if config.tied else None
-        if head is not None and not torch.equal(tensors.setdefault(embedding, head), head):
+                weights[renamed(name, NAMES)] = tensor.float()
+        head = weights.pop("lm_head.weight", None) if config.tied else None
+        if head is not None and not torch.equal(weights.setdefault("wte.weight", head), head):
             raise ValueError("lm_head.weight is not the embedding, to which it is tied")
-        weights = {}
-        for name in model.state_dict():
-            parts = their_names(config, name)
-            if tensors.keys() >= set(parts):
-                weights[name] = torch.cat([tensors.pop(part) for part in parts])
-        model.load_state_dict(weights | tensors, assign=True)
+        model.load_state_dict(weights, assign=True)
         return model
     except Exception as error:  # a damaged file raises a dozen kinds
         raise ValueError(
@@ -597,28 +586,24 @@ def read_tensors(path):
 def export(model, folder, files={}):
     """Write a model so that `from_pretrained`, ours and Transformers', loads it, in float32, and
     files {name: text} with it, which must have its config.json if it is not a GPT-2."""
-    open_export(folder)
+    open_export(folder, files)
     c = model.config
-    config = {"model_type": "gpt2", "vocab_size": c.vocab_size, "n_positions": c.block_size,
-              "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "resid_pdrop": 0,
-              "embd_pdrop": 0, "attn_pdrop": 0, "architectures": ["GPT2LMHeadModel"],
-              "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1}
-    config = json.loads(files.get("config.json", json.dumps(config))) | {"dtype": "float32", "torch_dtype": "float32"}
-    prefix = "model." if c.rope else "transformer."
-    attn = model.h[0].attn
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": c.n_layer,
+              "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
+              "vocab_size": c.vocab_size, "bos_token_id": c.vocab_size - 1,
+              "eos_token_id": c.vocab_size - 1}
+    config = json.loads(files.get("config.json", json.dumps(config))) | EXPORTED
+    for name, text in {**files, "config.json": json.dumps(config)}.items():
+        replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
+    prefix, names = "transformer.", {"score_head": "score"}
+    if c.rope:
+        prefix, names = "model.", {ours: theirs for theirs, ours in NAMES.items()}
     tensors = {}
     for name, tensor in to_checkpoint(model)["weights"].items():
         if not c.rope and name.endswith(TRANSPOSED):
             tensor = tensor.t()
-        names = their_names(c, name)
-        sizes = len(tensor) // len(names)
-        if len(names) == 3:
-            sizes = [heads * attn.head_dim for heads in attn.heads]
-        for theirs, part in zip(names, tensor.split(sizes)):
-            tensors[theirs if name == "lm_head.weight" else prefix + theirs] = part.contiguous()
-    files = {**files, "config.json": json.dumps(config)}
-    for name, text in files.items():
-        replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
+        before = "" if "head" in name else prefix
+        tensors[before + renamed(name, names)] = tensor.contiguous()
     replace_file(f"{folder}/model.safetensors", lambda file: write_tensors(tensors, file))
 
 

@@ -55,7 +55,7 @@ import data
 import dual
 import mocan
 import train
-from model import DRAWN, GPT, GPTConfig, export, from_checkpoint, load, sample_token, sequence_logprob
+from model import GPT, GPTConfig, export, from_checkpoint, load, sample_token, sequence_logprob
 
 silent = contextlib.redirect_stdout(None)  # around what reports its progress
 
@@ -763,9 +763,8 @@ def draw_alone(policy, rows, tokens):
     weight = policy.wte.weight
     hidden = torch.randn(rows, weight.size(1), device=weight.device)
     u = torch.rand(rows, 1, device=weight.device)
-    buffer = weight.new_zeros(rows, -(-len(weight) // DRAWN) * DRAWN)
     for _ in range(tokens):
-        sample_token(hidden, weight, u, buffer)
+        sample_token(hidden, weight, u)
 
 
 def blocks_dtype(policy):
