@@ -83,21 +83,13 @@ def text_pool(tok, prompts, responses, what):
     return Pool(pad(texts, K), pad(masks, K))
 
 
-class Preferences(NamedTuple):
-    """The pairs that hold one preference, as tensors."""
-    pool: Pool              # (P, 2, T) chosen, rejected
-    ref_logp: torch.Tensor  # (P, 2) ln π_ref of these; 0 where nothing asks for it
-
-
-def preferences(pairs, name, pool, ref_logp=None):
-    """Preferences of `name`, from all the pairs' pool of `pair_pool` and their ln π_ref (N, 2)."""
-    if ref_logp is None:
-        ref_logp = torch.zeros(len(pairs), 2)
+def preferences(pairs, name, pool):
+    """Those of `pair_pool` that hold this preference -> Pool (P, 2, T) chosen, rejected."""
     some = [i for i, pair in enumerate(pairs) if name in pair.prefers]
     n = torch.tensor(some)[:, None]  # (P, 1)
     chosen = torch.tensor([[pairs[i].prefers[name]] for i in some])  # (P, 1) 0 or 1
     k = torch.cat([chosen, 1 - chosen], dim=1)  # (P, 2)
-    return Preferences(Pool(*[x[n, k] for x in pool]), ref_logp[n, k])
+    return Pool(*[x[n, k] for x in pool])
 
 
 # ---- 2. batches
@@ -186,11 +178,16 @@ SPLIT_RE = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\
 
 
 def open_tokenizer(pieces, prompt_limit, response_limit):
-    """256 single bytes, then those pieces of text, then the template's three special tokens.
+    """256 single bytes, then those pieces of text, then the template's three special tokens; or,
+    where pieces is None, GPT-2's byte-pair encoding, which tiktoken downloads once, in plain text.
 
     tiktoken looks a whole piece up before it merges anything: a frequent piece is one token, any
     other is merged from its bytes as far as these pieces allow.
     """
+    limits = prompt_limit, response_limit
+    if pieces is None:
+        gpt2 = tiktoken.get_encoding("gpt2")
+        return plain_tokenizer(gpt2, [gpt2.eot_token], gpt2.n_vocab, "", *limits)
     ranks = {bytes([i]): i for i in range(256)}
     for piece in pieces:
         ranks.setdefault(piece.encode(), len(ranks))
@@ -199,14 +196,21 @@ def open_tokenizer(pieces, prompt_limit, response_limit):
     encoding = tiktoken.Encoding(
         "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
     end = user + 2
-    return Tokenizer(encoding, [], [user], [user + 1], end, [], [end], [end], end + 1, " ", "",
-                     prompt_limit, response_limit)
+    return Tokenizer(encoding, [], [user], [user + 1], end, [], [end], [end], end + 1, " ", "", *limits)
+
+
+def plain_tokenizer(encoding, ends, known, normal, *limits):
+    """A base model's, which has no tokens of a template: text that looks like a transcript."""
+    before = encoding.encode_ordinary("\n\nHuman:")
+    after = encoding.encode_ordinary("\n\nAssistant:")
+    return Tokenizer(encoding, [], before, after, ends[0], [], ends[:1], ends, known, " ", normal,
+                     *limits)
 
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
          "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json",
          "merges.txt")
-TEMPLATES = {  # first text, system message, then Tokenizer's before, after, end, next
+TEMPLATES = {  # the text before all, a system message, then Tokenizer's before, after, end, next
     "chatml": ("", "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n",
                "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n"),
     "llama3": ("<|begin_of_text|>",
@@ -215,54 +219,48 @@ TEMPLATES = {  # first text, system message, then Tokenizer's before, after, end
                "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", "")}
 
 
-def tokenizer_files(folder):
+def published_files(folder):
     """{name: text} of what a published folder says of its tokenizer."""
     return {name: Path(folder, name).read_text("utf-8")
             for name in FILES if os.path.exists(f"{folder}/{name}")}
 
 
-def chat_template(files, wanted="auto"):
-    """The name of the template of `tokenizer_files`, "plain" where a model has none, and the
-    template itself."""
+def chat_template(files):
+    """The chat template of `published_files`, "" of a base model, which has none."""
     config = json.loads(files.get("tokenizer_config.json", "{}"))
-    text = str(files.get("chat_template.jinja") or config.get("chat_template") or "")
-    marks = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "": "plain"}
-    name = next(name for mark, name in marks.items() if mark in text)
-    if wanted != "auto":
-        name = wanted
-    elif "Cutting Knowledge Date" in text or text and name == "plain":
-        raise ValueError("its chat template writes a date, or is neither ChatML nor Llama-3's; "
-                         "--template chatml, llama3 or plain takes one of these instead")
-    return name, text
+    return str(files.get("chat_template.jinja") or config.get("chat_template") or "")
 
 
-def published_tokenizer(files, template, system, prompt_limit, response_limit):
-    """The byte-level BPE of `tokenizer_files`, with one of TEMPLATES or, for a base model, a plain
-    text one. system: "" for what the model's own template says there."""
+def published_tokenizer(files, name, system, *limits):
+    """The byte-level BPE of `published_files`, with one of TEMPLATES or the plain one; "auto": its
+    own. system: the system message, "" for what the model's own template has there. Raises
+    ValueError for a template that is none of these."""
     encoding, known, normal = published_encoding(json.loads(files["tokenizer.json"]))
-    name, text = chat_template(files, template)
     ends = []
-    for file in ("config.json", "generation_config.json"):
+    for file in ("generation_config.json", "config.json"):
         ids = json.loads(files.get(file, "{}")).get("eos_token_id") or []
         ends += ids if isinstance(ids, list) else [ids]
-    own = re.search(r"<\|im_start\|>system(?:\n|\\n)([^{}']+)<\|im_end\|>", text)
+    text = chat_template(files)
+    if name == "auto":
+        marks = {"Cutting Knowledge Date": "", "<|im_start|>": "chatml",
+                 "<|start_header_id|>": "llama3", "": "" if text else "plain"}
+        name = next(name for mark, name in marks.items() if mark in text)
+    if not name:
+        raise ValueError("its chat template writes a date, or is neither ChatML nor Llama-3's; "
+                         "--template chatml, llama3 or plain takes one of these instead")
     if name == "plain":
-        end = encoding.decode(ends[-1:])
-        parts = ("", "{}", "\n\nHuman:", "\n\nAssistant:", end, "")
-    else:
-        parts = TEMPLATES[name]
-        system = system or own and own[1]
-    first, message, *parts = parts
-    parts = [first + message.format(system) if system else first, *parts]
-    start, before, after, end, after_end = [
-        encoding.encode(part, allowed_special="all") for part in parts]
-    print(f"  template: {name}, system message {system!r}")
-    used = len(start + before + after)
-    if used >= prompt_limit or len(end) > 1:
-        raise ValueError(f"the template takes {used} of the {prompt_limit} tokens of a prompt, or "
-                         f"{parts[3]} is no token here; raise --block_size, or choose --template")
-    return Tokenizer(encoding, start, before, after, *end, after_end, end, [*end, *ends], known,
-                     " " if name == "plain" else "", normal, prompt_limit, response_limit)
+        print("  template: plain text")
+        return plain_tokenizer(encoding, ends, known, normal, *limits)
+    first, message, *parts = TEMPLATES[name]
+    own = re.search(r"system(?:\n|\\n)([^{}']+)<\|im_end\|>", text)
+    system = system or own and own[1]
+    print(f"  template: {name}, system message: {system}")
+    if system:
+        first += message.format(system)
+    start, before, after, [end], after_end = [
+        encoding.encode(part, allowed_special="all") for part in (first, *parts)]
+    return Tokenizer(encoding, start, before, after, end, after_end, [end], [end, *ends], known, "",
+                     normal, *limits)
 
 
 def published_encoding(file):
@@ -354,7 +352,7 @@ def encode_responses(tok, responses, what="responses"):
 
     At most response_limit ids each: a longer response loses its tail and its `end`, as in sampling.
     """
-    ids = [encode(tok, response) + tok.close for response in responses]
+    ids = [encode(tok, response) + tok.close or [tok.end] for response in responses]
     cut = sum(len(x) > tok.response_limit for x in ids)
     if cut:
         print(f"  {what}: {cut} of {len(ids)} responses lost their end (longer than "

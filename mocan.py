@@ -44,8 +44,9 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import dual
-from data import Pool, encode_prompts, group_batches, pad, take, take_text, uniforms, world_scores
-from model import from_checkpoint, load, save, sequence_logprob
+from data import (Pool, encode_prompts, group_batches, pad, take, take_text, text_pool, uniforms,
+                  world_scores)
+from model import GPT, from_checkpoint, load, save, sequence_logprob
 
 
 # ---- the losses: tensors in, tensors out
@@ -122,14 +123,24 @@ def map_pool(model, pool):
 # ---- 2. score
 def score_pool(judges, names, prompts, pool, tok, device):
     """r, g_1 … g_m of every response -> (1+m, N, K): by the judges {preference: checkpoint of a
-    score model}, or by the built-in world's functions where there are none. names: "helpful", then
-    the constraints; prompts: N of them.
+    score model, or folder of a published one with its own tokenizer "tok" and a sign}, or by the
+    built-in world's functions where there are none. names: "helpful", then the constraints;
+    prompts: N of them.
 
     Offline samples and evaluation both pass here, so that the two cannot differ.
     """
+    texts = pool.texts(tok)
     if not judges:
-        return world_scores(names, prompts, pool.texts(tok))
-    return torch.stack([map_pool(from_checkpoint(judges[name], device), pool) for name in names])
+        return world_scores(names, prompts, texts)
+    scores = []
+    for judge in [judges[name] for name in names]:
+        if "folder" in judge:
+            model = GPT.from_pretrained(judge["folder"]).to(device)
+            theirs = text_pool(judge["tok"], prompts, texts, judge["folder"])
+            scores.append(judge["sign"] * map_pool(model, theirs))
+        else:
+            scores.append(map_pool(from_checkpoint(judge, device), pool))
+    return torch.stack(scores)
 
 
 # ---- 3. the dual, asked from any policy
@@ -388,14 +399,14 @@ def train_score(model, pool, calibration, recipe):
 
 
 def learn_score(model, name, training, calibration, evaluation, recipe):
-    """Train a score model on `data.Preferences` and multiply the inverse temperature τ in, so that
-    r or g is in log-odds of the preference."""
-    train_score(model, training.pool, calibration.pool, recipe)
-    tau = temperature(name, map_pool(model, calibration.pool))
+    """Train a score model on pools (P, 2, T) of chosen and rejected and multiply the inverse
+    temperature τ in, so that r or g is in log-odds of the preference."""
+    train_score(model, training, calibration, recipe)
+    tau = temperature(name, map_pool(model, calibration))
     with torch.no_grad():
         model.score_head.weight *= tau
     print(f"  {name}: multiplied by the inverse temperature τ = {tau:.3f}")
-    say_agreement(f"{name}, evaluation", map_pool(model, evaluation.pool))
+    say_agreement(f"{name}, evaluation", map_pool(model, evaluation))
 
 
 # ---- calibration: scores in log-odds of the preference

@@ -303,7 +303,7 @@ def pack(response_mask, asked, group):
     return Packing(*torch.unique(place * needed, return_inverse=True))
 
 
-LOGITS = 2 ** 25  # of a slice, which is all that exists of them at a time
+LOGITS = 2 ** 23  # of a slice, which is all that exists of them at a time
 
 
 def token_logprob(hidden, weight, targets):

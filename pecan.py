@@ -94,14 +94,16 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
 
 
 # ---- before the dual
-def prealign(policy, training, calibration, beta, recipe):
-    """Plain DPO on one preference, for as many epochs as help on the calibration pairs, two
-    `data.Preferences` with ln π_ref -> the loss of every step.
+def prealign(policy, name, pool, calibration, beta, recipe):
+    """Plain DPO on one preference, pools (P, 2, T) of chosen and rejected, for as many epochs as
+    help on the calibration pool; policy: starts as the reference -> the loss of every step, and τ,
+    which puts the implicit score β·ln(π/π_ref) in log-odds of the preference.
 
     Give it a low learning rate: hard labels are noise that a policy learns by heart, and τ mends a
     timid one.
     """
-    pool = training.pool  # (P, 2, T) chosen, rejected
+    ref_logp = map_pool(policy, pool)  # (P, 2)
+    calibration_ref = map_pool(policy, calibration)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
     for lr, batches, ends_epoch in schedule(pool, 2, recipe, progress):
@@ -110,7 +112,7 @@ def prealign(policy, training, calibration, beta, recipe):
             k = k.sort(1).values  # (B, 2) chosen, rejected
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·2, T)
             logp = sequence_logprob(policy, tokens, response_mask, 2).view(k.shape)  # (B, 2)
-            ref = take(training.ref_logp, n, k, policy.device)  # (B, 2)
+            ref = take(ref_logp, n, k, policy.device)  # (B, 2)
             loss = preference_loss(
                 logp[:, 0], logp[:, 1],
                 ref[:, 0], ref[:, 1],
@@ -122,16 +124,11 @@ def prealign(policy, training, calibration, beta, recipe):
         optimizer.step()
         optimizer.zero_grad()
         if ends_epoch:
-            implicit = beta * (map_pool(policy, calibration.pool) - calibration.ref_logp)  # (P, 2)
+            implicit = beta * (map_pool(policy, calibration) - calibration_ref)  # (P, 2)
             progress.consider(calibrated_loss(*implicit.T))
         progress.step(norm)
     losses = progress.losses()
     policy.load_state_dict(progress.best["weights"])
-    return losses
-
-
-def calibrate_policy(policy, name, calibration, beta):
-    """The τ that puts a pre-aligned policy's implicit scores in log-odds of its preference."""
-    implicit = beta * (map_pool(policy, calibration.pool) - calibration.ref_logp)  # (P, 2)
+    implicit = beta * (map_pool(policy, calibration) - calibration_ref)
     say_agreement(f"{name}, calibration", implicit)
-    return temperature(name, implicit)
+    return losses, temperature(name, implicit)

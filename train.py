@@ -69,21 +69,24 @@ class Config(SimpleNamespace):  # a comment is what --help says of a setting
     world_pairs = 36000  # preference pairs that the world writes
     held_out = 0.2  # share of the conversations kept for evaluation
     calibration = 0.1  # share kept for temperatures and early stopping
-    tokenizer = "vocab"  # vocab: of the training text; gpt2: GPT-2's
+    tokenizer = "vocab"  # vocab: of the training text; gpt2: GPT-2's; --init may have its own
+    template = "auto"  # of the chat, with --init: auto is the model's own, plain where it has none
+    system = ""  # system message of the chat; none: what the model's own template says there
     vocab_size = 4096  # largest size of vocab
     max_new_tokens = 96  # longest response; a prompt may fill the rest of block_size
+    judge = []  # MoCAN's published score models, NAME=FOLDER, or NAME=-FOLDER of a cost, several
     # model
     n_layer = 2  # blocks
     n_head = 4  # attention heads
     n_embd = 128  # width
     block_size = 192  # longest prompt and response together, in tokens
-    init = ""  # folder of published GPT-2 weights for the reference; it sets the sizes
+    init = ""  # folder of published weights for the reference; it sets the sizes
     checkpoint_activations = False  # less memory: blocks are computed again in backward
-    export = ""  # folder for the policies in GPT-2's published layout
+    export = ""  # folder for the policies in the published layout
     # training
     batch = 16  # pairs per micro-batch; a policy update: 2·batch responses
     accumulate = 1  # micro-batches per step
-    sft_steps = 1000  # gradient steps of the reference policy, at most
+    sft_steps = 1000  # gradient steps of the reference policy, at most; 0: as --init has it
     sft_lr = 3e-3  # its learning rate
     score_steps = 1000  # gradient steps of each score model, at most
     score_lr = 1e-3  # its learning rate
@@ -111,17 +114,17 @@ class Config(SimpleNamespace):  # a comment is what --help says of a setting
 
 SETTINGS = {name: default for name, default in vars(Config).items() if name[0] != "_"}
 CHOICES = {"start": STAGES, "algo": ("mocan", "pecan", "all"), "dtype": ("float32", "bfloat16"),
-           "tokenizer": ("vocab", "gpt2")}
-LEAST = dict(seed=0, vocab_size=300, prompts=2, responses=2, shot_responses=2, group=2,
+           "tokenizer": ("vocab", "gpt2"), "template": ("auto", "plain", *data.TEMPLATES)}
+LEAST = dict(seed=0, sft_steps=0, vocab_size=300, prompts=2, responses=2, shot_responses=2, group=2,
              eval_prompts=2)
 
 # what the artifacts of a stage and of all later ones remember; others change nothing in them, or,
 # as --batch, --accumulate and --device, may differ from those that made an artifact
 REMEMBERED = {
-    "reference": "quick seed dtype data world_pairs held_out calibration tokenizer vocab_size "
-                 "max_new_tokens n_layer n_head n_embd block_size init checkpoint_activations "
+    "reference": "quick seed dtype data world_pairs held_out calibration tokenizer template "
+                 "system vocab_size max_new_tokens n_layer n_head n_embd block_size init checkpoint_activations "
                  "sft_steps sft_lr",
-    "scores": "score_steps score_lr constraints",
+    "scores": "score_steps score_lr constraints judge",
     "offline": "prompts responses",
     "prealign": "beta prealign_steps prealign_lr",
     "dual": "margin",
@@ -185,7 +188,7 @@ def main():
     if c.algo == "pecan":  # the table asks them
         judges = train_judges(c, reference, split, pools, names)
     evaluate(c, reference, policies, judges, names, margin, split, tok)
-    export_policies(c, policies, tok)
+    export_policies(c, policies, tokenizer["files"])
 
 
 def enter(c):
@@ -203,7 +206,7 @@ def enter(c):
             return c, sys.stdout
     os.makedirs(c.out, exist_ok=True)
     for name in ("mocan", "pecan") if c.export else ():
-        open_export(f"{c.export}/{name}")  # now, not after the last minute
+        open_export(f"{c.export}/{name}", data.FILES)  # now, not after the last minute
     print("settings:", json.dumps(vars(c)))
     return c, lock(c.out)
 
@@ -217,17 +220,33 @@ def open_tokenizer(c, split):
         pieces = None  # GPT-2's own
         if c.tokenizer == "vocab":
             pieces = data.frequent_pieces(split.train, c.vocab_size)
-        finish(saved, pieces=pieces)
-    room = c.block_size - c.max_new_tokens
-    return data.open_tokenizer(saved["pieces"], room, c.max_new_tokens), saved
+        finish(saved, pieces=pieces, files=data.published_files(c.init) if c.init else {})
+    limits = c.block_size - c.max_new_tokens, c.max_new_tokens
+    if "tokenizer.json" in saved["files"]:
+        tok = published_tokenizer(c.init, saved["files"], c.template, c.system, *limits)
+    else:
+        tok = data.open_tokenizer(saved["pieces"], *limits)
+    used = len(tok.start + tok.before + tok.after)
+    if used >= limits[0]:
+        raise ValueError(f"the chat template alone takes {used} of the {limits[0]} tokens of a "
+                         "prompt; raise --block_size, or shorten --system")
+    return tok, saved
+
+
+def published_tokenizer(folder, *how):
+    try:
+        return data.published_tokenizer(*how)
+    except Exception as error:  # a damaged file raises a dozen kinds
+        raise ValueError(f"{folder}: no tokenizer to use ({in_one_line(error)})") from None
 
 
 def train_reference(c, tok, tokenizer, pools):
     saved = artifact(c, "reference", "reference.pt", tokenizer=tokenizer)
     if "began" in saved:
         model = first_model(c, tok)
-        mocan.train_reference(model, pools["train"], pools["calibration"],
-                              recipe(c, "reference", c.sft_steps, c.sft_lr))
+        if c.sft_steps:
+            mocan.train_reference(model, pools["train"], pools["calibration"],
+                                  recipe(c, "reference", c.sft_steps, c.sft_lr))
         finish(saved, **to_checkpoint(model))
     return saved
 
@@ -235,15 +254,14 @@ def train_reference(c, tok, tokenizer, pools):
 def first_model(c, tok):
     how = {"dtype": c.dtype, "checkpoint_activations": c.checkpoint_activations}
     if not c.init:
-        config = GPTConfig(
-            tok.encoding.n_vocab, c.block_size, c.n_layer, c.n_head, c.n_embd, **how)
+        config = GPTConfig(tok.known, c.block_size, c.n_layer, c.n_head, c.n_embd, **how)
         return new_model(c, config, "reference")
     model = GPT.from_pretrained(c.init)
     sizes = model.config
-    if sizes.vocab_size != tok.encoding.n_vocab or sizes.block_size < c.block_size:
+    if sizes.vocab_size < tok.known or sizes.block_size < c.block_size:
         raise ValueError(
-            f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; --tokenizer "
-            f"{c.tokenizer} has {tok.encoding.n_vocab} tokens, and --block_size is {c.block_size}")
+            f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; its "
+            f"tokenizer has {tok.known} tokens, and --block_size is {c.block_size}")
     model.config = replace(sizes, **how)
     return model.to(c.device)
 
@@ -253,10 +271,39 @@ def new_model(c, config, purpose):
     return GPT(config).to(c.device)
 
 
-def train_judges(c, reference, split, pools, names):
-    """{preference: artifact of its score model}; none in the built-in world."""
+def ready_judges(c, split, names):
+    """{preference: what mocan.score_pool takes} of the published score models, --judge. Their
+    scores stay in their own units; what the calibration pairs say of them is printed."""
     judges = {}
-    for name in names if c.data else ():
+    for spec in c.judge:
+        name, _, folder = spec.partition("=")
+        sign = -1 if folder.startswith("-") else 1
+        folder = folder.removeprefix("-")
+        if name not in names or not folder:
+            raise ValueError(f"--judge {spec}: expected NAME=FOLDER, or NAME=-FOLDER of a cost, "
+                             f"NAME one of {', '.join(names)}")
+        model = GPT.from_pretrained(folder).to(c.device)
+        if not model.config.score_head:
+            raise ValueError(f"--judge {spec}: no ...ForSequenceClassification of one label")
+        files = data.published_files(folder)
+        tok = published_tokenizer(
+            folder, files, "auto", "", 2 * c.block_size, 2 * c.max_new_tokens)  # perhaps more
+        close = [tok.end, *tok.next]
+        while close and close[-1] == json.loads(files["config.json"]).get("pad_token_id"):
+            close.pop()  # the score stands at the last token that is no padding
+        tok = tok._replace(close=close)
+        pool = data.pair_pool(tok, split.calibration, f"{name} judge")
+        agreed = mocan.map_pool(model, data.preferences(split.calibration, name, pool))
+        mocan.say_agreement(f"{name} judge, calibration", sign * agreed)
+        judges[name] = {"run": f"{spec} {os.path.getmtime(folder)}", "folder": folder,
+                        "sign": sign, "tok": tok}
+    return judges
+
+
+def train_judges(c, reference, split, pools, names):
+    """{preference: artifact of its score model, or a ready one}; none in the built-in world."""
+    judges = ready_judges(c, split, names)
+    for name in [name for name in names if c.data and name not in judges]:
         saved = artifact(c, "scores", f"score_{name}.pt", reference=reference)
         judges[name] = saved
         if "began" in saved:
@@ -274,20 +321,15 @@ def train_judges(c, reference, split, pools, names):
 def prealign(c, reference, split, pools, names):
     """PeCAN: {dpo-NAME: artifact of a policy and of its τ}."""
     dpo = {}
-    ref_logp = {}  # ln π_ref of the pairs' responses (N, 2), once for all preferences
     for name in names:
-        saved = artifact(c, "prealign", f"dpo-{name}.pt", reference=reference)
-        dpo[f"dpo-{name}"] = saved
+        label = f"dpo-{name}"
+        dpo[label] = saved = artifact(c, "prealign", f"{label}.pt", reference=reference)
         if "began" in saved:
             policy = from_checkpoint(reference, c.device)
-            ref_logp = ref_logp or {
-                part: mocan.map_pool(policy, pools[part]) for part in ("train", "calibration")}
-            training, calibration = [
-                data.preferences(getattr(split, part), name, pools[part], ref_logp[part])
-                for part in ref_logp]
-            pecan.prealign(policy, training, calibration, c.beta,
-                           recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr))
-            tau = pecan.calibrate_policy(policy, name, calibration, c.beta)
+            training, calibration = [data.preferences(getattr(split, part), name, pools[part])
+                                     for part in ("train", "calibration")]
+            _, tau = pecan.prealign(policy, label, training, calibration, c.beta,
+                                    recipe(c, label, c.prealign_steps, c.prealign_lr))
             finish(saved, **to_checkpoint(policy), tau=tau)
     return dpo
 
@@ -469,8 +511,7 @@ def holds(gain, ci, b):
     return "within error" if ci[1] >= b else "no"
 
 
-def export_policies(c, policies, tok):
-    files = data.tokenizer_files(tok.encoding) if c.tokenizer == "gpt2" else {}
+def export_policies(c, policies, files):
     for name, saved in policies.items() if c.export else ():
         folder = f"{c.export}/{name.replace(' ', '_')}"
         export(from_checkpoint(saved), folder, files)
@@ -547,6 +588,9 @@ def settings(argv):
         flags += DATA
     if "init" in given:
         flags += INIT
+        chat = data.chat_template(data.published_files(given["init"]))
+        if chat and given.get("template") != "plain":
+            flags += "--sft_steps 0 "
     base = vars(parser.parse_args(flags.split()))
     if "resume" in given or "start" in given:
         base = continued(parser, given)
@@ -569,7 +613,7 @@ def build_parser():
         options = {"type": type(default), "choices": CHOICES.get(name)}
         if default is False:
             options = {"action": "store_true"}
-        elif name == "data":
+        elif default == []:
             options = {"nargs": "+", "action": "extend"}
         flag = "--from" if name == "start" else f"--{name}"
         parser.add_argument(flag, dest=name, help=text, **options)
@@ -601,6 +645,8 @@ def check(parser, c):
         if type(value) in (int, float) and not least <= value < math.inf:
             parser.error(f"--{name} is {value}; it must be finite, and "
                          f"{f'at least {least}' if name in LEAST else 'above 0'}")
+    if c.judge and not c.data:
+        parser.error("--judge needs --data: the built-in world has scores of its own")
     if c.held_out + c.calibration >= 1:
         parser.error(
             f"--held_out {c.held_out} and --calibration {c.calibration} must add up to less than 1")
