@@ -39,11 +39,11 @@ from torch.nn.utils.rnn import pad_sequence
 # ---- the model
 @dataclass(frozen=True)
 class GPTConfig:
-    vocab_size: int
-    block_size: int  # tokens of the longest text
-    n_layer: int
-    n_head: int
-    n_embd: int
+    vocab_size: int = 50257
+    block_size: int = 1024  # tokens of the longest text
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
     score_head: bool = False  # a reward or safety model: a scalar instead of logits
     dtype: str = "float32"  # of the blocks' arithmetic; weights and results stay float32
     checkpoint_activations: bool = False  # recompute each block in the backward pass
@@ -87,13 +87,15 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H = config.n_embd, config.n_head
+        if H < 1:
+            raise ValueError(f"n_head is {H}")
         shared = config.n_kv_head or H
         self.heads = [H, shared, shared]  # of queries, keys, values
         self.head_dim = D = config.head_dim or C // H
         self.family = config.family
         if self.family == "gpt2":
-            self.c_attn = nn.Linear(C, 3 * C)
-            self.c_proj = nn.Linear(C, C)
+            self.c_attn = nn.Linear(C, 3 * H * D)
+            self.c_proj = nn.Linear(H * D, C)
             return
         bias = self.family == "qwen2"
         self.q_proj = nn.Linear(C, H * D, bias=bias)
@@ -253,7 +255,7 @@ class GPT(nn.Module):
         hidden = self.hidden_at(tokens, response_mask, last, group)  # (B, C)
         return (hidden * self.score_head.weight).sum(1)
 
-    def generate(self, prompts, uniforms, eos=()):
+    def generate(self, prompts, uniforms, eos=None):
         """Sample K responses to each of N prompts, lists of token ids of any lengths. uniforms:
         (N, K, max_new_tokens) random numbers in [0, 1), all the chance there is.
 
@@ -338,7 +340,7 @@ def sample_responses(model, prompts, uniforms, eos):
     uniforms = uniforms.flatten(0, 1).to(model.device)  # (N·K, max_new_tokens)
     index = torch.arange(N * K, device=model.device)[:, None]  # (A, 1) which response a row is
     active = torch.ones_like(index, dtype=torch.bool)  # (A, 1) it has not ended yet
-    ends = torch.tensor(eos, dtype=torch.long, device=model.device)
+    ends = torch.tensor([] if eos is None else eos, device=model.device)
     for step in range(max_new_tokens):
         if step > 0:
             seen = longest + step  # tokens in the cache, the newest one included

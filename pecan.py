@@ -94,7 +94,7 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
 
 
 # ---- before the dual
-def prealign(policy, name, pool, calibration, beta, recipe):
+def prealign(policy, pool, calibration, beta, recipe):
     """Plain DPO on one preference, pools (P, 2, T) of chosen and rejected, for as many epochs as
     help on the calibration pool; policy: starts as the reference -> the loss of every step, and τ,
     which puts the implicit score β·ln(π/π_ref) in log-odds of the preference.
@@ -130,5 +130,5 @@ def prealign(policy, name, pool, calibration, beta, recipe):
     losses = progress.losses()
     policy.load_state_dict(progress.best["weights"])
     implicit = beta * (map_pool(policy, calibration) - calibration_ref)
-    say_agreement(f"{name}, calibration", implicit)
-    return losses, temperature(name, implicit)
+    say_agreement(f"{recipe.stage}, calibration", implicit)
+    return losses, temperature(recipe.stage, implicit)

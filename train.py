@@ -328,7 +328,7 @@ def prealign(c, reference, split, pools, names):
             policy = from_checkpoint(reference, c.device)
             training, calibration = [data.preferences(getattr(split, part), name, pools[part])
                                      for part in ("train", "calibration")]
-            _, tau = pecan.prealign(policy, label, training, calibration, c.beta,
+            _, tau = pecan.prealign(policy, training, calibration, c.beta,
                                     recipe(c, label, c.prealign_steps, c.prealign_lr))
             finish(saved, **to_checkpoint(policy), tau=tau)
     return dpo

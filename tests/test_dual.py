@@ -481,21 +481,19 @@ def written(path):
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("source", ["scores", "log-probabilities"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_write_labels_what_was_read_for_a_training_elsewhere(tmp_path, cli, m, source, dtype):
+def test_write_adds_s_to_what_was_read(tmp_path, cli, m, source, dtype):
     N, K, beta = 30, 9, 0.7
     r, g, ref = (rand(seed, *shape).numpy().astype(dtype) for seed, shape in ((0, (N, K)), (1, (m, N, K)), (2, (N, K))))
-    draw = np.random.default_rng(0)
-    pairs = np.stack([draw.integers(N, size=50), draw.integers(K, size=50), draw.integers(K, size=50)], axis=1)
     g = g if m > 1 else g[0]  # one constraint may also be (N, K)
     given = (dict(score=r, constraint=g) if source == "scores" else
              dict(ref_logp=ref, logp_r=ref + r, logp_g=ref + g))
-    given |= {"pairs": pairs, "other": np.arange(3)}
+    given |= {"other": np.arange(3)}
     np.savez(tmp_path / "in.npz", **given)
     code, said, _ = cli(tmp_path / "in.npz", "--margin", "20%", "--beta", beta, "--write", tmp_path / "out.npz", "--json")
     lam = json.loads(said)["lam"]
     assert code == 0 and len(lam) == m and max(lam) > 0.05
     out = written(tmp_path / "out.npz")
-    assert {"s", "p"} < set(out) and all((out[name] == x).all() for name, x in given.items())
+    assert set(out) == {"s", *given} and all((out[name] == x).all() for name, x in given.items())
     scale = 1 if source == "scores" else beta
     tolerance = 1e-12 if dtype == np.float64 else 1e-5
     planes = g if m > 1 else [g]
@@ -503,14 +501,9 @@ def test_write_labels_what_was_read_for_a_training_elsewhere(tmp_path, cli, m, s
         for k in range(K):
             s = scale * float(r[n, k]) + sum(lam[j] * scale * float(planes[j][n, k]) for j in range(m))
             assert out["s"][n, k] == pytest.approx(s, abs=tolerance)
-    assert out["p"].shape == (50,)
-    for (n, first, second), p in zip(pairs.tolist(), out["p"].tolist()):
-        assert p == pytest.approx(1 / (1 + math.exp(out["s"][n, first] - out["s"][n, second])), abs=1e-6)
-        assert p == 0.5 or first != second
-    assert ((out["p"] > 0.5) == (out["s"][pairs[:, 0], pairs[:, 2]] > out["s"][pairs[:, 0], pairs[:, 1]])).all()
 
 
-def test_write_without_pairs_and_with_certain_ones(tmp_path, cli):
+def test_write_onto_its_own_input(tmp_path, cli):
     r, g = 1e6 * rand(0, 20, 6).numpy(), rand(1, 20, 6).numpy()
     np.savez(tmp_path / "in.npz", score=r, constraint=g)
     assert cli(tmp_path / "in.npz", "--margin", -1, "--beta", 1, "--write", tmp_path / "out")[0] == 0
@@ -518,11 +511,6 @@ def test_write_without_pairs_and_with_certain_ones(tmp_path, cli):
     assert set(out) == {"score", "constraint", "s"} and np.allclose(out["s"], r, rtol=1e-9)
     assert cli(tmp_path / "out", "--margin", -1, "--beta", 1, "--write", tmp_path / "out")[0] == 0  # onto itself
     assert set(written(tmp_path / "out")) == {"score", "constraint", "s"}
-    best = np.stack([np.arange(20), r.argmin(axis=1), r.argmax(axis=1)], axis=1)
-    np.savez(tmp_path / "in.npz", score=r, constraint=g, pairs=np.concatenate([best, best[:, [0, 2, 1]]]))
-    with np.errstate(all="raise"):
-        cli(tmp_path / "in.npz", "--margin", -1, "--beta", 1, "--write", tmp_path / "out")
-    assert written(tmp_path / "out")["p"].tolist() == [1.0] * 20 + [0.0] * 20  # no overflow, no NaN
 
 
 def test_log_probabilities_of_another_shape_are_one_line(tmp_path, cli):
@@ -543,18 +531,6 @@ def test_every_real_kind_of_number_is_read(tmp_path, cli, dtype):
             assert code == 0
             found += json.loads(out)["lam"]
     assert found[0] > 0.05 and found == pytest.approx(found[:1] * 4, rel=1e-2 if dtype == np.float16 else 1e-6)
-
-
-@pytest.mark.parametrize("pairs", [
-    [[0, 0, -1]],
-    [[0, 1]], [[0, 1, 2, 3]], 7, [[3, 0, 1]], [[0, 4, 1]], [[0, 1, 4]], [[0.0, 1.0, 2.0]], [["0", "1", "2"]]])
-def test_bad_pairs_are_one_line(tmp_path, cli, pairs):
-    np.savez(tmp_path / "in.npz", score=rand(0, 3, 4).numpy(), constraint=rand(1, 3, 4).numpy(), pairs=np.array(pairs))
-    code, out, err = cli(tmp_path / "in.npz", "--margin", "60%", "--beta", 1, "--write", tmp_path / "out.npz")
-    assert code == 1 and out == "" and err.count("\n") == 1, (out, err)
-    assert err.startswith("dual.py: error: pairs, of ") and "must be whole numbers (P, 3)" in err
-    assert not (tmp_path / "out.npz").exists()
-    assert cli(tmp_path / "in.npz", "--margin", "60%", "--beta", 1)[0] == 0  # unread, they do no harm
 
 
 def test_write_to_a_path_that_cannot_be_is_one_line(tmp_path, cli):

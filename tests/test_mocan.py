@@ -13,7 +13,7 @@ import dual
 import mocan
 import train
 from conftest import text_batch
-from data import WORLD_SCORES, Pair, Pool, Preferences, open_tokenizer
+from data import WORLD_SCORES, Pair, Pool, open_tokenizer
 from model import GPT, GPTConfig, sequence_logprob, to_checkpoint
 
 LN2 = math.log(2)
@@ -847,7 +847,7 @@ def learned(monkeypatch, seen):
         tokens, mask = text_batch([[1 + n % 5] for n in range(P) for _ in range(2)], [[1 + i % 5, i % 3] for i in range(2 * P)])
         order = torch.tensor([[n % 2, 1 - n % 2] for n in range(P)])
         rows = torch.arange(P)[:, None]
-        return Preferences(Pool(tokens.view(P, 2, -1)[rows, order], mask.view(P, 2, -1)[rows, order]), 2 * rows + order)
+        return Pool(tokens.view(P, 2, -1)[rows, order], mask.view(P, 2, -1)[rows, order])
     for name in ("calibrate", "calibrated_loss"):
         real = getattr(mocan, name)
         monkeypatch.setattr(mocan, name, lambda a, b, name=name, real=real: seen.append((name, len(a))) or real(a, b))
@@ -868,7 +868,7 @@ def test_temperature_and_stopping_are_the_calibration_pairs_and_what_is_said_the
 
 def test_a_judge_is_in_the_units_of_its_preference_on_the_calibration_pairs(monkeypatch):
     model, calibration = learned(monkeypatch, [])
-    score = mocan.map_pool(model, calibration.pool)
+    score = mocan.map_pool(model, calibration)
     assert mocan.calibrate(*score.T).item() == pytest.approx(1.0, abs=1e-4)
 
 

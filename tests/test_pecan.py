@@ -16,7 +16,7 @@ import mocan
 import pecan
 import train
 from conftest import text_batch
-from data import Pool, Preferences
+from data import Pool
 from model import GPT, GPTConfig, to_checkpoint
 
 
@@ -196,11 +196,8 @@ def reordered(x, prefers):
     return x[torch.arange(len(prefers))[:, None], torch.stack([prefers, 1 - prefers], dim=1)]
 
 
-def preferences(pool, prefers, reference=None):
-    """ln π_ref: the reference's, or 0."""
-    pool = Pool(reordered(pool.tokens, prefers), reordered(pool.response_mask, prefers))
-    ref_logp = mocan.map_pool(reference, pool) if reference else torch.zeros(len(prefers), 2)
-    return Preferences(pool, ref_logp)
+def preferences(pool, prefers):
+    return Pool(reordered(pool.tokens, prefers), reordered(pool.response_mask, prefers))
 
 
 @pytest.mark.parametrize("group, changes", [(2, {}), (3, {"accumulate": 2, "batch": 4}), (99, {})])
@@ -222,12 +219,12 @@ def test_the_policy_update_is_mocans_on_the_same_scores(group, changes):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_prealignment_is_dpo_with_the_preferred_response_first(monkeypatch, accumulate):
     prefers, calls = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1]), []
-    training = preferences(some_pool(K=2), prefers, tiny())
-    pool, ref_logp = training
+    pool = preferences(some_pool(K=2), prefers)
+    ref_logp = mocan.map_pool(tiny(), pool)
     real = pecan.preference_loss
     monkeypatch.setattr(pecan, "preference_loss", lambda *args: calls.append(args) or real(*args))
     plan = recipe(steps=4, batch=4, accumulate=accumulate)
-    pecan.prealign(tiny(), training, training, 0.5, plan)
+    pecan.prealign(tiny(), pool, pool, 0.5, plan)
     batches = mocan.group_batches(pool.lengths, 8, 2, "0")
     assert len(calls) == 4 * accumulate
     for call in calls:
@@ -243,39 +240,47 @@ def test_prealignment_is_dpo_with_the_preferred_response_first(monkeypatch, accu
 
 def test_prealignment_makes_the_preferred_response_more_likely():
     pool, prefers, policy, reference = some_pool(K=2), torch.tensor([0, 1] * 4), tiny(), tiny()
-    first = preferences(pool, prefers, reference)
+    first = preferences(pool, prefers)
     pecan.prealign(policy, first, first, 0.5, recipe(steps=30, lr=3e-3))
     lead = (mocan.map_pool(policy, pool) - mocan.map_pool(reference, pool)).diff(dim=1)[:, 0]
     assert (lead.sign() == 2 * prefers - 1).float().mean() >= 0.75
 
 
 def test_temperature_is_fitted_on_beta_times_the_log_ratio(capsys, monkeypatch):
-    policy, reference, pool = tiny(2), tiny(1), some_pool(N=60, K=2)
-    implicit = 0.5 * (mocan.map_pool(policy, pool) - mocan.map_pool(reference, pool))
+    """Of the pre-aligned policy to what it was before, on the calibration pairs; here training is a jump to other weights."""
+    other, reference, pool = tiny(2), tiny(1), some_pool(N=60, K=2)
+    implicit = 0.5 * (mocan.map_pool(other, pool) - mocan.map_pool(reference, pool))
     prefers = torch.bernoulli(torch.sigmoid(0.3 * (implicit[:, 1] - implicit[:, 0]))).long()
-    chosen = torch.where(prefers == 1, implicit[:, 1], implicit[:, 0])
-    rejected = torch.where(prefers == 1, implicit[:, 0], implicit[:, 1])
-    expected, right = calibrate(chosen, rejected).item(), (chosen > rejected).float().mean()
+    always_right = (implicit[:, 1] > implicit[:, 0]).long()
+    expected = calibrate(*reordered(implicit, prefers).T).item()
+    right = (reordered(implicit, prefers).diff() < 0).float().mean()
     assert 0.05 < expected < 2 and 0.5 < right < 1
-    held_out = preferences(pool, prefers, reference)
+    real = mocan.Progress.consider
+
+    def jump(self, loss):
+        self.parts["model"].load_state_dict(other.state_dict())
+        real(self, loss)
+    monkeypatch.setattr(mocan.Progress, "consider", jump)
     for batch in (7, 256):
         monkeypatch.setattr(mocan, "SCORED", batch)
-        assert pecan.calibrate_policy(policy, "safe", held_out, 0.5) == pytest.approx(expected, abs=1e-6)
+        held_out = preferences(pool, prefers)
+        _, tau = pecan.prealign(tiny(1), held_out, held_out, 0.5, recipe("dpo-safe", steps=1))
+        assert tau == pytest.approx(expected, abs=1e-6)
     said = capsys.readouterr().out
-    assert f"safe, calibration: {right:.1%} of 60 pairs right; τ = {expected:.3f}; " in said
-    always_right = preferences(pool, (implicit[:, 1] > implicit[:, 0]).long(), reference)
-    with pytest.warns(UserWarning, match="no temperature fits the safe scores on 60 calibration pairs"):
-        assert pecan.calibrate_policy(policy, "safe", always_right, 0.5) == 1.0
+    assert f"dpo-safe, calibration: {right:.1%} of 60 pairs right; τ = {expected:.3f}; " in said
+    with pytest.warns(UserWarning, match="no temperature fits the dpo-safe scores on 60 calibration pairs"):
+        held_out = preferences(pool, always_right)
+        assert pecan.prealign(tiny(1), held_out, held_out, 0.5, recipe("dpo-safe", steps=1))[1] == 1.0
 
 
 def test_prealignment_stops_by_the_calibration_pairs_best_temperature(monkeypatch):
     """What is considered after an epoch is the calibrated loss of β ln π/π_ref on the calibration pairs."""
     reference, policy = tiny(1), tiny(1)
-    training, held_out = (preferences(some_pool(N=N, K=2), torch.tensor([0, 1] * (N // 2)), reference) for N in (8, 20))
+    training, held_out = (preferences(some_pool(N=N, K=2), torch.tensor([0, 1] * (N // 2))) for N in (8, 20))
     considered, real = [], mocan.Progress.consider
 
     def consider(self, loss):
-        implicit = 0.5 * (mocan.map_pool(policy, held_out.pool) - mocan.map_pool(reference, held_out.pool))
+        implicit = 0.5 * (mocan.map_pool(policy, held_out) - mocan.map_pool(reference, held_out))
         considered.append((loss, mocan.calibrated_loss(*implicit.T)))
         real(self, loss)
     monkeypatch.setattr(mocan.Progress, "consider", consider)
@@ -284,7 +289,7 @@ def test_prealignment_stops_by_the_calibration_pairs_best_temperature(monkeypatc
     for loss, expected in considered:
         assert loss == pytest.approx(expected, abs=1e-6)
     best = min(considered)[0]
-    implicit = 0.5 * (mocan.map_pool(policy, held_out.pool) - held_out.ref_logp)
+    implicit = 0.5 * (mocan.map_pool(policy, held_out) - mocan.map_pool(reference, held_out))
     assert mocan.calibrated_loss(*implicit.T) == pytest.approx(best, abs=1e-5)  # whose weights it ends with
 
 

@@ -35,7 +35,7 @@ pool, logp = mocan.sample_pool(reference, tok, prompts, 3, mocan.Recipe("draw", 
 scores = torch.stack([logp, torch.arange(logp.numel()).view(logp.shape) / 7.0 % 1])
 sample = mocan.Sample(pool, logp, logp, scores)
 both = data.pair_pool(tok, pairs, "pairs")
-preferences = data.preferences(pairs, "helpful", both, mocan.map_pool(reference, both))
+preferences = data.preferences(pairs, "helpful", both)
 def recipe(stage, batch=6, accumulate=1):
     return mocan.Recipe(stage, 10, 1e-3, "0/" + stage, batch, accumulate)
 def fresh():
@@ -43,13 +43,13 @@ def fresh():
 lam = torch.tensor([0.7], dtype=torch.float64)
 aligned = fresh()
 losses = dict(
-    reference=mocan.train_reference(fresh(), preferences.pool, preferences.pool, recipe("reference")),
-    score=mocan.train_score(judge, preferences.pool, preferences.pool, recipe("score")),
-    prealign=pecan.prealign(fresh(), preferences, preferences, 0.5, recipe("prealign", 5)),
+    reference=mocan.train_reference(fresh(), preferences, preferences, recipe("reference")),
+    score=mocan.train_score(judge, preferences, preferences, recipe("score")),
+    prealign=pecan.prealign(fresh(), preferences, preferences, 0.5, recipe("prealign", 5))[0],
     mocan=mocan.train_mocan(aligned, sample, lam, 0.5, 3, recipe("mocan", 5, 2)),
     pecan=pecan.train_pecan(fresh(), sample, lam, 0.5, 3, recipe("pecan", 1)))
 solved = mocan.solve_from(sample, scores[1:].double().mean(dim=(1, 2)), [0.1], 0.5).lam
-found = dict(lam=solved, tokens=pool.tokens, mask=pool.response_mask, logp=logp, ref=preferences.ref_logp, losses=losses,
+found = dict(lam=solved, tokens=pool.tokens, mask=pool.response_mask, logp=logp, ref=mocan.map_pool(reference, preferences), losses=losses,
              scored=mocan.map_pool(judge, pool), weights=aligned.state_dict())
 if mocan.rank()[0] == 0:
     torch.save(found, {out!r})

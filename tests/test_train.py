@@ -468,7 +468,7 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
 
     def preferences(pairs, *rest):
         found = real_preferences(pairs, *rest)
-        owner[id(found.pool.tokens)] = group_of(pair.prompt for pair in pairs), found
+        owner[id(found.tokens)] = group_of(pair.prompt for pair in pairs), found
         return found
     monkeypatch.setattr(data, "preferences", preferences)
 
@@ -476,9 +476,8 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
         seen.setdefault(what, set()).add(owner[id(pool.tokens)][0])
     spy(mocan, "train_reference", lambda model, a, b, *_: (on("sft", a), on("sft stops", b)))
     spy(mocan, "train_score", lambda model, a, b, *_: (on("judge", a), on("judge stops", b)))
-    spy(train.pecan, "prealign", lambda policy, a, b, *_: (on("pre 0", a.pool), on("pre 1", b.pool)))
-    spy(mocan, "learn_score", lambda model, name, a, b, c, *_: [on(f"learn {i}", x.pool) for i, x in enumerate((a, b, c))])
-    spy(train.pecan, "calibrate_policy", lambda policy, name, a, *_: on("pre 1", a.pool))
+    spy(train.pecan, "prealign", lambda policy, a, b, *_: (on("pre 0", a), on("pre 1", b)))
+    spy(mocan, "learn_score", lambda model, name, a, b, c, *_: [on(f"learn {i}", x) for i, x in enumerate((a, b, c))])
     spy(train.mocan, "sample_pool", lambda policy, tok, prompts, K, recipe: seen.setdefault(recipe.stage, set()).add(
         group_of(prompts)))
     count = {len(split.calibration): "calibration", len(split.evaluation): "evaluation", len(split.train): "train"}
@@ -629,15 +628,15 @@ def one_line_on_stderr(done):
 
 
 def prealignments(monkeypatch, *flags):
-    """What train.py hands to each pre-alignment: (its ln π_ref, the policy's own before training, its pairs)."""
+    """What train.py hands to each pre-alignment: (the policy's weights before training, how many pairs)."""
     calls = []
-    monkeypatch.setattr(train.pecan, "prealign", lambda policy, preferences, *rest: calls.append(
-        (preferences.ref_logp, mocan.map_pool(policy, preferences.pool), len(preferences.ref_logp))))
+    monkeypatch.setattr(train.pecan, "prealign", lambda policy, pool, *rest: calls.append(
+        ({name: x.clone() for name, x in policy.state_dict().items()}, len(pool.tokens))) or ([], 1.0))
     job(*TINY, "--algo", "pecan", "--margin", "0", *flags)
     return calls
 
 
-def test_every_preference_gets_the_references_log_probabilities_of_its_own_pairs(tmp_path, monkeypatch, capsys):
+def test_every_preference_starts_from_the_reference_with_its_own_pairs(tmp_path, monkeypatch, capsys):
     for name, count in (("helpful", 30), ("safe", 45)):
         rows = [{"chosen": f"\n\nHuman: {name} {i}?\n\nAssistant: yes {i * i}", "rejected":
                  f"\n\nHuman: {name} {i}?\n\nAssistant: no {i}"} for i in range(count)]
@@ -645,8 +644,9 @@ def test_every_preference_gets_the_references_log_probabilities_of_its_own_pairs
     calls = prealignments(monkeypatch, "--out", tmp_path / "out", "--data", f"helpful={tmp_path / 'helpful'}",
                           f"safe={tmp_path / 'safe'}", "--score_steps", 1)
     assert sum(size for *_, size in calls) == int(re.search(r"(\d+) training", capsys.readouterr().out)[1])
-    assert len(calls) == 2 and calls[1][2] > calls[0][2] > 10
-    assert all(torch.allclose(ref, own, atol=1e-3) for ref, own, _ in calls)  # a copy of the reference, before training
+    assert len(calls) == 2 and calls[1][1] > calls[0][1] > 10
+    reference = torch.load(tmp_path / "out" / "reference.pt", weights_only=True)["weights"]
+    assert all(torch.equal(own[name], x) for own, _ in calls for name, x in reference.items())
 
 
 @pytest.mark.parametrize("name", ["stage", "offline", "c"])
@@ -685,7 +685,7 @@ def test_an_unreachable_margin_stops_before_pre_alignment(tiny_copy):
 
 
 def test_a_margin_that_only_pecans_scores_cannot_reach_keeps_the_table(tiny_copy, monkeypatch, capsys):
-    monkeypatch.setattr(train.pecan, "calibrate_policy", lambda *_: 0.0)  # scores that know nothing
+    monkeypatch.setattr(train.pecan, "temperature", lambda *_: 0.0)  # scores that know nothing
     job("--from", "prealign", "--out", tiny_copy)
     results = json.loads((tiny_copy / "results.json").read_text())
     assert list(results["policies"]) == [*POLICIES[:-1], "optimum"]
