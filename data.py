@@ -196,7 +196,8 @@ def open_tokenizer(pieces, prompt_limit, response_limit):
     encoding = tiktoken.Encoding(
         "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
     end = user + 2
-    return Tokenizer(encoding, [], [user], [user + 1], end, [], [end], [end], end + 1, " ", "", *limits)
+    return Tokenizer(encoding, [], [user], [user + 1], end, [], [end], [end], end + 1, " ", "",
+                     *limits)
 
 
 def plain_tokenizer(encoding, ends, known, normal, *limits):
@@ -294,7 +295,7 @@ def split_pattern(steps):
     steps = steps.get("pretokenizers", [steps])
     how = " ".join(str(x) for step in steps for what, x in step.items()
                    if what not in ("trim_offsets", "pattern"))
-    patterns = {  # type, individual_digits; type, behavior, invert; type, add_prefix_space, use_regex
+    patterns = {  # of ByteLevel: add_prefix_space, use_regex; of Split: behavior, invert
         "ByteLevel False": SPLIT,
         "ByteLevel False True": SPLIT,
         "Digits True ByteLevel False True": SPLIT_DIGITS,

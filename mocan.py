@@ -129,14 +129,13 @@ def score_pool(judges, names, prompts, pool, tok, device):
 
     Offline samples and evaluation both pass here, so that the two cannot differ.
     """
-    texts = pool.texts(tok)
     if not judges:
-        return world_scores(names, prompts, texts)
+        return world_scores(names, prompts, pool.texts(tok))
     scores = []
     for judge in [judges[name] for name in names]:
         if "folder" in judge:
             model = GPT.from_pretrained(judge["folder"]).to(device)
-            theirs = text_pool(judge["tok"], prompts, texts, judge["folder"])
+            theirs = text_pool(judge["tok"], prompts, pool.texts(tok), judge["folder"])
             scores.append(judge["sign"] * map_pool(model, theirs))
         else:
             scores.append(map_pool(from_checkpoint(judge, device), pool))

@@ -261,8 +261,8 @@ class GPT(nn.Module):
 
         Returns tokens (N·K, T), response_mask (N·K, T), and logp (N·K,): each response's
         log-probability in nats under the policy that sampled it. A response ends with `eos`, an id
-        or several, which belongs to it, or is cut at max_new_tokens. Raises ValueError when a prompt leaves no room
-        for that many tokens.
+        or several, which belongs to it, or is cut at max_new_tokens. Raises ValueError when a
+        prompt leaves no room for that many tokens.
         """
         return sample_responses(self, prompts, uniforms, eos)
 
@@ -278,7 +278,7 @@ def sequence_logprob(model, tokens, response_mask, group=1):
     asked = F.pad(response_mask[:, 1:], (0, 1))  # position t predicts t+1
     hidden = model.hidden_at(tokens, response_mask, asked, group)  # (R, C)
     row, column = asked.nonzero(as_tuple=True)  # (R,)
-    logp = token_logprob(hidden, model.output_weight, tokens[row, column + 1])  # (R,)
+    logp = token_logprob(hidden, model.output_weight, tokens[row, column + 1].long())  # (R,)
     return logp.new_zeros(len(tokens)).index_add(0, row.to(logp.device), logp)
 
 

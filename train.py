@@ -122,8 +122,8 @@ LEAST = dict(seed=0, sft_steps=0, vocab_size=300, prompts=2, responses=2, shot_r
 # as --batch, --accumulate and --device, may differ from those that made an artifact
 REMEMBERED = {
     "reference": "quick seed dtype data world_pairs held_out calibration tokenizer template "
-                 "system vocab_size max_new_tokens n_layer n_head n_embd block_size init checkpoint_activations "
-                 "sft_steps sft_lr",
+                 "system vocab_size max_new_tokens n_layer n_head n_embd block_size init "
+                 "checkpoint_activations sft_steps sft_lr",
     "scores": "score_steps score_lr constraints judge",
     "offline": "prompts responses",
     "prealign": "beta prealign_steps prealign_lr",
@@ -258,10 +258,13 @@ def first_model(c, tok):
         return new_model(c, config, "reference")
     model = GPT.from_pretrained(c.init)
     sizes = model.config
-    if sizes.vocab_size < tok.known or sizes.block_size < c.block_size:
+    own = tok.encoding.name == "published"  # of a vocabulary that is perhaps rounded up
+    known = min(tok.known, sizes.vocab_size) if own else sizes.vocab_size
+    if tok.known != known or sizes.block_size < c.block_size:
         raise ValueError(
-            f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; its "
-            f"tokenizer has {tok.known} tokens, and --block_size is {c.block_size}")
+            f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; the "
+            f"tokenizer, {tok.encoding.name}, has {tok.known} tokens, and --block_size is "
+            f"{c.block_size}")
     model.config = replace(sizes, **how)
     return model.to(c.device)
 
@@ -286,8 +289,8 @@ def ready_judges(c, split, names):
         if not model.config.score_head:
             raise ValueError(f"--judge {spec}: no ...ForSequenceClassification of one label")
         files = data.published_files(folder)
-        tok = published_tokenizer(
-            folder, files, "auto", "", 2 * c.block_size, 2 * c.max_new_tokens)  # perhaps more
+        half = model.config.block_size // 2
+        tok = published_tokenizer(folder, files, "auto", "", half, half)
         close = [tok.end, *tok.next]
         while close and close[-1] == json.loads(files["config.json"]).get("pad_token_id"):
             close.pop()  # the score stands at the last token that is no padding

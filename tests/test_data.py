@@ -1,3 +1,4 @@
+import functools
 import gzip
 import json
 import os
@@ -617,14 +618,10 @@ def test_preferences_take_the_pairs_that_carry_the_preference_with_the_chosen_re
     pairs = [Pair("a", ("x", "y"), {"safe": 1}), Pair("b", ("x", "y"), {"helpful": 0}),
              Pair("c", ("x", "y"), {"safe": 0, "helpful": 1})]
     everything = data.pair_pool(vocab([]), pairs, "all")
-    ref_logp = torch.arange(6.0).view(3, 2)  # which response it is
-    pool, ref = data.preferences(pairs, "safe", everything, ref_logp)
-    assert pool.texts(vocab([])) == ["y", "x", "x", "y"] and ref.tolist() == [[1, 0], [4, 5]]
+    pool = data.preferences(pairs, "safe", everything)
+    assert pool.texts(vocab([])) == ["y", "x", "x", "y"]
     assert pool.tokens[:, 0, 2].tolist() == [*b"ac"]  # the prompts, after the template's token and the space
-    assert torch.equal(everything.tokens.flatten(0, 1)[ref.long()], pool.tokens)
-    pool, ref = data.preferences(pairs, "helpful", everything, ref_logp)
-    assert pool.texts(vocab([])) == ["x", "y", "y", "x"] and ref.tolist() == [[2, 3], [5, 4]]
-    assert data.preferences(pairs, "helpful", everything).ref_logp.tolist() == [[0, 0], [0, 0]]
+    assert data.preferences(pairs, "helpful", everything).texts(vocab([])) == ["x", "y", "y", "x"]
 
 
 def test_decoding_a_pool_gives_its_responses_back():
@@ -667,3 +664,131 @@ def test_the_tokenizer_of_a_run_is_kept_and_read_again(tmp_path):
 
 def test_without_pieces_it_is_gpt2(gpt2):
     assert data.open_tokenizer(None, 48, 16)[1:] == gpt2[1:]
+
+
+# ---- published tokenizers and templates
+HARD = ["1 2  3   45", "a  1", "x   ", "  \n 12", "\r\n\r\nhi\r\n 3", "\U0001F600\U0001F468\u200d\U0001F469", "ｈａｌｆ １２", "e\u0301a\u0308",
+        "\u00e9", "a\x04b", "a\U00040000b", "\x00\x01\x7f", "<|im_start|>system<|im_end|>", "it's we'll I'D 's", "½ ² Ⅷ ٣", "\u00a0\u2003 x",
+        "tab\t\t1\t", "a\u0085b", "\u180e x\u200b1", "don't 1's", "\n\n\n", " ", "", "a\n\nb \n c", "!!\n\n??  ...", "x_y-z--w"]
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+STEPS = {
+    "gpt2": BYTE_LEVEL,
+    "older gpt2": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+    "smollm2": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
+    "llama3": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}, {**BYTE_LEVEL, "use_regex": False}]},
+}
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe good.<|im_end|>\n' }}"
+          "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+          "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+          "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+
+
+def tokenizer_json(steps=BYTE_LEVEL, normalizer=None, **changes):
+    """A byte-level BPE of a few merges over some of the bytes, as `tokenizers` writes it."""
+    letters = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))] + [chr(256 + i) for i in range(68)]
+    missing = {chr(256 + 4), "\u00f1"}  # of the bytes 4 and 0xF1
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *sorted(set(letters) - missing)])}
+    merges = []
+    for pair in ("Ġ t", "h e", "Ġt he", "i n", "o n", "1 2", "Ġ a", "Ċ Ċ", "Ġ Ġ", "ĠĠ ĠĠ", "! !", "s y", "sy s", "l l"):
+        merges.append(pair)
+        vocab[pair.replace(" ", "")] = len(vocab)
+    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": normalizer, "pre_tokenizer": steps,
+            "post_processor": None, "decoder": BYTE_LEVEL,
+            "added_tokens": [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                              "special": True} for i, token in enumerate(SPECIAL)],
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": merges, **changes}}
+
+
+def published_folder(folder, template="", **changes):
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(**changes)), encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | ({"chat_template": template} if template else {})))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    return data.published_files(str(folder))
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}])
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_published_tokenizer_gives_the_tokens_of_tokenizers(tmp_path, steps, normalizer):
+    tokenizers = pytest.importorskip("tokenizers")
+    tok = data.published_tokenizer(published_folder(tmp_path, CHATML, steps=STEPS[steps], normalizer=normalizer), "auto", "", 99, 99)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    for text in [*HARD, *TRICKY, *(pair.responses[0] for pair in data.world_preferences(50, random.Random(0)))]:
+        ids = data.encode(tok, text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, text
+        assert not {*ids} & {*range(len(SPECIAL))}
+
+
+@pytest.mark.parametrize("system", ["", "Speak  briefly."])
+@pytest.mark.parametrize("name, template", [("chatml", CHATML), ("llama3", LLAMA3)])
+@pytest.mark.parametrize("prompt", ["Hi there 12", ("Hi", "Hello!", "And then?")])
+def test_a_chat_template_is_what_transformers_makes_of_it(tmp_path, name, template, system, prompt):
+    transformers = pytest.importorskip("transformers")
+    tok = data.published_tokenizer(published_folder(tmp_path, template, steps=STEPS["llama3"]), "auto", system, 200, 99)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    talk = [{"role": ("user", "assistant")[i % 2], "content": words} for i, words in enumerate(data.turns(prompt))]
+    if system:
+        talk.insert(0, {"role": "system", "content": system})
+    render = functools.partial(theirs.apply_chat_template, tokenize=True, return_dict=False)
+    assert data.encode_prompt(tok, prompt)[0] == render(talk, add_generation_prompt=True)
+    [response] = data.encode_responses(tok, ["All good."])
+    whole = render([*talk, {"role": "assistant", "content": "All good."}])
+    assert data.encode_prompt(tok, prompt)[0] + response + tok.next == whole
+    assert tok.ends == [tok.end, 2, 0, 2] and response[-1] == tok.end == SPECIAL.index("<|im_end|>" if name == "chatml" else "<|eot_id|>")
+
+
+def test_the_qwen_way_of_writing_a_system_message_is_found(tmp_path):
+    template = ("{%- if tools %}\n    {{- '<|im_start|>system\\n' }}\n{%- else %}{{- '<|im_start|>system\\nYou are Q, a helper.<|im_end|>\\n' }}"
+                "{%- endif %}")
+    tok = data.published_tokenizer(published_folder(tmp_path, template), "auto", "", 200, 99)
+    assert tok.encoding.decode(tok.start) == "<|im_start|>system\nYou are Q, a helper.<|im_end|>\n"
+
+
+def test_a_base_models_template_is_plain_text_and_its_end_is_its_own(tmp_path):
+    tok = data.published_tokenizer(published_folder(tmp_path), "auto", "", 99, 99)
+    assert tok.encoding.decode(data.encode_prompt(tok, "Hi")[0]) == "\n\nHuman: Hi\n\nAssistant:" and tok.end == 2 and tok.ends == [2, 0, 2]
+    assert data.published_tokenizer(data.published_files(str(tmp_path)), "chatml", "", 99, 99).end == SPECIAL.index("<|im_end|>")
+
+
+def test_a_pool_of_published_tokens_is_read_back_without_ends_and_unknown_ids(tmp_path):
+    tok = data.published_tokenizer(published_folder(tmp_path, CHATML), "auto", "", 99, 99)
+    ids = data.encode(tok, "on the") + [0, 2, tok.known + 5]
+    assert data.Pool(torch.tensor([[ids]]), torch.ones(1, 1, len(ids), dtype=torch.bool)).texts(tok) == ["on the"]
+
+
+@pytest.mark.parametrize("case, changes", [
+    ("SentencePiece", {"type": "Unigram"}), ("SentencePiece", {"byte_fallback": True}), ("SentencePiece", {"normalizer": {"type": "NFKC"}}),
+    ("Metaspace", {"steps": {"type": "Metaspace", "replacement": "_"}}), ("ByteLevel True", {"steps": {**BYTE_LEVEL, "add_prefix_space": True}}),
+    ("Digits False", {"steps": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, BYTE_LEVEL]}}),
+    ("order of their ids", {"merges": ["h e", "Ġ t"]}), ("date", {"template": "Cutting Knowledge Date <|start_header_id|>"}),
+    ("neither", {"template": "[INST] {{ messages }} [/INST]"})])
+def test_what_is_no_such_tokenizer_is_refused_by_name(tmp_path, case, changes):
+    with pytest.raises(ValueError, match=case):
+        data.published_tokenizer(published_folder(tmp_path, **changes), "auto", "", 99, 99)
+
+
+def test_smollm2s_tokens_and_template_are_those_of_tokenizers(read_shared):
+    """On all texts of the real data, where SMOLLM2 names the folder that smollm2.py makes."""
+    folder = os.environ.get("SMOLLM2")
+    if not folder:
+        pytest.skip("SMOLLM2 names no folder")
+    tokenizers = pytest.importorskip("tokenizers")
+    tok = data.published_tokenizer(data.published_files(folder), "auto", "", 999, 999)
+    theirs = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    theirs.encode_special_tokens = True
+    texts = [*HARD, *TRICKY]
+    for name in ("dual_pairs.jsonl.gz", "safety_pairs.jsonl.gz"):
+        with gzip.open(read_shared("data") / name, "rt") as file:
+            texts += [text for row in map(json.loads, file) for text in (row["prompt"], row["response_0"], row["response_1"])]
+    assert len(texts) > 10000
+    assert all(data.encode(tok, text) == theirs.encode(text, add_special_tokens=False).ids for text in texts)
+    assert tok.encoding.decode(tok.start) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n")

@@ -18,7 +18,9 @@ import data
 import dual
 import mocan
 import train
+from data import Pool, load_pairs, published_files, published_tokenizer, spread
 from model import GPT, GPTConfig, export, load
+from test_data import CHATML, STEPS, published_folder, tokenizer_json
 
 ROOT = Path(train.__file__).resolve().parent
 MODULES = ("model", "data", "dual", "mocan", "pecan", "train")
@@ -568,8 +570,8 @@ def test_defaults_of_published_weights_give_way_to_the_command_line():
 
 BAD_INIT = {
     "more positions than the folder's": (["--block_size", "97"], "96 positions; .* --block_size is 97$"),
-    "another vocabulary": (["--tokenizer", "vocab"], r"50257 tokens and 96 positions; --tokenizer vocab has \d+ tokens"),
-    "no folder": (["--init", "nowhere"], "nowhere: not a GPT-2 as published"),
+    "another vocabulary": (["--tokenizer", "vocab"], r"50257 tokens and 96 positions; the tokenizer, vocab, has \d+ tokens"),
+    "no folder": (["--init", "nowhere"], "nowhere: not a model as published"),
 }
 
 
@@ -583,9 +585,103 @@ def test_published_weights_that_do_not_fit_are_one_line_and_cost_no_training(sma
 
 def test_a_damaged_folder_of_weights_ends_the_command_in_one_line(small_gpt2, tmp_path):
     folder, _ = small_gpt2
-    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:1000])
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
     done = command(*BRIEF, "--init", folder, "--world_pairs", 60, "--out", tmp_path / "out")
-    assert done.returncode == 1 and one_line_on_stderr(done).startswith(f"error: {folder}: not a GPT-2 as published")
+    assert done.returncode == 1 and one_line_on_stderr(done).startswith(f"error: {folder}: not a model as published")
+
+
+# ---- chat models and published judges
+def chat_folder(folder, architecture="LlamaForCausalLM", seed=0, **changes):
+    """A tiny Llama with a tokenizer and ChatML, or a score model, as published."""
+    torch.manual_seed(seed)
+    vocab = tokenizer_json()
+    size = max(vocab["model"]["vocab"].values()) + 4  # rounded up
+    head = architecture.endswith("SequenceClassification")
+    model = GPT(GPTConfig(size, 256, 2, 4, 32, score_head=head, family="llama", n_kv_head=2, n_inner=48, tied=True, rope={"rope_theta": 1e4}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 8 if p.dim() == 2 else 1
+    folder.mkdir()
+    files = published_folder(folder, CHATML, steps=STEPS["smollm2"])
+    for path in folder.iterdir():
+        path.unlink()
+    files["config.json"] = json.dumps({
+        "model_type": "llama", "architectures": [architecture], "vocab_size": size, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": 2, "pad_token_id": 2, "num_labels": 1,
+        "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "torch_dtype": "bfloat16", **changes})
+    export(model, str(folder), files)
+    return folder, model
+
+
+CHAT = ("--device cpu --dtype float32 --max_new_tokens 12 --block_size 120 --score_steps 4 --prompts 8 --responses 8 --batch 8 "
+        "--steps 3 --prealign_steps 3 --margin 5% --eval_prompts 4 --eval_responses 2").split()
+
+
+def test_the_whole_job_from_a_chat_model_with_published_judges(tmp_path, capsys):
+    folder, start = chat_folder(tmp_path / "chat")
+    judge, judge_model = chat_folder(tmp_path / "judge", "LlamaForSequenceClassification", seed=1)
+    job(*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--judge", f"helpful={judge}", f"safe=-{judge}",
+        "--out", tmp_path / "out", "--export", tmp_path / "export")
+    said = capsys.readouterr().out
+    assert "template: chatml, system message: Be good." in said
+    assert "helpful judge, calibration: " in said and "safe judge, calibration: " in said
+    kept = {name: load(tmp_path / "out" / name, "") for name in ("reference.pt", "offline.pt", "offline_scores.pt", "mocan.pt")}
+    for name, x in start.state_dict().items():
+        assert torch.equal(kept["reference.pt"]["weights"][name], x)  # a chat model is not fine-tuned
+    scores = kept["offline_scores.pt"]["scores"]
+    assert scores.std() > 0.1 and torch.equal(scores[0], -scores[1])  # the same judge, negated
+    assert not (tmp_path / "out" / "score_helpful.pt").exists()
+    out = tmp_path / "export" / "mocan"
+    assert sorted(os.listdir(out)) == sorted([*os.listdir(folder)])
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    config = json.loads((out / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == "float32" and config["eos_token_id"] == 2
+    for name, x in GPT.from_pretrained(str(out)).state_dict().items():
+        assert torch.equal(x, kept["mocan.pt"]["weights"][name])
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(judge)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(judge, dtype=torch.float32).eval()
+    files = published_files(str(folder))
+    tok = published_tokenizer(files, "auto", "", 108, 12)
+    pool = Pool(kept["offline.pt"]["tokens"], kept["offline.pt"]["response_mask"])
+    split = load_pairs([str(tmp_path / "pairs.jsonl")], 0, None, 0.2, 0.1, "")[0]
+    prompts = spread([pair.prompt for pair in split.train], scores.size(1))
+    for i, text in enumerate(pool.texts(tok)):
+        n, k = divmod(i, scores.size(2))
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompts[n]}, {"role": "assistant", "content": text}],
+                                            return_tensors="pt", return_dict=False)
+        with torch.no_grad():
+            assert theirs(ids).logits.item() == pytest.approx(scores[0, n, k].item(), abs=1e-4)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()) and transformers.AutoTokenizer.from_pretrained(out).chat_template == CHATML
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--judge", "helpful"], "expected NAME=FOLDER"), (["--judge", "kind=JUDGE"], "NAME one of helpful, safe"),
+    (["--judge", "safe=CHAT"], "no ...ForSequenceClassification"), (["--judge", "safe=nowhere"], "nowhere: not a model as published"),
+    (["--system", "be good " * 200], "template alone takes"), (["--template", "llama3"], None)])
+def test_a_chat_job_that_cannot_be_is_one_line(tmp_path, flags, said):
+    folder, _ = chat_folder(tmp_path / "chat")
+    flags = [flag.replace("CHAT", str(folder)) for flag in flags]
+    if said is None:
+        job(*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--out", tmp_path / "out", "--algo", "mocan", *flags)
+        return
+    with pytest.raises(ValueError, match=said) as error:
+        job(*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--out", tmp_path / "out", *flags)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("spoil", [lambda text: text[:5000], lambda text: "{}", lambda text: "[]", lambda text: "",
+                                   lambda text: text.replace('"vocab": {', '"vocab": {"\\u4e00": 3, ')])
+def test_a_damaged_tokenizer_is_one_line(tmp_path, spoil):
+    folder, _ = chat_folder(tmp_path / "chat")
+    path = folder / "tokenizer.json"
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(ValueError, match="no tokenizer to use") as error:
+        job(*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--out", tmp_path / "out")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("way", ["a file", "a file above", "another model", "read-only"])
