@@ -155,18 +155,18 @@ class Tokenizer(NamedTuple):
     `next`, all of them ids.
     """
     encoding: tiktoken.Encoding
-    start: list    # a system message
     before: list
     after: list
     end: int
-    next: list
-    close: list    # behind a response in training and scoring: its end
-    ends: list     # any of these ends a response in sampling
-    known: int     # ids from here on are no tokens of this encoding's
-    lead: str      # in front of every text
-    normal: str    # Unicode's normal form, "" for text as it is
+    ends: list  # any of these ends a response in sampling
+    known: int  # ids from here on are no tokens of this encoding's
     prompt_limit: int
     response_limit: int
+    start: list = []  # a system message
+    next: list = []
+    close: list = None  # behind a response in training and scoring; None: its end
+    lead: str = " "  # in front of every text
+    normal: str = ""  # Unicode's normal form; none: text as it is
 
 
 # tiktoken's split pattern for GPT-2; the same where every digit stands alone; and the first for
@@ -196,16 +196,14 @@ def open_tokenizer(pieces, prompt_limit, response_limit):
     encoding = tiktoken.Encoding(
         "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
     end = user + 2
-    return Tokenizer(encoding, [], [user], [user + 1], end, [], [end], [end], end + 1, " ", "",
-                     *limits)
+    return Tokenizer(encoding, [user], [user + 1], end, [end], end + 1, *limits)
 
 
 def plain_tokenizer(encoding, ends, known, normal, *limits):
     """A base model's, which has no tokens of a template: text that looks like a transcript."""
     before = encoding.encode_ordinary("\n\nHuman:")
     after = encoding.encode_ordinary("\n\nAssistant:")
-    return Tokenizer(encoding, [], before, after, ends[0], [], ends[:1], ends, known, " ", normal,
-                     *limits)
+    return Tokenizer(encoding, before, after, ends[0], ends, known, *limits, normal=normal)
 
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
@@ -260,8 +258,8 @@ def published_tokenizer(files, name, system, *limits):
         first += message.format(system)
     start, before, after, [end], after_end = [
         encoding.encode(part, allowed_special="all") for part in (first, *parts)]
-    return Tokenizer(encoding, start, before, after, end, after_end, [end], [end, *ends], known, "",
-                     normal, *limits)
+    return Tokenizer(encoding, before, after, end, [end, *ends], known, *limits, start, after_end,
+                     lead="", normal=normal)
 
 
 def published_encoding(file):
@@ -353,7 +351,8 @@ def encode_responses(tok, responses, what="responses"):
 
     At most response_limit ids each: a longer response loses its tail and its `end`, as in sampling.
     """
-    ids = [encode(tok, response) + tok.close or [tok.end] for response in responses]
+    close = [tok.end] if tok.close is None else tok.close
+    ids = [encode(tok, response) + close or [tok.end] for response in responses]
     cut = sum(len(x) > tok.response_limit for x in ids)
     if cut:
         print(f"  {what}: {cut} of {len(ids)} responses lost their end (longer than "

@@ -188,7 +188,7 @@ def main():
     if c.algo == "pecan":  # the table asks them
         judges = train_judges(c, reference, split, pools, names)
     evaluate(c, reference, policies, judges, names, margin, split, tok)
-    export_policies(c, policies, tokenizer["files"])
+    export_policies(c, policies, tokenizer)
 
 
 def enter(c):
@@ -514,10 +514,10 @@ def holds(gain, ci, b):
     return "within error" if ci[1] >= b else "no"
 
 
-def export_policies(c, policies, files):
+def export_policies(c, policies, tokenizer):
     for name, saved in policies.items() if c.export else ():
         folder = f"{c.export}/{name.replace(' ', '_')}"
-        export(from_checkpoint(saved), folder, files)
+        export(from_checkpoint(saved), folder, tokenizer["files"])
         print(f"exported {folder}")
     Path(f"{c.out}/checkpoint.pt").unlink(missing_ok=True)  # the end
 

@@ -10,12 +10,14 @@ train: the DPO step of mocan.train_mocan, with the hard labels of pecan.prealign
       its metrics, and on a CPU the output layer of the prompts.
 sample: GPT.generate against Transformers' generate on the same weights: tokens a second, the draw's part of the time,
       the share of the matrix product.
+chat FOLDER: a published model, GPT-2's or of the Llama family: log-probabilities, sampling (16 x 4 responses of 32 tokens) and
+      a DPO step of 16 pairs, against Transformers with the same weights, texts and loss.
 picture: an SVG of a finished run: its policies with their intervals, and the optima from lam 0 to 2 lam* on the evaluation
       prompts.
 scale: how seconds grow as prompts, responses, vocabulary, width or length grow, for scoring, sampling, a training step
       and the dual.
 
-train, sample and scale take --json (the figures as one JSON object on stdout; the text goes to stderr) and --device. Weights and
+train, sample, chat and scale take --json (the figures as one JSON object on stdout; the text goes to stderr) and --device. Weights and
 tokens are random. The share of the matrix product is what the model's weights need at least, 2 operations for each weight
 and token (one prompt for both responses), times 3 with the backward pass, over the time and over the rate of a torch.mm of the model's shapes in the same
 run; attention's own products and what is computed twice do not count as needed, prompts do not need the output layer.
@@ -803,6 +805,72 @@ def bench_sample(argv):
         figures["sample"] = [sample_case(a, *case, dtype, peer) for case in cases for dtype in dtypes(a.device)]
 
 
+# ---- a published chat model
+def bench_chat(argv):
+    """A folder of a published model, here and in Transformers: ln p of the same responses, sampling, a DPO step."""
+    folder, *argv = argv if argv and not argv[0].startswith("-") else sys.exit("usage: python tests/bench.py chat FOLDER [--help]")
+    a = parse("chat", argv, prompts=(16, 1, "of the built-in world's"), responses=(4, 2, "to each, even"), tokens=(32, 1, "of a response"),
+              repeat=(3, 1, "runs of each, interleaved, after one that does not count"))
+    with report(a, "transformers") as figures:
+        policy = GPT.from_pretrained(folder).to(a.device)
+        tok = data.published_tokenizer(data.published_files(folder), "auto", "", 256, a.tokens)
+        lists = data.encode_prompts(tok, data.spread(data.WORLD_PROMPTS, a.prompts))
+        uniforms = torch.rand(a.prompts, a.responses, a.tokens)
+        tokens, response_mask, logp = policy.generate(lists, uniforms)
+        pool = data.Pool(tokens.int().cpu().view(a.prompts, a.responses, -1), response_mask.cpu().view(a.prompts, a.responses, -1))
+        pairs = data.Pool(*[x[:, :2] for x in pool])
+        ref_logp = mocan.map_pool(policy, pairs)
+        runs = {"ours": lambda: seconds(a.device, policy.generate, lists, uniforms)}
+        steps = {"ours": lambda: our_steps(copy.deepcopy(policy), pairs, ref_logp, 3)}
+        if "transformers" in figures:
+            import transformers
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(a.device)
+            longest = max(map(len, lists))
+            padded = torch.tensor([[0] * (longest - len(x)) + x for x in lists], device=a.device)
+            seen = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in lists], device=a.device)
+            runs["transformers"] = lambda: seconds(a.device, lambda: theirs.generate(
+                padded, attention_mask=seen, do_sample=True, num_return_sequences=a.responses, top_k=0, top_p=1.0, temperature=1.0,
+                min_new_tokens=a.tokens, max_new_tokens=a.tokens, pad_token_id=0, eos_token_id=None))
+            text, mask = data.take_text(pairs, torch.arange(a.prompts), torch.arange(2).expand(a.prompts, 2), policy.device)
+            with torch.no_grad():
+                figures["logp_difference"] = (their_logp(theirs, text, mask) - ref_logp.flatten()).abs().max().item()
+                figures["loss_difference"] = abs(their_loss(theirs, text, mask, ref_logp).item() - our_loss(policy, pairs, ref_logp))
+            steps["transformers"] = lambda: their_steps(copy.deepcopy(theirs), text, mask, ref_logp, 3)
+        with torch.no_grad():
+            figures["sample_seconds"] = interleaved(a.repeat, runs)
+        figures["step_seconds"] = interleaved(a.repeat, steps)
+        for what in ("sample_seconds", "step_seconds"):
+            spent = figures[what]
+            print(f"{what}: " + ", ".join(f"{x} {t:.2f}" for x, t in spent.items())
+                  + (f"; ratio {spent['transformers'] / spent['ours']:.2f}" if len(spent) > 1 else ""))
+        if "transformers" in figures:
+            print(f"the same weights: ln p of a response differs by {figures['logp_difference']:.1e}, the loss by "
+                  f"{figures['loss_difference']:.1e}")
+
+
+def their_logp(theirs, text, mask):
+    each = theirs(text).logits[:, :-1].log_softmax(dim=2).gather(2, text[:, 1:, None])[:, :, 0]
+    return (each * mask[:, 1:].to(text.device)).sum(dim=1)
+
+
+def their_loss(theirs, text, mask, ref_logp):
+    logp = their_logp(theirs, text, mask).view(-1, 2)
+    return mocan.preference_loss(*logp.T, *ref_logp.to(text.device).T, BETA).mean()
+
+
+def their_steps(theirs, text, mask, ref_logp, steps):
+    """The plain step: all rows, padding and prompts included, to the logits -> seconds of one, without the first."""
+    optimizer = mocan.adamw(theirs)
+    clock = Clock(text.device.type, steps)
+    for _ in range(steps):
+        their_loss(theirs, text, mask, ref_logp).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.tick()
+    return clock.seconds
+
+
 # ---- scale
 FACTORS = (1, 2, 4, 8)
 
@@ -961,8 +1029,8 @@ def place_label(x, y, text, taken):
 
 
 def main():
-    commands = {"dual": bench_dual, "shots": bench_shots, "train": bench_train, "sample": bench_sample, "scale": bench_scale,
-                "picture": bench_picture}
+    commands = {"dual": bench_dual, "shots": bench_shots, "train": bench_train, "sample": bench_sample, "chat": bench_chat,
+                "scale": bench_scale, "picture": bench_picture}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(f"{__doc__}\nusage: python tests/bench.py {{{','.join(commands)}}} [--help]")
     commands[sys.argv[1]](sys.argv[2:])

@@ -320,7 +320,7 @@ def recipe(stage="mocan", **changes):
 
 
 DIGITS = SimpleNamespace(encoding=SimpleNamespace(encode_ordinary=lambda text: [int(x) for x in text.strip()]),
-                         start=[], before=[], after=[], next=[], close=[0], end=0, ends=[0], known=10**6, lead=" ", normal="",  # a tokenizer: "34" is the prompt [3, 4]
+                         start=[], before=[], after=[], next=[], close=None, end=0, ends=[0], known=10**6, lead=" ", normal="",  # a tokenizer: "34" is the prompt [3, 4]
                          prompt_limit=10, response_limit=2)
 
 
