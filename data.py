@@ -54,8 +54,8 @@ class Pool(NamedTuple):
 
     def texts(self, tok):
         """N·K response texts, without the end token, those of a prompt one after the other."""
-        words = (self.tokens < tok.known) & ~torch.isin(self.tokens, torch.tensor(tok.ends))
-        said = self.response_mask & words  # (N, K, T)
+        ended = torch.isin(self.tokens, torch.tensor(tok.ends))
+        said = self.response_mask & ~ended & (self.tokens < tok.known)  # (N, K, T)
         rows = zip(self.tokens.flatten(0, 1), said.flatten(0, 1))
         return [tok.encoding.decode(row[mask].tolist()).strip() for row, mask in rows]
 
@@ -271,7 +271,8 @@ def published_encoding(file):
         raise ValueError(f"tokenizer.json: {model['type']} with {normal or 'no normalizer'}, "
                          "perhaps SentencePiece; byte-level BPE, with NFC at most, is expected")
     vocab = model["vocab"]
-    order = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
+    merged = ["".join(merge).replace(" ", "") for merge in model["merges"]]
+    order = [vocab[piece] for piece in merged]
     if order != sorted(order):
         raise ValueError("tokenizer.json: merges are not in the order of their ids")
     spare = itertools.count(256)  # a byte is spelled as a letter, its own if it can be seen
@@ -307,7 +308,8 @@ def encode(tok, text):
     """Text, special tokens spelled in it included -> ids of ordinary tokens."""
     if tok.normal:
         text = unicodedata.normalize(tok.normal, text)
-    return [i for i in tok.encoding.encode_ordinary(tok.lead + text) if i < tok.known]
+    ids = tok.encoding.encode_ordinary(tok.lead + text)
+    return [i for i in ids if i < tok.known]
 
 
 def frequent_pieces(pairs, vocab_size):

@@ -138,6 +138,10 @@ QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts
 DATA = "--accumulate 4 --prompts 2048 --responses 128 --shot_responses 128 --margin 25% "
 INIT = ("--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 2e-5 "
         "--shot_lr 2e-5 ")
+INIT_SIZES = (  # without --quick: some 100 million parameters on two CPU cores in about an hour
+    "--accumulate 1 --sft_steps 140 --score_steps 70 --prealign_steps 140 --prompts 256 "
+    "--responses 8 --shot_responses 8 --steps 100 --shot_steps 50 --eval_prompts 48 "
+    "--eval_responses 4 ")
 
 
 # ---- the job
@@ -591,6 +595,8 @@ def settings(argv):
         flags += DATA
     if "init" in given:
         flags += INIT
+        if "quick" not in given:
+            flags += INIT_SIZES
         chat = data.chat_template(data.published_files(given["init"]))
         if chat and given.get("template") != "plain":
             flags += "--sft_steps 0 "
@@ -606,8 +612,8 @@ def build_parser():
     parser = argparse.ArgumentParser(
         usage="python train.py [--SETTING VALUE ...]   (--help lists them)",
         description="One-shot safety alignment: a dual, then one policy update.",
-        epilog=f"--quick stands for {QUICK}too, --data for {DATA}, --init for {INIT}".replace(
-            "%", "%%"),
+        epilog=(f"--quick stands for {QUICK}too, --data for {DATA}, --init for {INIT}and, without "
+                f"--quick, {INIT_SIZES}").replace("%", "%%"),
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser._negative_number_matcher = dual.NEGATIVE
     comments = dict(re.findall(r"^    (\w+) = .*  # (.*)$", inspect.getsource(Config), re.M))

@@ -563,7 +563,7 @@ def test_defaults_of_published_weights_give_way_to_the_command_line():
     assert (c.tokenizer, c.sft_lr, c.score_lr, c.prealign_lr, c.lr, c.shot_lr, c.margin) == (
         "gpt2", 5e-5, 5e-5, 2e-5, 2e-5, 2e-5, "50%")
     c = train.settings(["--init", "folder", "--data", "x.jsonl", "--lr", "1e-3"])
-    assert (c.tokenizer, c.lr, c.shot_lr, c.margin) == ("gpt2", 1e-3, 2e-5, "25%")  # data's margin
+    assert (c.tokenizer, c.lr, c.shot_lr, c.margin, c.prompts) == ("gpt2", 1e-3, 2e-5, "25%", 256)  # data's margin, not its sizes
     c = train.settings(["--init", "folder", "--quick"])
     assert (c.tokenizer, c.lr, c.sft_lr, c.prompts) == ("gpt2", 2e-5, 5e-5, 128)
 
