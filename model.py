@@ -29,6 +29,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -568,20 +569,19 @@ def read_tensors(path):
     then raw bytes, of one tensor after the other."""
     if path.endswith(".bin"):
         return torch.load(path, map_location="cpu", weights_only=True)
-    raw = torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8)  # mapped, not read
-    start = 8 + raw[:8].view(torch.int64).item()
-    header = json.loads(raw[8:start].numpy().tobytes())
-    body = raw[start:]
-    header.pop("__metadata__", None)
     tensors = {}
     last = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES or begin != last:
-            raise ValueError(f"{name} is {entry}: expected one of {', '.join(DTYPES)}, from {last}")
-        last = end
-        content = body[begin:end].clone()  # aligned; the next line checks its size
-        tensors[name] = content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES or begin != last:
+                raise ValueError(
+                    f"{name} is {entry}: expected one of {', '.join(DTYPES)}, from {last}")
+            last = end
+            content = torch.from_numpy(np.fromfile(file, np.uint8, end - begin))
+            tensors[name] = content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 
