@@ -128,7 +128,7 @@ class CausalSelfAttention(nn.Module):
             cache[..., -k.size(2):, :] = torch.stack([k, v], dim=1)
             k, v = cache.to(v.dtype).unbind(1)  # (B, H', S, D)
         y = F.scaled_dot_product_attention(
-            q, k, v, visible, is_causal=visible is None, enable_gqa=True)
+            q, k, v, visible, is_causal=visible is None, enable_gqa=len(k[0]) < len(q[0]))
         y = y.transpose(1, 2).flatten(2)  # (B, T, H·D)
         if packing:
             y = F.embedding(packing.kept, y.flatten(0, 1))  # (M, H·D)
@@ -341,7 +341,7 @@ def sample_responses(model, prompts, uniforms, eos):
     uniforms = uniforms.flatten(0, 1).to(model.device)  # (N·K, max_new_tokens)
     index = torch.arange(N * K, device=model.device)[:, None]  # (A, 1) which response a row is
     active = torch.ones_like(index, dtype=torch.bool)  # (A, 1) it has not ended yet
-    ends = torch.tensor([] if eos is None else eos, device=model.device)
+    ends = torch.tensor([] if eos is None else eos, dtype=torch.long, device=model.device)
     for step in range(max_new_tokens):
         if step > 0:
             seen = longest + step  # tokens in the cache, the newest one included
@@ -628,7 +628,8 @@ def open_export(folder, others=()):
     written, or where it holds something else, which would be read with it. others: files that
     `export` writes besides."""
     os.makedirs(folder, exist_ok=True)
-    others = set(os.listdir(folder)) - {"config.json", "model.safetensors", *others}
+    found = {name.removesuffix(".tmp") for name in os.listdir(folder)}  # of a killed run
+    others = found - {"config.json", "model.safetensors", *others}
     if others or not os.access(folder, os.W_OK):
         raise ValueError(
             f"{folder}: read-only, or holds {sorted(others)}; empty it, or export elsewhere")

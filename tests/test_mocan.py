@@ -910,3 +910,14 @@ def test_what_is_said_of_a_score_by_hand(capsys):
     assert "safe: 75.0% of 2 pairs" in capsys.readouterr().out  # a tie is half right
 
 
+
+
+@pytest.mark.parametrize("losses", [[math.nan, math.nan], [math.inf, 2.0, 3.0], [math.nan, 2.0, 1.0, 5.0]])
+def test_a_calibration_loss_that_is_not_finite_leaves_weights_to_end_with(losses):
+    model = tiny()
+    progress = mocan.Progress(recipe(steps=9), model=model, optimizer=mocan.adamw(model))
+    for i, loss in enumerate(losses):
+        model.wte.weight.data.fill_(float(i))
+        progress.consider(loss)
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    assert progress.best["weights"]["wte.weight"][0, 0] == (losses.index(min(finite)) if finite else len(losses) - 1)

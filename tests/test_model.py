@@ -801,6 +801,12 @@ def test_a_folder_that_holds_what_would_be_read_with_an_export_is_refused(tmp_pa
     assert "\n" not in str(error.value) and before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_an_export_that_was_killed_can_be_repeated(tmp_path):
+    (tmp_path / "model.safetensors.tmp").write_bytes(b"half")
+    export(random_model(), str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_an_exported_configuration_has_its_ids_and_no_dropout(tmp_path):
     export(random_model(), str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
