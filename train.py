@@ -286,9 +286,9 @@ def ready_judges(c, split, names):
         name, _, folder = spec.partition("=")
         sign = -1 if folder.startswith("-") else 1
         folder = folder.removeprefix("-")
-        if name not in names or not folder:
-            raise ValueError(f"--judge {spec}: expected NAME=FOLDER, or NAME=-FOLDER of a cost, "
-                             f"NAME one of {', '.join(names)}")
+        if name not in names or name in judges or not folder:
+            raise ValueError(f"--judge {spec}: expected NAME=FOLDER, or NAME=-FOLDER of a cost, one "
+                             f"for each NAME of {', '.join(names)}")
         model = GPT.from_pretrained(folder).to(c.device)
         if not model.config.score_head:
             raise ValueError(f"--judge {spec}: no ...ForSequenceClassification of one label")

@@ -661,7 +661,7 @@ def test_the_whole_job_from_a_chat_model_with_published_judges(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--judge", "helpful"], "expected NAME=FOLDER"), (["--judge", "kind=JUDGE"], "NAME one of helpful, safe"),
+    (["--judge", "helpful"], "expected NAME=FOLDER"), (["--judge", "kind=JUDGE"], "for each NAME of helpful, safe"),
     (["--judge", "safe=CHAT"], "no ...ForSequenceClassification"), (["--judge", "safe=nowhere"], "nowhere: not a model as published"),
     (["--system", "be good " * 200], "template alone takes"), (["--template", "llama3"], None)])
 def test_a_chat_job_that_cannot_be_is_one_line(tmp_path, flags, said):
