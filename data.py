@@ -209,6 +209,13 @@ def plain_tokenizer(encoding, ends, known, normal, *limits):
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
          "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json",
          "merges.txt")
+RECOGNISED = {  # by what a chat template has, and what it must not have
+    "plain": r"\Z",
+    "chatml": r"(?!.*(bos_token|im_sep|<think>|strftime)).*<\|im_start\|>",
+    "llama3": r"(?!.*(Cutting Knowledge|strftime))(?=.*(bos_token|begin_of_text)).*<\|start_header"}
+OWN_SYSTEM = (  # as it stands in a string of the template, and no expression in it
+    r"system(?:<\|end_header_id\|>)?(?:\n|\\n)+((?:(?!\{\{|\}\}|\{%|['\"] *\+).)+?)"
+    r"<\|(?:im_end|eot_id)\|>")
 TEMPLATES = {  # the text before all, a system message, then Tokenizer's before, after, end, next
     "chatml": ("", "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n",
                "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n"),
@@ -219,9 +226,19 @@ TEMPLATES = {  # the text before all, a system message, then Tokenizer's before,
 
 
 def published_files(folder):
-    """{name: text} of what a published folder says of its tokenizer."""
-    return {name: Path(folder, name).read_text("utf-8")
-            for name in FILES if os.path.exists(f"{folder}/{name}")}
+    """{name: text} of what a published folder says of its tokenizer, and its config.json."""
+    files = {}
+    for name in FILES:
+        path = Path(folder, name)
+        if name != "config.json" and not path.exists():
+            continue
+        try:
+            files[name] = path.read_text("utf-8")
+            if name.endswith("json"):
+                json.loads(files[name]).keys()
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: no JSON object in UTF-8, or not there ({error})") from None
+    return files
 
 
 def chat_template(files):
@@ -237,27 +254,35 @@ def published_tokenizer(files, name, system, *limits):
     encoding, known, normal = published_encoding(json.loads(files["tokenizer.json"]))
     ends = []
     for file in ("generation_config.json", "config.json"):
-        ids = json.loads(files.get(file, "{}")).get("eos_token_id") or []
+        ids = json.loads(files.get(file, "{}")).get("eos_token_id")
         ends += ids if isinstance(ids, list) else [ids]
+    ends = [i for i in ends if i is not None]
     text = chat_template(files)
     if name == "auto":
-        marks = {"Cutting Knowledge Date": "", "<|im_start|>": "chatml",
-                 "<|start_header_id|>": "llama3", "": "" if text else "plain"}
-        name = next(name for mark, name in marks.items() if mark in text)
-    if not name:
-        raise ValueError("its chat template writes a date, or is neither ChatML nor Llama-3's; "
-                         "--template chatml, llama3 or plain takes one of these instead")
+        name = next((name for name, marks in RECOGNISED.items() if re.match(marks, text, re.S)), "")
+    if not name or not ends:
+        raise ValueError("no eos_token_id, or a chat template that thinks, dates or is neither "
+                         "ChatML nor Llama-3's; --template may name one to take instead: chatml, "
+                         "llama3 or plain")
     if name == "plain":
         print("  template: plain text")
         return plain_tokenizer(encoding, ends, known, normal, *limits)
     first, message, *parts = TEMPLATES[name]
-    own = re.search(r"system(?:\n|\\n)([^{}']+)<\|im_end\|>", text)
-    system = system or own and own[1]
+    own = re.search(OWN_SYSTEM, text, re.S)
+    if own and not system:
+        system = re.sub(r"\\(.)", lambda escape: escape[1].replace("n", "\n"), own[1])
     print(f"  template: {name}, system message: {system}")
     if system:
         first += message.format(system)
+    lacking = {*re.findall(r"<\|.*?\|>", "".join(parts))} - encoding.special_tokens_set
+    if lacking:
+        raise ValueError(f"it has no tokens {lacking}; --template may name another template")
     start, before, after, [end], after_end = [
         encoding.encode(part, allowed_special="all") for part in (first, *parts)]
+    used = len(start + before + after)
+    if used >= limits[0]:
+        raise ValueError(f"the chat template alone takes {used} of the {limits[0]} tokens of a "
+                         "prompt; raise --block_size, or shorten --system")
     return Tokenizer(encoding, before, after, end, [end, *ends], known, *limits, start, after_end,
                      lead="", normal=normal)
 

@@ -68,8 +68,8 @@ def rotation(config, size, position):
     Llama 3.1's change of those that turn less than a few times in its first context."""
     rope = config.rope
     exponent = torch.arange(0, size, 2, device=position.device) / size
-    frequency = rope["rope_theta"] ** -exponent  # (D/2,)
-    if "factor" in rope:
+    frequency = 1 / rope["rope_theta"] ** exponent  # (D/2,)
+    if rope.get("rope_type") == "llama3":
         turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -525,6 +525,8 @@ def read_published(folder):
     try:
         with open(f"{folder}/config.json", encoding="utf-8") as file:
             config = read_config(json.load(file))
+        if config.rope:
+            rotation(config, 2, torch.arange(1))  # which has all that it needs
         with torch.device("meta"):
             model = GPT(config)
         weights = {}

@@ -47,7 +47,7 @@ import dual
 import mocan
 import pecan
 from model import (GPT, GPTConfig, export, from_checkpoint, in_one_line, load, open_export,
-                   replace_file, save, to_checkpoint)
+                   replace_file, save, to_checkpoint, weight_files)
 
 STAGES = ("reference", "scores", "offline", "prealign", "dual", "mocan", "pecan", "evaluate")
 CUDA = torch.cuda.is_available()
@@ -226,14 +226,11 @@ def open_tokenizer(c, split):
             pieces = data.frequent_pieces(split.train, c.vocab_size)
         finish(saved, pieces=pieces, files=data.published_files(c.init) if c.init else {})
     limits = c.block_size - c.max_new_tokens, c.max_new_tokens
-    if "tokenizer.json" in saved["files"]:
-        tok = published_tokenizer(c.init, saved["files"], c.template, c.system, *limits)
+    files = saved["files"]
+    if c.init and ("tokenizer.json" in files or '"gpt2"' not in files["config.json"]):
+        tok = published_tokenizer(c.init, files, c.template, c.system, *limits)
     else:
         tok = data.open_tokenizer(saved["pieces"], *limits)
-    used = len(tok.start + tok.before + tok.after)
-    if used >= limits[0]:
-        raise ValueError(f"the chat template alone takes {used} of the {limits[0]} tokens of a "
-                         "prompt; raise --block_size, or shorten --system")
     return tok, saved
 
 
@@ -262,6 +259,8 @@ def first_model(c, tok):
         return new_model(c, config, "reference")
     model = GPT.from_pretrained(c.init)
     sizes = model.config
+    if sizes.score_head:
+        raise ValueError(f"{c.init} is a score model, for --judge, not a policy")
     own = tok.encoding.name == "published"  # of a vocabulary that is perhaps rounded up
     known = min(tok.known, sizes.vocab_size) if own else sizes.vocab_size
     if tok.known != known or sizes.block_size < c.block_size:
@@ -287,14 +286,16 @@ def ready_judges(c, split, names):
         sign = -1 if folder.startswith("-") else 1
         folder = folder.removeprefix("-")
         if name not in names or name in judges or not folder:
-            raise ValueError(f"--judge {spec}: expected NAME=FOLDER, or NAME=-FOLDER of a cost, one "
-                             f"for each NAME of {', '.join(names)}")
+            raise ValueError(f"--judge {spec}: expected NAME=FOLDER, or NAME=-FOLDER of a cost, "
+                             f"one for each NAME of {', '.join(names)}")
         model = GPT.from_pretrained(folder).to(c.device)
         if not model.config.score_head:
             raise ValueError(f"--judge {spec}: no ...ForSequenceClassification of one label")
         files = data.published_files(folder)
         half = model.config.block_size // 2
         tok = published_tokenizer(folder, files, "auto", "", half, half)
+        if tok.known > model.config.vocab_size:
+            raise ValueError(f"{folder} has {model.config.vocab_size} tokens, its tokenizer more")
         close = [tok.end, *tok.next]
         while close and close[-1] == json.loads(files["config.json"]).get("pad_token_id"):
             close.pop()  # the score stands at the last token that is no padding
@@ -302,7 +303,8 @@ def ready_judges(c, split, names):
         pool = data.pair_pool(tok, split.calibration, f"{name} judge")
         agreed = mocan.map_pool(model, data.preferences(split.calibration, name, pool))
         mocan.say_agreement(f"{name} judge, calibration", sign * agreed)
-        judges[name] = {"run": f"{spec} {os.path.getmtime(folder)}", "folder": folder,
+        stamps = [os.path.getmtime(file) for file in weight_files(folder)]
+        judges[name] = {"run": f"{spec} {stamps}", "folder": folder,
                         "sign": sign, "tok": tok}
     return judges
 

@@ -764,12 +764,42 @@ def test_a_pool_of_published_tokens_is_read_back_without_ends_and_unknown_ids(tm
     assert data.Pool(torch.tensor([[ids]]), torch.ones(1, 1, len(ids), dtype=torch.bool)).texts(tok) == ["on the"]
 
 
+@pytest.mark.parametrize("template, start", [
+    ("{{- '<|im_start|>system\\nYou\\'re {good} at \\\\boxed{}.\\nYes.<|im_end|>\\n' }}", "<|im_start|>system\nYou're {good} at \\boxed{}.\nYes.<|im_end|>\n"),
+    ("{{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}", ""),
+    ("{{ bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\nBe so.<|eot_id|>' }}",
+     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe so.<|eot_id|>")])
+def test_a_system_message_of_the_templates_own_is_read_as_it_is_spelled(tmp_path, template, start):
+    tok = data.published_tokenizer(published_folder(tmp_path, template), "auto", "", 200, 99)
+    assert tok.encoding.decode(tok.start) == start
+
+
+@pytest.mark.parametrize("ends", [0, [0], [2, 0]])
+def test_an_end_may_have_the_id_zero(tmp_path, ends):
+    files = published_folder(tmp_path)
+    files |= {"generation_config.json": json.dumps({"eos_token_id": ends}), "config.json": "{}"}
+    assert data.published_tokenizer(files, "auto", "", 99, 99).ends == (ends if isinstance(ends, list) else [ends])
+    with pytest.raises(ValueError, match="no eos_token_id"):
+        data.published_tokenizer(files | {"generation_config.json": "{}"}, "auto", "", 99, 99)
+
+
+@pytest.mark.parametrize("name, content", [("tokenizer_config.json", b"[]"), ("tokenizer_config.json", b"{bad"), ("config.json", b"\xff"),
+                                           ("tokenizer.json", b""), ("config.json", None)])
+def test_a_damaged_file_of_a_published_folder_is_named(tmp_path, name, content):
+    published_folder(tmp_path, CHATML)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: no JSON object"):
+        data.published_files(str(tmp_path))
+
+
 @pytest.mark.parametrize("case, changes", [
     ("SentencePiece", {"type": "Unigram"}), ("SentencePiece", {"byte_fallback": True}), ("SentencePiece", {"normalizer": {"type": "NFKC"}}),
     ("Metaspace", {"steps": {"type": "Metaspace", "replacement": "_"}}), ("ByteLevel True", {"steps": {**BYTE_LEVEL, "add_prefix_space": True}}),
     ("Digits False", {"steps": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, BYTE_LEVEL]}}),
-    ("order of their ids", {"merges": ["h e", "Ġ t"]}), ("date", {"template": "Cutting Knowledge Date <|start_header_id|>"}),
-    ("neither", {"template": "[INST] {{ messages }} [/INST]"})])
+    ("order of their ids", {"merges": ["h e", "Ġ t"]}), ("dates", {"template": "Cutting Knowledge Date bos_token <|start_header_id|>"}),
+    ("dates", {"template": "{{ strftime_now('%d') }}<|im_start|>"}), ("neither", {"template": "[INST] {{ messages }} [/INST]"}),
+    ("thinks", {"template": CHATML + "<think>"}), ("neither", {"template": "bos_token" + CHATML}), ("neither", {"template": LLAMA3.replace("bos_token", "x")}),
+    ("neither", {"template": "<|im_start|>user<|im_sep|>"})])
 def test_what_is_no_such_tokenizer_is_refused_by_name(tmp_path, case, changes):
     with pytest.raises(ValueError, match=case):
         data.published_tokenizer(published_folder(tmp_path, **changes), "auto", "", 99, 99)

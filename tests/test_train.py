@@ -558,7 +558,10 @@ def test_the_reference_starts_from_the_folders_weights(small_gpt2, tmp_path):
         assert torch.allclose(a, b, atol=1e-20, rtol=0)
 
 
-def test_defaults_of_published_weights_give_way_to_the_command_line():
+def test_defaults_of_published_weights_give_way_to_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
     c = train.settings(["--init", "folder"])
     assert (c.tokenizer, c.sft_lr, c.score_lr, c.prealign_lr, c.lr, c.shot_lr, c.margin) == (
         "gpt2", 5e-5, 5e-5, 2e-5, 2e-5, 2e-5, "50%")
@@ -571,7 +574,7 @@ def test_defaults_of_published_weights_give_way_to_the_command_line():
 BAD_INIT = {
     "more positions than the folder's": (["--block_size", "97"], "96 positions; .* --block_size is 97$"),
     "another vocabulary": (["--tokenizer", "vocab"], r"50257 tokens and 96 positions; the tokenizer, vocab, has \d+ tokens"),
-    "no folder": (["--init", "nowhere"], "nowhere: not a model as published"),
+    "no folder": (["--init", "nowhere"], "nowhere/config.json: no JSON object"),
 }
 
 
@@ -580,7 +583,8 @@ def test_published_weights_that_do_not_fit_are_one_line_and_cost_no_training(sma
     flags, said = BAD_INIT[case]
     with pytest.raises(ValueError, match=said) as error:
         job(*BRIEF, "--init", small_gpt2[0], "--data", pku_file(tmp_path / "pairs.jsonl"), "--out", tmp_path / "out", *flags)
-    assert "\n" not in str(error.value) and set(os.listdir(tmp_path / "out")) <= {"lock", "run.json", "tokenizer.pt"}
+    assert "\n" not in str(error.value)
+    assert {path.name for path in tmp_path.glob("out/*")} <= {"lock", "run.json", "tokenizer.pt"}
 
 
 def test_a_damaged_folder_of_weights_ends_the_command_in_one_line(small_gpt2, tmp_path):
@@ -663,10 +667,12 @@ def test_the_whole_job_from_a_chat_model_with_published_judges(tmp_path, capsys)
 @pytest.mark.parametrize("flags, said", [
     (["--judge", "helpful"], "expected NAME=FOLDER"), (["--judge", "kind=JUDGE"], "for each NAME of helpful, safe"),
     (["--judge", "safe=CHAT"], "no ...ForSequenceClassification"), (["--judge", "safe=nowhere"], "nowhere: not a model as published"),
+    (["--init", "JUDGED"], "is a score model, for --judge"), (["--init", "nowhere"], "nowhere/config.json: no JSON object"),
     (["--system", "be good " * 200], "template alone takes"), (["--template", "llama3"], None)])
 def test_a_chat_job_that_cannot_be_is_one_line(tmp_path, flags, said):
     folder, _ = chat_folder(tmp_path / "chat")
-    flags = [flag.replace("CHAT", str(folder)) for flag in flags]
+    chat_folder(tmp_path / "judge", "LlamaForSequenceClassification")
+    flags = [flag.replace("CHAT", str(folder)).replace("JUDGED", str(tmp_path / "judge")) for flag in flags]
     if said is None:
         job(*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--out", tmp_path / "out", "--algo", "mocan", *flags)
         return
@@ -681,7 +687,7 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, spoil):
     folder, _ = chat_folder(tmp_path / "chat")
     path = folder / "tokenizer.json"
     path.write_text(spoil(path.read_text()))
-    with pytest.raises(ValueError, match="no tokenizer to use") as error:
+    with pytest.raises(ValueError, match="no tokenizer to use|tokenizer.json: no JSON object") as error:
         job(*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--out", tmp_path / "out")
     assert "\n" not in str(error.value)
 
