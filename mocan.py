@@ -246,7 +246,7 @@ class Progress:
         self.recipe = recipe
         self.parts = parts
         self.done = []  # the loss of each step, or the samples of each batch
-        self.best = {"loss": math.nan, "worse": 0}  # see `consider`
+        self.best = {"loss": math.inf, "worse": 0}  # see `consider`
         self.loss = 0.0  # of the step's micro-batches so far
         self.began = self.due = time.monotonic()
         run = recipe.run
@@ -302,9 +302,10 @@ class Progress:
     def consider(self, loss):
         """Early stopping: keeps the weights with the least calibration loss; see `schedule`."""
         self.best["worse"] += 1
-        if not loss >= self.best["loss"]:  # the first one, even if it is not finite
+        weights = copy.deepcopy(self.parts["model"].state_dict())
+        self.best.setdefault("weights", weights)  # even if no loss is ever finite
+        if loss < self.best["loss"]:
             print(f"  calibration loss {loss:.4f}")
-            weights = copy.deepcopy(self.parts["model"].state_dict())
             self.best = {"loss": loss, "worse": 0, "weights": weights}
 
 

@@ -920,4 +920,4 @@ def test_a_calibration_loss_that_is_not_finite_leaves_weights_to_end_with(losses
         model.wte.weight.data.fill_(float(i))
         progress.consider(loss)
     finite = [loss for loss in losses if math.isfinite(loss)]
-    assert progress.best["weights"]["wte.weight"][0, 0] == (losses.index(min(finite)) if finite else len(losses) - 1)
+    assert progress.best["weights"]["wte.weight"][0, 0] == (losses.index(min(finite)) if finite else 0)
