@@ -10,10 +10,12 @@ qwen2's. `from_pretrained` loads published weights, `export` writes them. Three 
                         generate           y ~ π(·|x), and ln π(y|x) for free
     reward, safety      score              a scalar read off at the response's last token
 
-Shapes, here and in every file: B batch, T tokens, C channels, H heads, V vocabulary, R response
-tokens of a batch, M of its positions that are computed, A rows that are still being sampled, S
-their tokens in the cache; N prompts, K responses to each, G of them in a group, P preference
-pairs, m constraints. A batch of text is always the pair (tokens, response_mask), both (B, T):
+Shapes, here and in every file: B batch, T tokens, C channels, H heads of D channels, H' of them of
+keys and values, V vocabulary, R response tokens of a batch, M of its positions that are computed, A
+rows that are still being sampled, S their tokens in the cache; N prompts, K responses to each, G of
+them in a group, P preference pairs, m constraints.
+
+A batch of text is always the pair (tokens, response_mask), both (B, T):
 prompt, response, then padding on the right; the mask stays on the CPU. Right padding needs no
 attention mask, since a causal model never looks right; the response mask says which tokens the
 policy is answerable for.
