@@ -4,7 +4,7 @@ it.
 
     python train.py                           the built-in world, every policy, some minutes
     python train.py --data FILE               real preferences
-    python train.py --init DIR --data FILE    from a published model; --judge: published score models
+    python train.py --init DIR --data FILE    from a published model, with its tokenizer
     python train.py --from mocan --lr 3e-4    the same run again from that stage on, with a change
 
 The stages, and the artifact that each leaves in --out:
