@@ -137,8 +137,8 @@ QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts
          "--responses 16 --steps 200 --prealign_steps 100 --prealign_lr 3e-4 --lr 4e-4 "
          "--eval_prompts 64 --eval_responses 8 ")
 DATA = "--accumulate 4 --prompts 2048 --responses 128 --shot_responses 128 --margin 25% "
-INIT = ("--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 2e-5 "
-        "--shot_lr 2e-5 ")
+INIT = ("--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 3e-6 "
+        "--shot_lr 3e-6 ")
 INIT_SIZES = (  # without --quick: some 100 million parameters on two CPU cores in about an hour
     "--accumulate 1 --sft_steps 140 --score_steps 70 --prealign_steps 140 --prompts 256 "
     "--responses 8 --shot_responses 8 --steps 100 --shot_steps 50 --eval_prompts 48 "
