@@ -4,8 +4,9 @@ data.py: where text comes from, and how it becomes tensors.
 1. Pairs, and pools: K responses to each of N prompts as padded tensors; preference pairs have
    K = 2.
 2. Batches: groups of a prompt's responses; a random stream for each purpose.
-3. Tokens: one tokenizer and one chat template for training, sampling and evaluation alike.
-4. Preference files: PKU-SafeRLHF's JSONL schema and HH-RLHF's transcripts, checked line by line.
+3. Tokens: one tokenizer and one chat template for training, sampling and evaluation alike, made
+   from the training text or read from a published model's folder.
+4. Preference files: PKU-SafeRLHF's JSONL schema, and chosen/rejected rows, checked line by line.
 5. The split: training, calibration and evaluation share no conversation.
 6. The built-in world: a small assistant language with exact helpfulness r(x,y), harmlessness
    g_1(x,y) and politeness g_2(x,y). It yields the same `Pair`s as a file does.
@@ -249,8 +250,8 @@ def chat_template(files):
 
 def published_tokenizer(files, name, system, *limits):
     """The byte-level BPE of `published_files`, with one of TEMPLATES or the plain one; "auto": its
-    own. system: the system message, "" for what the model's own template has there. Raises
-    ValueError for a template that is none of these."""
+    own. system: the system message, "" for what the model's own template has there; limits: of
+    prompt and response. Raises ValueError for a template that is none of these."""
     encoding, known, normal = published_encoding(json.loads(files["tokenizer.json"]))
     ends = []
     for file in ("generation_config.json", "config.json"):
@@ -260,10 +261,11 @@ def published_tokenizer(files, name, system, *limits):
     text = chat_template(files)
     if name == "auto":
         name = next((name for name, marks in RECOGNISED.items() if re.match(marks, text, re.S)), "")
-    if not name or not ends:
-        raise ValueError("no eos_token_id, or a chat template that thinks, dates or is neither "
-                         "ChatML nor Llama-3's; --template may name one to take instead: chatml, "
-                         "llama3 or plain")
+    if not name:
+        raise ValueError("its chat template thinks, dates, or is neither ChatML nor Llama-3's; "
+                         "--template chatml, llama3 or plain takes one of these instead")
+    if not ends:
+        raise ValueError("no eos_token_id in its config.json or generation_config.json")
     if name == "plain":
         print("  template: plain text")
         return plain_tokenizer(encoding, ends, known, normal, *limits)
@@ -374,7 +376,8 @@ def encode_prompt(tok, prompt):
 
 
 def encode_responses(tok, responses, what="responses"):
-    """Responses (str) -> token ids, each closed by `end`; says how many were too long.
+    """Responses (str) -> token ids, each closed by `end`, or by the tokenizer's `close`; says how
+    many were too long.
 
     At most response_limit ids each: a longer response loses its tail and its `end`, as in sampling.
     """

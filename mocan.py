@@ -302,11 +302,12 @@ class Progress:
     def consider(self, loss):
         """Early stopping: keeps the weights with the least calibration loss; see `schedule`."""
         self.best["worse"] += 1
-        weights = copy.deepcopy(self.parts["model"].state_dict())
-        self.best.setdefault("weights", weights)  # even if no loss is ever finite
-        if loss < self.best["loss"]:
+        better = loss < self.best["loss"]
+        if better:
             print(f"  calibration loss {loss:.4f}")
-            self.best = {"loss": loss, "worse": 0, "weights": weights}
+            self.best |= {"loss": loss, "worse": 0}
+        if better or "weights" not in self.best:  # though no loss is ever finite
+            self.best["weights"] = copy.deepcopy(self.parts["model"].state_dict())
 
 
 # ---- many processes: under torchrun each rank computes its share of what all of them then have

@@ -15,10 +15,9 @@ keys and values, V vocabulary, R response tokens of a batch, M of its positions 
 rows that are still being sampled, S their tokens in the cache; N prompts, K responses to each, G of
 them in a group, P preference pairs, m constraints.
 
-A batch of text is always the pair (tokens, response_mask), both (B, T):
-prompt, response, then padding on the right; the mask stays on the CPU. Right padding needs no
-attention mask, since a causal model never looks right; the response mask says which tokens the
-policy is answerable for.
+A batch of text is always the pair (tokens, response_mask), both (B, T): prompt, response, then
+padding on the right; the mask stays on the CPU. Right padding needs no attention mask, since a
+causal model never looks right; the response mask says which tokens the policy is answerable for.
 
 In this file: the model, scoring text, its memory and speed, sampling, files.
 Read next: data.py, what the text is.
@@ -591,14 +590,17 @@ def read_tensors(path):
 
 def export(model, folder, files={}):
     """Write a model so that `from_pretrained`, ours and Transformers', loads it, in float32, and
-    files {name: text} with it, which must have its config.json if it is not a GPT-2."""
+    files {name: text} with it, such as its tokenizer's. Of a GPT-2 policy config.json follows from
+    the model; of others it must be among the files."""
     open_export(folder, files)
     c = model.config
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": c.n_layer,
-              "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
-              "vocab_size": c.vocab_size, "bos_token_id": c.vocab_size - 1,
-              "eos_token_id": c.vocab_size - 1}
-    config = json.loads(files.get("config.json", json.dumps(config))) | EXPORTED
+    config = {} if c.rope else {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": c.n_layer,
+        "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
+        "n_inner": c.n_inner or None, "layer_norm_epsilon": c.norm_eps, "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tied, "bos_token_id": c.vocab_size - 1,
+        "eos_token_id": c.vocab_size - 1}
+    config |= json.loads(files.get("config.json", "{}")) | EXPORTED
     for name, text in {**files, "config.json": json.dumps(config)}.items():
         replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
     prefix, names = "transformer.", {"score_head": "score"}

@@ -139,7 +139,7 @@ QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts
 DATA = "--accumulate 4 --prompts 2048 --responses 128 --shot_responses 128 --margin 25% "
 INIT = ("--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 3e-6 "
         "--shot_lr 3e-6 ")
-INIT_SIZES = (  # without --quick: some 100 million parameters on two CPU cores in about an hour
+INIT_SIZES = (  # without --quick: for some 100 million parameters on two CPU cores; not tuned
     "--accumulate 1 --sft_steps 140 --score_steps 70 --prealign_steps 140 --prompts 256 "
     "--responses 8 --shot_responses 8 --steps 100 --shot_steps 50 --eval_prompts 48 "
     "--eval_responses 4 ")
@@ -229,13 +229,14 @@ def open_tokenizer(c, split):
     limits = c.block_size - c.max_new_tokens, c.max_new_tokens
     files = saved["files"]
     if c.init and ("tokenizer.json" in files or '"gpt2"' not in files["config.json"]):
-        tok = published_tokenizer(c.init, files, c.template, c.system, *limits)
+        tok = read_tokenizer(c.init, files, c.template, c.system, *limits)
     else:
         tok = data.open_tokenizer(saved["pieces"], *limits)
     return tok, saved
 
 
-def published_tokenizer(folder, *how):
+def read_tokenizer(folder, *how):
+    """data.published_tokenizer, which says what is wrong, but not where."""
     try:
         return data.published_tokenizer(*how)
     except Exception as error:  # a damaged file raises a dozen kinds
@@ -262,9 +263,10 @@ def first_model(c, tok):
     sizes = model.config
     if sizes.score_head:
         raise ValueError(f"{c.init} is a score model, for --judge, not a policy")
-    own = tok.encoding.name == "published"  # of a vocabulary that is perhaps rounded up
-    known = min(tok.known, sizes.vocab_size) if own else sizes.vocab_size
-    if tok.known != known or sizes.block_size < c.block_size:
+    spare = sizes.vocab_size - tok.known
+    if tok.encoding.name == "published":  # a model's own vocabulary may be rounded up
+        spare = min(spare, 0)
+    if spare or sizes.block_size < c.block_size:
         raise ValueError(
             f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; the "
             f"tokenizer, {tok.encoding.name}, has {tok.known} tokens, and --block_size is "
@@ -294,19 +296,19 @@ def ready_judges(c, split, names):
             raise ValueError(f"--judge {spec}: no ...ForSequenceClassification of one label")
         files = data.published_files(folder)
         half = model.config.block_size // 2
-        tok = published_tokenizer(folder, files, "auto", "", half, half)
+        tok = read_tokenizer(folder, files, "auto", "", half, half)
         if tok.known > model.config.vocab_size:
             raise ValueError(f"{folder} has {model.config.vocab_size} tokens, its tokenizer more")
+        padding = json.loads(files["config.json"]).get("pad_token_id")
         close = [tok.end, *tok.next]
-        while close and close[-1] == json.loads(files["config.json"]).get("pad_token_id"):
-            close.pop()  # the score stands at the last token that is no padding
+        while close and close[-1] == padding:
+            close.pop()  # the score stands at the last token that is none
         tok = tok._replace(close=close)
         pool = data.pair_pool(tok, split.calibration, f"{name} judge")
         agreed = mocan.map_pool(model, data.preferences(split.calibration, name, pool))
         mocan.say_agreement(f"{name} judge, calibration", sign * agreed)
         stamps = [os.path.getmtime(file) for file in weight_files(folder)]
-        judges[name] = {"run": f"{spec} {stamps}", "folder": folder,
-                        "sign": sign, "tok": tok}
+        judges[name] = {"run": f"{spec} {stamps}", "folder": folder, "sign": sign, "tok": tok}
     return judges
 
 

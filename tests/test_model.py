@@ -801,6 +801,14 @@ def test_a_folder_that_holds_what_would_be_read_with_an_export_is_refused(tmp_pa
     assert "\n" not in str(error.value) and before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_a_gpt2_of_other_settings_is_exported_with_them(tmp_path):
+    model = random_model(tied=False, norm_eps=1e-3, n_inner=40)
+    export(model, str(tmp_path))
+    loaded = GPT.from_pretrained(str(tmp_path))
+    same_model(loaded, model)
+    assert loaded.config == model.config
+
+
 def test_an_export_that_was_killed_can_be_repeated(tmp_path):
     (tmp_path / "model.safetensors.tmp").write_bytes(b"half")
     export(random_model(), str(tmp_path))
