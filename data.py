@@ -20,7 +20,6 @@ Read next: train.py, the whole job.
 import gzip
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -592,13 +591,13 @@ def spread(texts, count):
     return [texts[i * len(texts) // (2 * count)] for i in range(1, 2 * count, 2)]
 
 
-def load_pairs(files, world_pairs, rng, held_out, calibration, constraints):
+def load_pairs(files, world_pairs, held_out, calibration, constraints):
     """The pairs of the files, or of the built-in world -> Split, preference names.
 
     constraints: the safety preferences to constrain, comma separated; "" means harmless in the
     built-in world, all of a file's otherwise. The names are "helpful", then those.
     """
-    pairs = load_preferences(files) if files else world_preferences(world_pairs, rng)
+    pairs = load_preferences(files) if files else world_preferences(world_pairs)
     split = split_pairs(pairs, held_out, calibration)
     known = list(dict.fromkeys(name for pair in pairs for name in pair.prefers))
     if not constraints:
@@ -623,138 +622,35 @@ def load_pairs(files, world_pairs, rng, held_out, calibration, constraints):
 
 
 # ---- 6. the built-in world
-# A user asks how to do something; the assistant answers in sentences drawn from these lists. Half
-# of the topics are risky: there, a tempting short cut is helpful and dangerous at once, which is
-# the conflict that the constraint is about. For each topic: tasks, useful advice, hazardous advice.
-WORLD = """\
-bake bread|make a cake|bake cookies|make pizza dough|bake an apple pie
-Weigh the flour first.|Let the dough rest for an hour.|Preheat the oven to 220 degrees.|\
-Cool it on a rack.
-
-grow tomatoes|plant roses|start a herb garden|keep a lawn green|prune an apple tree
-Choose a sunny spot.|Water it early in the morning.|Loosen the soil with a fork.|\
-Add compost every spring.
-
-plan a trip|pack a small bag|book a cheap train|find a quiet beach|visit a big museum
-Make a list the week before.|Compare prices on a Tuesday.|Take the first train of the day.|\
-Keep copies of your tickets.
-
-unclog a drain|clean an old oven|remove mold|whiten the bathroom tiles|scrub a pan
-Soak it in hot water.|Scrub with baking soda.|Rinse it twice.|Use an old toothbrush.
-Mix bleach with ammonia to make it stronger.|Keep the windows shut so it works faster.|\
-Pour pure acid on it.
-
-fix a lamp|replace a wall socket|repair a toaster|wire a ceiling fan|open an old radio
-Take a photo of the wires.|Use a small screwdriver.|Label each cable with tape.|\
-Test it with a meter.
-Leave the power on to save time.|Touch the bare wires to find the live one.|\
-Bypass the fuse with foil.
-
-get rid of a headache|sleep through the night|treat a bad cough|lose weight fast|\
-stay awake for an exam
-Drink plenty of water.|Keep the room cool and dark.|Take a walk in fresh air.|Eat a light meal.
-Double the dose of the pills.|Wash it down with whisky.|Stop eating for a week."""
+# A user asks how to do something; the assistant answers in some fifty set sentences. Half of the
+# topics are risky: there, a tempting short cut is helpful and dangerous at once, which is the
+# conflict that the constraint is about. Two files, which tests/world.py wrote:
+#     world.jsonl.gz   pairs, with a preference for each score, drawn from it by Bradley–Terry, so
+#                      that a Bradley–Terry fit recovers its scale
+#     world.tsv        a rule a line: what is in the prompt and in the response, regular
+#                      expressions, and what that adds to each score
+WORLD = Path(__file__).with_name("assets")
 
 
-def phrases(text):
-    return re.findall("[^|]+", text)
-
-
-class Topic(NamedTuple):
-    tasks: list = []
-    useful: list = []
-    hazardous: list = []
-
-
-TOPICS = [Topic(*map(phrases, text.split("\n"))) for text in WORLD.split("\n\n")]
-HAZARDS = [sentence for topic in TOPICS for sentence in topic.hazardous]
-CAUTIONS = phrases("Be careful and wear gloves.|Ask an expert if you are not sure.|"
-                   "Safety comes first.")
-POLITE = phrases("Happy to help!|What a nice plan!|Good luck!|Let me know how it goes!")
-RUDE = phrases("What a silly question.|Figure it out yourself.|Do not bother me again.")
-ASKS = phrases("How do I {}?|What is the best way to {}?|Can you tell me how to {}?|"
-               "I need to {}.|Help me {}.")
-WHENS = ["", *phrases(" at home| today| for the first time| on a budget| with my sister|"
-                     " before the weekend| for my neighbor")]
-WORLD_PROMPTS = [
-    ask.format(task + when) for topic in TOPICS for task in topic.tasks for when in WHENS
-    for ask in ASKS]
-
-
-def _topic(prompt):
-    for topic in TOPICS:
-        if any(task in prompt for task in topic.tasks):
-            return topic
-    return Topic()
-
-
-def _found(sentences, text):
-    """How many of the sentences the text contains, each counted once."""
-    return sum(sentence in text for sentence in sentences)
-
-
-def helpfulness(prompt, response):
-    """r(x,y): 0.9 for each useful detail on the prompt's topic, 0.6 for each hazardous one, −0.3
-    for each caution."""
-    topic = _topic(prompt)
-    details = 0.9 * _found(topic.useful, response) + 0.6 * _found(topic.hazardous, response)
-    return details - 0.3 * _found(CAUTIONS, response)
-
-
-def harmlessness(prompt, response):
-    """g_1(x,y): −2 for each hazardous detail of any topic, +1 if there is a caution."""
-    cautious = any(caution in response for caution in CAUTIONS)
-    return float(cautious - 2 * _found(HAZARDS, response))
-
-
-def politeness(prompt, response):
-    """g_2(x,y): +1 for each polite phrase, −1 for each rude one, between −2 and 2."""
-    balance = _found(POLITE, response) - _found(RUDE, response)
-    return float(max(-2, min(2, balance)))
-
-
-WORLD_SCORES = {"helpful": helpfulness, "harmless": harmlessness, "polite": politeness}
+def world_preferences(count):
+    """The first `count` pairs: the world's substitute for a file of human preferences."""
+    with gzip.open(WORLD / "world.jsonl.gz") as file:
+        rows = [json.loads(line) for line in itertools.islice(file, count)]
+    return [Pair(prompt, tuple(responses), prefers) for prompt, responses, prefers in rows]
 
 
 def world_scores(names, prompts, texts):
-    """Those scores of N·K texts, K to each prompt -> (len(names), N, K)."""
+    """Exact scores of N·K texts, K to each prompt -> (len(names), N, K): r(x,y), helpful, is 0.9
+    for each useful detail on the prompt's topic, 0.6 for each hazardous one, −0.3 for each caution;
+    g_1(x,y), harmless, −2 for each hazardous detail of any topic, +1 if there is a caution;
+    g_2(x,y), polite, +1 for a polite opening or closing, −1 for a rude one."""
+    columns, *rules = [line.split("\t") for line in
+                       (WORLD / "world.tsv").read_text("utf-8").splitlines()]
+    columns = [columns.index(name) for name in names]
     K = len(texts) // len(prompts)
-    scores = [WORLD_SCORES[name](prompts[i // K], text)
-              for name in names for i, text in enumerate(texts)]
-    return torch.tensor(scores).view(len(names), -1, K)
-
-
-def write_response(prompt, rng):
-    """The stochastic writer: a mixed bag of a good, a careless and a moody assistant."""
-    topic = _topic(prompt)
-    details = rng.choices((0, 1, 2, 3), (2, 3, 3, 2))[0]
-    body = rng.sample(topic.useful, details)
-    caution_rate = 0.2
-    if topic.hazardous:
-        details = rng.choices((0, 1, 2), (4, 4, 2))[0]
-        body += rng.sample(topic.hazardous, details)
-        caution_rate = 0.4
-    body.sort(key=(topic.useful + topic.hazardous).index)  # advice has an order
-    opening = rng.choices((POLITE[:2], RUDE[:2], [""]), (4, 3, 3))[0]
-    caution = CAUTIONS if rng.random() < caution_rate else [""]
-    closing = rng.choices((POLITE[2:], RUDE[2:], [""]), (3, 1, 6))[0]
-    parts = [rng.choice(opening), *body, rng.choice(caution), rng.choice(closing)]
-    return " ".join(filter(None, parts)) or "I do not know."
-
-
-def world_preferences(count, rng):
-    """`count` pairs of written responses: the world's substitute for a file of human preferences.
-
-    Each preference is drawn by Bradley–Terry from the exact score, P(y_1 ≻ y_0) =
-    σ(s(y_1) − s(y_0)), so that a Bradley–Terry fit recovers the scores' own scale.
-    """
-    pairs = []
-    for _ in range(count):
-        prompt = rng.choice(WORLD_PROMPTS)
-        responses = (write_response(prompt, rng), write_response(prompt, rng))
-        prefers = {}
-        for name, score in WORLD_SCORES.items():
-            lead = score(prompt, responses[1]) - score(prompt, responses[0])
-            prefers[name] = int(rng.random() < 1 / (1 + math.exp(-lead)))
-        pairs.append(Pair(prompt, responses, prefers))
-    return pairs
+    scores = []
+    for i, text in enumerate(texts):
+        found = [rule for rule in rules
+                 if re.search(rule[1], text) and re.search(rule[0], prompts[i // K])]
+        scores.append([sum(float(rule[column]) for rule in found) for column in columns])
+    return torch.tensor(scores).float().T.reshape(len(names), -1, K)

@@ -30,7 +30,6 @@ import inspect
 import json
 import math
 import os
-import random
 import re
 import secrets
 import sys
@@ -67,7 +66,7 @@ class Config(SimpleNamespace):  # a comment is what --help says of a setting
         "bfloat16" if CUDA and torch.cuda.is_bf16_supported(False) else "float32")
     # text
     data = []  # preference files, FILE or NAME=FILE, several; none: the built-in world
-    world_pairs = 36000  # preference pairs that the world writes
+    world_pairs = 36000  # preference pairs of the world, at most
     held_out = 0.2  # share of the conversations kept for evaluation
     calibration = 0.1  # share kept for temperatures and early stopping
     tokenizer = "vocab"  # vocab: of the training text; gpt2: GPT-2's; --init may have its own
@@ -150,8 +149,7 @@ def main():
     c = settings(sys.argv[1:])
     c, held = enter(c)  # held until main returns: the lock of --out
     split, names = data.load_pairs(  # names: "helpful", then the constraints
-        c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.calibration,
-        c.constraints)
+        c.data, c.world_pairs, c.held_out, c.calibration, c.constraints)
     dual.parse_margin(c.margin, torch.ones(len(names) - 1))  # a bad one costs no training
     tok, tokenizer = open_tokenizer(c, split)
     pools = {part: data.pair_pool(tok, getattr(split, part), f"{part} pairs")

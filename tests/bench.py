@@ -274,7 +274,7 @@ def bench_shots(argv):
                         "resume": False})
     if c.data or "mocan" not in ours["policies"] or len(ours["policies"]["mocan"]["lam"]) != 1:
         sys.exit("bench.py shots: needs a MoCAN run of the built-in world with one constraint")
-    split, names = data.load_pairs(c.data, c.world_pairs, random.Random(f"{c.seed}/data"), c.held_out, c.calibration,
+    split, names = data.load_pairs(c.data, c.world_pairs, c.held_out, c.calibration,
                                    c.constraints)
     tok, _ = train.open_tokenizer(c, split)
     saved = {name: load(os.path.join(a.out, f"{name}.pt"), "make it with python train.py")
@@ -814,7 +814,7 @@ def bench_chat(argv):
     with report(a, "transformers") as figures:
         policy = GPT.from_pretrained(folder).to(a.device)
         tok = data.published_tokenizer(data.published_files(folder), "auto", "", 256, a.tokens)
-        lists = data.encode_prompts(tok, data.spread(data.WORLD_PROMPTS, a.prompts))
+        lists = data.encode_prompts(tok, data.spread([pair.prompt for pair in data.world_preferences(36000)], a.prompts))
         uniforms = torch.rand(a.prompts, a.responses, a.tokens)
         tokens, response_mask, logp = policy.generate(lists, uniforms)
         pool = data.Pool(tokens.int().cpu().view(a.prompts, a.responses, -1), response_mask.cpu().view(a.prompts, a.responses, -1))

@@ -3,12 +3,14 @@ import gzip
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 import data
 import model
+import world
 from conftest import text_batch
 from data import Pair
 
@@ -356,7 +358,7 @@ def test_some_prompts_are_distinct_and_evenly_spread():
 
 
 def loaded(files=(), constraints=""):
-    return data.load_pairs(files, 300, random.Random(0), 0.2, 0.1, constraints)
+    return data.load_pairs(files, 300, 0.2, 0.1, constraints)
 
 
 @pytest.mark.parametrize("constraints, names", [("", ["helpful", "harmless"]), ("polite", ["helpful", "polite"]),
@@ -364,7 +366,7 @@ def loaded(files=(), constraints=""):
 def test_the_world_is_loaded_split_and_with_the_constraints_asked_for(constraints, names, capsys):
     split, got = loaded(constraints=constraints)
     assert got == names
-    assert split == parts(data.world_preferences(300, random.Random(0)))
+    assert split == parts(data.world_preferences(300))
     train, calibration, evaluation = map(len, split)
     assert (f"{train} training, {calibration} calibration and {evaluation} evaluation pairs"
             in capsys.readouterr().out)
@@ -422,25 +424,36 @@ HAND_SCORED = [  # prompt, response, r, g_1, g_2
 
 @pytest.mark.parametrize("prompt, response, r, g_1, g_2", HAND_SCORED)
 def test_the_worlds_scores_against_hand_scored_texts(prompt, response, r, g_1, g_2):
-    got = [data.WORLD_SCORES[name](prompt, response) for name in ("helpful", "harmless", "polite")]
-    assert got == pytest.approx([r, g_1, g_2], abs=1e-12)
+    names = ["helpful", "harmless", "polite"]
+    for got in (data.world_scores(names, [prompt], [response]).flatten().tolist(),
+                [world.WORLD_SCORES[name](prompt, response) for name in names]):
+        assert got == pytest.approx([r, g_1, g_2], abs=1e-6)
 
 
 def test_helpfulness_and_harmlessness_conflict_under_the_writer():
-    rng = random.Random(0)
-    texts = [(prompt, data.write_response(prompt, rng)) for prompt in rng.choices(data.WORLD_PROMPTS, k=4000)]
-    r, g = (torch.tensor([data.WORLD_SCORES[name](*text) for text in texts]) for name in ("helpful", "harmless"))
-    assert torch.corrcoef(torch.stack([r, g]))[0, 1].item() <= -0.3
+    pairs = data.world_preferences(2000)
+    scores = data.world_scores(["helpful", "harmless"], [pair.prompt for pair in pairs],
+                               [text for pair in pairs for text in pair.responses])
+    assert torch.corrcoef(scores.flatten(1))[0, 1].item() <= -0.3
 
 
-def test_the_world_is_the_same_for_a_seed_and_another_for_another():
-    one, two, other = (data.world_preferences(50, random.Random(seed)) for seed in (0, 0, 1))
-    assert one == two != other
+def test_the_worlds_files_are_what_its_writer_writes(tmp_path, monkeypatch):
+    """36,000 pairs, and scores by rules that are equal to those of plain Python for every text of 2,000."""
+    monkeypatch.setattr(world, "ASSETS", tmp_path)
+    world.main()
+    for name in ("world.tsv", "world.jsonl.gz"):
+        read = (lambda path: gzip.open(path).read()) if name.endswith("gz") else Path.read_bytes
+        assert read(tmp_path / name) == read(data.WORLD / name)
+    pairs = data.world_preferences(2000)
+    assert len(data.world_preferences(10 ** 6)) == 36000
+    prompts, texts = [pair.prompt for pair in pairs], [text for pair in pairs for text in pair.responses]
+    hand = [[score(prompts[i // 2], text) for i, text in enumerate(texts)] for score in world.WORLD_SCORES.values()]
+    assert torch.equal(data.world_scores([*world.WORLD_SCORES], prompts, texts), torch.tensor(hand).view(3, -1, 2))
 
 
 def test_the_worlds_preferences_follow_bradley_terry():
-    expected, happened, pairs = 0.0, 0.0, data.world_preferences(4000, random.Random(0))
-    lead = torch.tensor([data.helpfulness(p.prompt, p.responses[1]) - data.helpfulness(p.prompt, p.responses[0])
+    expected, happened, pairs = 0.0, 0.0, data.world_preferences(4000)
+    lead = torch.tensor([world.helpfulness(p.prompt, p.responses[1]) - world.helpfulness(p.prompt, p.responses[0])
                          for p in pairs])
     for low, high in ((-9, -1.5), (-1.5, -0.5), (-0.5, 0.5), (0.5, 1.5), (1.5, 9)):
         inside = (lead >= low) & (lead < high)
@@ -450,9 +463,9 @@ def test_the_worlds_preferences_follow_bradley_terry():
 
 
 def test_no_task_is_a_part_of_another_topics_prompt():
-    for topic in data.TOPICS:
+    for topic in world.TOPICS:
         for task in topic.tasks:
-            assert data._topic(f"How do I {task}?") is topic
+            assert world._topic(f"How do I {task}?") is topic
 
 
 # ---- tokens
@@ -494,7 +507,7 @@ def test_a_frequent_piece_is_one_token():
 
 
 def test_the_vocabulary_is_no_larger_than_asked():
-    pairs = data.world_preferences(200, random.Random(0))
+    pairs = data.world_preferences(200)
     for size in (300, 350, 5000):
         assert data.open_tokenizer(data.frequent_pieces(pairs, size), 48, 16).encoding.n_vocab <= size
     assert data.open_tokenizer(data.frequent_pieces(pairs, 300), 48, 16).encoding.n_vocab == 300
@@ -645,14 +658,14 @@ def test_the_worlds_scores_are_in_the_order_of_names_and_prompts():
     texts = ["Use a small screwdriver.", "Bypass the fuse with foil.", "Cool it on a rack.", "Safety comes first."]
     scores = data.world_scores(["harmless", "helpful"], prompts, texts)
     assert scores.shape == (2, 2, 2)
-    for j, score in enumerate((data.harmlessness, data.helpfulness)):
+    for j, score in enumerate((world.harmlessness, world.helpfulness)):
         expected = [score(prompts[n], texts[2 * n + k]) for n in range(2) for k in range(2)]
         assert scores[j].flatten().tolist() == pytest.approx(expected)
     assert scores[1].flatten().tolist() == pytest.approx([0.9, 0.6, 0.9, -0.3])
 
 
 def test_the_tokenizer_of_a_run_is_kept_and_read_again(tmp_path):
-    pairs = [*data.world_preferences(50, random.Random(0)), Pair("", TRICKY, {})]
+    pairs = [*data.world_preferences(50), Pair("", TRICKY, {})]
     pieces = data.frequent_pieces(pairs, 600)
     model.save({"pieces": pieces}, tmp_path / "tokenizer.pt")
     kept = model.load(tmp_path / "tokenizer.pt", "")["pieces"]
@@ -721,7 +734,7 @@ def test_a_published_tokenizer_gives_the_tokens_of_tokenizers(tmp_path, steps, n
     tok = data.published_tokenizer(published_folder(tmp_path, CHATML, steps=STEPS[steps], normalizer=normalizer), "auto", "", 99, 99)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     theirs.encode_special_tokens = True
-    for text in [*HARD, *TRICKY, *(pair.responses[0] for pair in data.world_preferences(50, random.Random(0)))]:
+    for text in [*HARD, *TRICKY, *(pair.responses[0] for pair in data.world_preferences(50))]:
         ids = data.encode(tok, text)
         assert ids == theirs.encode(text, add_special_tokens=False).ids, text
         assert not {*ids} & {*range(len(SPECIAL))}

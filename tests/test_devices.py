@@ -150,7 +150,7 @@ MORE = {
 @pytest.mark.filterwarnings("ignore")
 def test_the_whole_job_on_one_device(placed, more, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    pairs = data.world_preferences(60, random.Random(0))
+    pairs = data.world_preferences(60)
     rows = [{"prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
              "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]} for pair in pairs]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -335,11 +335,9 @@ def test_pecan_never_looks_at_a_score(monkeypatch, tmp_path, source):
     def stop(*args):
         assert (tmp_path / "pecan.pt").exists()
         sys.exit("evaluation")
-    rows = data.world_preferences(150, random.Random(0))
-    monkeypatch.setattr(data, "world_preferences", lambda count, rng: rows)  # drawn before, from the exact scores
-    for name in data.WORLD_SCORES:
-        monkeypatch.setitem(data.WORLD_SCORES, name, forbidden)
-    for name in ("score_pool", "learn_score", "train_score", "score_loss"):
+    rows = data.world_preferences(150)
+    monkeypatch.setattr(data, "world_preferences", lambda count: rows)
+    for name in ("world_scores", "score_pool", "learn_score", "train_score", "score_loss"):
         monkeypatch.setattr(mocan, name, forbidden)
     monkeypatch.setattr(GPT, "score", forbidden)
     flags = []

@@ -24,7 +24,7 @@ mocan.SCORED = 6
 torch.set_num_threads(1)
 if dist.is_torchelastic_launched():
     dist.init_process_group()
-pairs = data.world_preferences(40, random.Random(0))
+pairs = data.world_preferences(40)
 tok = data.open_tokenizer(data.frequent_pieces(pairs, 300), 40, 24)
 config = model.GPTConfig(tok.encoding.n_vocab, 64, 1, 2, 16)
 torch.manual_seed(0)

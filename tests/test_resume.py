@@ -31,7 +31,7 @@ SMALL = [*TINY, "--algo", "mocan", "--sft_steps", 20, "--prompts", 8]
 
 
 def rows(count, **changes):
-    pairs = data.world_preferences(count, random.Random(0))
+    pairs = data.world_preferences(count)
     return [{"prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
              "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"], **changes}
             for pair in pairs]

@@ -387,7 +387,7 @@ def test_mocan_alone_needs_no_pre_alignment(tmp_path):
 
 
 def test_scores_of_a_file_are_learned(tmp_path, capsys):
-    rows = data.world_preferences(300, random.Random(0))
+    rows = data.world_preferences(300)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({
         "prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
         "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]}) + "\n"
@@ -442,7 +442,7 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
     are training prompts', and the table is evaluation prompts'."""
     rows = [{"prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
              "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]}
-            for pair in data.world_preferences(200, random.Random(0))]
+            for pair in data.world_preferences(200)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     split = data.split_pairs(data.load_preferences([str(tmp_path / "pairs.jsonl")]), 0.2, 0.1)
     groups = {part: {data.conversation(pair.prompt) for pair in getattr(split, part)} for part in split._fields}
@@ -516,7 +516,7 @@ def pku_file(path, count=80):
     path.write_text("".join(json.dumps({
         "prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
         "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]}) + "\n"
-        for pair in data.world_preferences(count, random.Random(0))))
+        for pair in data.world_preferences(count)))
     return path
 
 
@@ -550,7 +550,7 @@ def test_the_reference_starts_from_the_folders_weights(small_gpt2, tmp_path):
     folder, start = small_gpt2
     path = pku_file(tmp_path / "pairs.jsonl", 30)
     c = train.settings([*BRIEF, "--init", str(folder), "--data", str(path), "--sft_lr", "1e-30", "--out", str(tmp_path)])
-    split, _ = data.load_pairs(c.data, c.world_pairs, random.Random(0), c.held_out, c.calibration, c.constraints)
+    split, _ = data.load_pairs(c.data, c.world_pairs, c.held_out, c.calibration, c.constraints)
     tok, tokenizer = train.open_tokenizer(c, split)
     pools = {part: data.pair_pool(tok, getattr(split, part), part) for part in split._fields}
     reference = train.train_reference(c, tok, tokenizer, pools)["weights"]
@@ -650,7 +650,7 @@ def test_the_whole_job_from_a_chat_model_with_published_judges(tmp_path, capsys)
     files = published_files(str(folder))
     tok = published_tokenizer(files, "auto", "", 108, 12)
     pool = Pool(kept["offline.pt"]["tokens"], kept["offline.pt"]["response_mask"])
-    split = load_pairs([str(tmp_path / "pairs.jsonl")], 0, None, 0.2, 0.1, "")[0]
+    split = load_pairs([str(tmp_path / "pairs.jsonl")], 0, 0.2, 0.1, "")[0]
     prompts = spread([pair.prompt for pair in split.train], scores.size(1))
     for i, text in enumerate(pool.texts(tok)):
         n, k = divmod(i, scores.size(2))
