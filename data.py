@@ -92,6 +92,14 @@ def preferences(pairs, name, pool):
     return Pool(*[x[n, k] for x in pool])
 
 
+def half(pairs, which):
+    """The pairs, of which those of every other conversation alone keep their preferences; which:
+    0 or 1, the other half."""
+    kept = {*sorted({conversation(pair.prompt) for pair in pairs})[which::2]}
+    return [pair if conversation(pair.prompt) in kept else pair._replace(prefers={})
+            for pair in pairs]
+
+
 # ---- 2. batches
 def stream(*key):
     """A random stream of its own for each (seed, purpose, index): nothing depends on what was drawn
@@ -245,6 +253,15 @@ def chat_template(files):
     """The chat template of `published_files`, "" of a base model, which has none."""
     config = json.loads(files.get("tokenizer_config.json", "{}"))
     return str(files.get("chat_template.jinja") or config.get("chat_template") or "")
+
+
+def read_tokenizer(folder, *how):
+    """published_tokenizer, which says what is wrong, but not where."""
+    try:
+        return published_tokenizer(*how)
+    except Exception as error:  # a damaged file raises a dozen kinds
+        raise ValueError(
+            f"{folder}: no tokenizer to use ({type(error).__name__}: {error})") from None
 
 
 def published_tokenizer(files, name, system, *limits):

@@ -7,6 +7,7 @@ The problem, for a reward r, safety measures g_j and a reference policy π_ref:
 
 1. Sample K responses per prompt from π_ref.                             (sample_pool)
 2. Score them: r(x,y), g_1(x,y) … g_m(x,y).                              (score_pool)
+   Scores of learned judges become what other judges confirm of them.    (confirm)
 3. Find λ* ≥ 0 by Newton on those scores: D is closed form and convex.   (solve_from)
 4. One policy update: DPO with pairs labelled by s = r + ⟨λ*,g⟩.         (train_mocan)
 
@@ -32,8 +33,10 @@ Read next: dual.py, how λ* is found; then pecan.py, the same without score mode
 """
 
 import copy
+import json
 import math
 import os
+import re
 import time
 import warnings
 from typing import NamedTuple
@@ -44,9 +47,9 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import dual
-from data import (Pool, encode_prompts, group_batches, pad, take, take_text, text_pool, uniforms,
-                  world_scores)
-from model import GPT, from_checkpoint, load, save, sequence_logprob
+from data import (Pool, encode_prompts, group_batches, pad, pair_pool, preferences, published_files,
+                  read_tokenizer, take, take_text, text_pool, uniforms, world_scores)
+from model import GPT, from_checkpoint, load, save, sequence_logprob, weight_files
 
 
 # ---- the losses: tensors in, tensors out
@@ -75,6 +78,7 @@ class Sample(NamedTuple):
     logp: torch.Tensor      # (N, K) ln π₁(y|x)
     ref_logp: torch.Tensor  # (N, K) ln π_ref(y|x)
     scores: torch.Tensor    # (1+m, N, K) r, g_1 … g_m
+    second: torch.Tensor = None  # (1+m, N, K) what judges say that nothing is trained on
 
 
 def sample_pool(policy, tok, prompts, K, recipe):
@@ -158,6 +162,13 @@ def solve_from(sample, ref_mean, margin, beta):
     return dual.solve(score, constraint, margin - gained, beta)
 
 
+def second_gain(sample, lam, beta):
+    """Gains (1+m,) of π_λ by the second scores: what λ* buys by judges that had no part in it."""
+    tilt = sample.scores[0] + torch.einsum("m,mnk->nk", lam.to(sample.scores), sample.scores[1:])
+    weight = (tilt / beta - sample.logp + sample.ref_logp).softmax(1)  # (N, K) of π_λ
+    return (weight * sample.second).sum(2).mean(1) - sample.second.mean(dim=(1, 2))
+
+
 # ---- 4. the policy update
 def train_mocan(policy, sample, lam, beta, group, recipe):
     """DPO on pairs of the sample, labelled by s = r + ⟨λ*,g⟩ -> the loss of every step.
@@ -165,7 +176,7 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
     policy: starts as the one that was sampled, the reference or what the shot before made of it;
     lam (m,); group: G responses to a prompt, compared in all their pairs.
     """
-    pool, _, ref_logp, scores = sample
+    pool, _, ref_logp, scores, _ = sample
     s = scores[0] + torch.einsum("m,mnk->nk", lam.to(scores), scores[1:])  # (N, K) r + ⟨λ*,g⟩
     group = min(group, s.size(1))
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
@@ -408,6 +419,99 @@ def learn_score(model, name, training, calibration, evaluation, recipe):
         model.score_head.weight *= tau
     print(f"  {name}: multiplied by the inverse temperature τ = {tau:.3f}")
     say_agreement(f"{name}, evaluation", map_pool(model, evaluation))
+
+
+def ready_judges(specs, names, pairs, device):
+    """Two {preference: what score_pool takes} of published score models, each of specs NAME=FOLDER,
+    or NAME=-FOLDER of a cost: a name's first, and its second. Their scores stay in their own units;
+    what the calibration pairs say of them is printed."""
+    judges = [{}, {}]
+    for spec in specs:
+        found = re.fullmatch("([^=]+)=(-?)(.+)", spec)
+        name, minus, folder = found.groups() if found else ("", "", "")
+        free = [some for some in judges if name not in some]
+        if name not in names or not free:
+            raise ValueError(f"--judge {spec}: expected NAME=FOLDER, or NAME=-FOLDER of a cost, "
+                             f"one or two for each NAME of {', '.join(names)}")
+        model = GPT.from_pretrained(folder).to(device)
+        if not model.config.score_head:
+            raise ValueError(f"--judge {spec}: no ...ForSequenceClassification of one label")
+        files = published_files(folder)
+        half = model.config.block_size // 2
+        tok = read_tokenizer(folder, files, "auto", "", half, half)
+        if tok.known > model.config.vocab_size:
+            raise ValueError(f"{folder} has {model.config.vocab_size} tokens, its tokenizer more")
+        padding = json.loads(files["config.json"]).get("pad_token_id")
+        close = [tok.end, *tok.next]
+        while close and close[-1] == padding:
+            close.pop()  # the score stands at the last token that is none
+        tok = tok._replace(close=close)
+        sign = -1 if minus else 1
+        pool = pair_pool(tok, pairs, f"{name} judge")
+        agreed = map_pool(model, preferences(pairs, name, pool))
+        say_agreement(f"{name} judge, calibration", sign * agreed)
+        stamps = [os.path.getmtime(file) for file in weight_files(folder)]
+        free[0][name] = {"run": f"{spec} {stamps}", "folder": folder, "sign": sign, "tok": tok,
+                         "pairs": sign * map_pool(model, pool)}
+    return judges
+
+
+# ---- confirmation: scores in units that another judge confirms
+def within(x):
+    """Scores (1+m, N, K) less their means over a prompt's responses -> (1+m, N·K)."""
+    return (x - x.mean(2, keepdim=True)).flatten(1).double()
+
+
+def regression(first, second):
+    """Cov(B, A)·Cov(A)⁻¹ within prompts (1+m, 1+m), of scores A, B (1+m, N, K): times A it is the
+    best linear guess of B."""
+    a, b = within(first), within(second)
+    return b @ a.T @ torch.linalg.pinv(a @ a.T, hermitian=True)
+
+
+def confirm(said, judges, names):
+    """What of the first judges' scores others confirm, who learned the same preferences from other
+    conversations -> units M, U (1+m, 1+m): M·A is the best linear guess of the truth T from the
+    first's scores A, U·B what the second say in the same units. said: A, B (1+m, N, K) of some
+    responses; judges: [{preference: with "pairs", its scores (P, 2) of calibration pairs}]. Without
+    a second judge [1]: nothing confirms what the first say.
+
+    A judge's errors look like preferences to whoever maximises its scores; A and B differ in them.
+    M = U·Cov(B,A)·Cov(A)⁻¹ on the responses. U undoes what B's calibration took: on the pairs,
+    where E[T_j|A_j] = A_j, B_j rises with A_j by the share of T_j that is left in B_j, and U is the
+    inverse of it, diagonal. What both judges have from the same kind of text stays. Raises
+    ValueError where nothing is confirmed.
+    """
+    if len(said) == 1:
+        return [torch.eye(len(names))]
+    pairs = [torch.stack([some[name]["pairs"] for name in names]) for some in judges]  # (1+m, P, 2)
+    N, P = said[0].size(1), pairs[0].size(1)
+
+    def slopes(n, p):
+        a, b = [within(x[:, p]) for x in pairs]
+        own = (a * b).sum(1) / (a * a).sum(1)  # (1+m,)
+        return own, regression(*[x[:, n] for x in said]) / own[:, None]
+
+    own, M = slopes(torch.arange(N), torch.arange(P))
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([slopes(*[torch.randint(size, (size,), generator=generator)
+                                  for size in (N, P)])[1] for _ in range(100)])
+    error = draws.std(0)  # by the bootstrap over prompts and pairs
+    agree = F.cosine_similarity(*map(within, said))
+    for j, name in enumerate(names):
+        print(f"  {name}: {M[j, j]:.3f} ± {1.96 * error[j, j]:.3f} of what its judge says is "
+              f"confirmed by a second one; within prompts they correlate at {agree[j]:.2f}")
+        if not min(agree[j], own[j]) > 0:
+            raise ValueError(f"{name}: its two judges do not agree on these responses, or on the "
+                             "calibration pairs; better ones are needed: more pairs, more steps")
+    if M.det() < 2 * draws.det().std():
+        warnings.warn("what the judges say is confirmed within its error only")
+    return [M.float(), (1 / own).diag().float()]
+
+
+def in_units(units, said):
+    """Scores (1+m, N, K) of each judge in the units of `confirm`."""
+    return [torch.einsum("ij,jnk->ink", unit, x) for unit, x in zip(units, said)]
 
 
 # ---- calibration: scores in log-odds of the preference

@@ -63,7 +63,7 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
 
     The loop of mocan.train_mocan; the mocan.Sample's scores are `implicit_scores`.
     """
-    pool, _, ref_logp, scores = sample
+    pool, _, ref_logp, scores, _ = sample
     aligned = ref_logp + scores / beta  # (1+m, N, K) calibrated ln π_r, ln π_g_1 …
     s = implicit_score(aligned[0], aligned[1:], ref_logp, lam, beta)  # (N, K)
     group = min(group, s.size(1))

@@ -18,9 +18,11 @@ The stages, and the artifact that each leaves in --out:
     pecan       one policy update; further shots           pecan*.pt
     evaluate    fresh responses on evaluation prompts      results.json, samples.jsonl
 
+With --data each preference has two judges, from different halves of the training conversations: the
+first labels, the second (score_*_second.pt) only measures, in confirm's units, and has a table.
 `main` is the story, MoCAN's and PeCAN's shots written out in it; below it stand the stages, the
-results, the run's folder and the command line. "Earlier" and "later"
-stages are those above and below in this list. run.json keeps the settings.
+results, the run's folder and the command line. "Earlier" and "later" stages are those above and
+below in this list. run.json keeps the settings.
 """
 
 import argparse
@@ -47,7 +49,7 @@ import dual
 import mocan
 import pecan
 from model import (GPT, GPTConfig, export, from_checkpoint, in_one_line, load, open_export,
-                   replace_file, save, to_checkpoint, weight_files)
+                   replace_file, save, to_checkpoint)
 
 STAGES = ("reference", "scores", "offline", "prealign", "dual", "mocan", "pecan", "evaluate")
 CUDA = torch.cuda.is_available()
@@ -156,7 +158,7 @@ def main():
              for part in split._fields}
     reference = train_reference(c, tok, tokenizer, pools)
     prompts = data.spread([pair.prompt for pair in split.train], c.prompts)
-    policies = {}
+    policies, units = {}, {}
     margin = None
 
     offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
@@ -165,15 +167,15 @@ def main():
             scorers = judges = train_judges(c, reference, split, pools, names)
         else:  # no judge: policies that DPO made from one preference each
             scorers = prealign(c, reference, split, pools, names)
-            policies = scorers | policies
+            policies = scorers[0] | policies
         policy = reference
         for shot in range(1, c.shots + 1):
             label = f"{algorithm} shot {shot}" if shot > 1 else algorithm
             sampled = offline if shot == 1 else sample(  # 1. sample
                 c, f"{label} responses", c.shot_responses, policy, reference, tok, prompts)
-            pool = data.Pool(sampled["tokens"], sampled["response_mask"])  # (N, K, T)
-            scored = score(c, label, sampled, pool, scorers, names, prompts, tok)  # 2. score
-            samples = mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], scored["scores"])
+            scored, samples = score(  # 2. score
+                c, label, sampled, scorers, names, prompts, tok, units.get(algorithm))
+            units[algorithm] = scored["units"]
             if shot == 1:
                 ref_mean = mean_g(samples)  # (m,) E_ref[g]
             if margin is None:  # PeCAN gets MoCAN's, where both run
@@ -190,7 +192,7 @@ def main():
 
     if c.algo == "pecan":  # the table asks them
         judges = train_judges(c, reference, split, pools, names)
-    evaluate(c, reference, policies, judges, names, margin, split, tok)
+    evaluate(c, reference, policies, judges, units.get("mocan"), names, margin, split, tok)
     export_policies(c, policies, tokenizer)
 
 
@@ -227,18 +229,10 @@ def open_tokenizer(c, split):
     limits = c.block_size - c.max_new_tokens, c.max_new_tokens
     files = saved["files"]
     if c.init and ("tokenizer.json" in files or '"gpt2"' not in files["config.json"]):
-        tok = read_tokenizer(c.init, files, c.template, c.system, *limits)
+        tok = data.read_tokenizer(c.init, files, c.template, c.system, *limits)
     else:
         tok = data.open_tokenizer(saved["pieces"], *limits)
     return tok, saved
-
-
-def read_tokenizer(folder, *how):
-    """data.published_tokenizer, which says what is wrong, but not where."""
-    try:
-        return data.published_tokenizer(*how)
-    except Exception as error:  # a damaged file raises a dozen kinds
-        raise ValueError(f"{folder}: no tokenizer to use ({in_one_line(error)})") from None
 
 
 def train_reference(c, tok, tokenizer, pools):
@@ -255,8 +249,9 @@ def train_reference(c, tok, tokenizer, pools):
 def first_model(c, tok):
     how = {"dtype": c.dtype, "checkpoint_activations": c.checkpoint_activations}
     if not c.init:
+        torch.manual_seed(data.stream(c.seed, "reference").initial_seed())
         config = GPTConfig(tok.known, c.block_size, c.n_layer, c.n_head, c.n_embd, **how)
-        return new_model(c, config, "reference")
+        return GPT(config).to(c.device)
     model = GPT.from_pretrained(c.init)
     sizes = model.config
     if sizes.score_head:
@@ -273,63 +268,34 @@ def first_model(c, tok):
     return model.to(c.device)
 
 
-def new_model(c, config, purpose):
-    torch.manual_seed(data.stream(c.seed, purpose).initial_seed())
-    return GPT(config).to(c.device)
-
-
-def ready_judges(c, split, names):
-    """{preference: what mocan.score_pool takes} of the published score models, --judge. Their
-    scores stay in their own units; what the calibration pairs say of them is printed."""
-    judges = {}
-    for spec in c.judge:
-        name, _, folder = spec.partition("=")
-        sign = -1 if folder.startswith("-") else 1
-        folder = folder.removeprefix("-")
-        if name not in names or name in judges or not folder:
-            raise ValueError(f"--judge {spec}: expected NAME=FOLDER, or NAME=-FOLDER of a cost, "
-                             f"one for each NAME of {', '.join(names)}")
-        model = GPT.from_pretrained(folder).to(c.device)
-        if not model.config.score_head:
-            raise ValueError(f"--judge {spec}: no ...ForSequenceClassification of one label")
-        files = data.published_files(folder)
-        half = model.config.block_size // 2
-        tok = read_tokenizer(folder, files, "auto", "", half, half)
-        if tok.known > model.config.vocab_size:
-            raise ValueError(f"{folder} has {model.config.vocab_size} tokens, its tokenizer more")
-        padding = json.loads(files["config.json"]).get("pad_token_id")
-        close = [tok.end, *tok.next]
-        while close and close[-1] == padding:
-            close.pop()  # the score stands at the last token that is none
-        tok = tok._replace(close=close)
-        pool = data.pair_pool(tok, split.calibration, f"{name} judge")
-        agreed = mocan.map_pool(model, data.preferences(split.calibration, name, pool))
-        mocan.say_agreement(f"{name} judge, calibration", sign * agreed)
-        stamps = [os.path.getmtime(file) for file in weight_files(folder)]
-        judges[name] = {"run": f"{spec} {stamps}", "folder": folder, "sign": sign, "tok": tok}
-    return judges
-
-
 def train_judges(c, reference, split, pools, names):
-    """{preference: artifact of its score model, or a ready one}; none in the built-in world."""
-    judges = ready_judges(c, split, names)
-    for name in [name for name in names if c.data and name not in judges]:
-        saved = artifact(c, "scores", f"score_{name}.pt", reference=reference)
-        judges[name] = saved
-        if "began" in saved:
-            start = from_checkpoint(reference)
-            model = new_model(c, replace(start.config, score_head=True), f"scores/{name}")
-            model.load_state_dict(start.state_dict(), strict=False)  # all but the head
-            parts = [data.preferences(getattr(split, part), name, pool)
-                     for part, pool in pools.items()]
-            mocan.learn_score(model, name, *parts,
-                              recipe(c, f"score {name}", c.score_steps, c.score_lr))
-            finish(saved, **to_checkpoint(model))
+    """[{preference: artifact of its score model, or a ready one}]: the judges that label, and those
+    that only measure; in the built-in world none, where the scores are exact."""
+    judges = mocan.ready_judges(c.judge, names, split.calibration, c.device)
+    if not c.data or judges[0].keys() != judges[1].keys():
+        judges.pop()
+    for which, some in enumerate(judges):
+        for name in [name for name in names if c.data and name not in some]:
+            label = f"score {name}{' second' * which}"
+            some[name] = saved = artifact(c, "scores", f"{label}.pt", reference=reference)
+            if "began" in saved:
+                start = from_checkpoint(reference)
+                model = GPT(replace(start.config, score_head=True))
+                model.load_state_dict(start.state_dict(), strict=False)  # all but the head
+                torch.nn.init.zeros_(model.score_head.weight)  # of no random scores to begin with
+                model.to(c.device)
+                halved = split._replace(train=data.half(split.train, which))
+                parts = [data.preferences(getattr(halved, part), name, pool)
+                         for part, pool in pools.items()]
+                mocan.learn_score(model, label, *parts,
+                                  recipe(c, label, c.score_steps, c.score_lr))
+                finish(saved, **to_checkpoint(model),
+                       pairs=mocan.map_pool(model, pools["calibration"]))
     return judges
 
 
 def prealign(c, reference, split, pools, names):
-    """PeCAN: {dpo-NAME: artifact of a policy and of its τ}."""
+    """PeCAN: [{dpo-NAME: artifact of a policy and of its τ}]."""
     dpo = {}
     for name in names:
         label = f"dpo-{name}"
@@ -341,7 +307,7 @@ def prealign(c, reference, split, pools, names):
             _, tau = pecan.prealign(policy, training, calibration, c.beta,
                                     recipe(c, label, c.prealign_steps, c.prealign_lr))
             finish(saved, **to_checkpoint(policy), tau=tau)
-    return dpo
+    return [dpo]
 
 
 def sample(c, name, K, policy, reference, tok, prompts):
@@ -358,18 +324,26 @@ def sample(c, name, K, policy, reference, tok, prompts):
     return saved
 
 
-def score(c, label, sampled, pool, scorers, names, prompts, tok):
-    """Their scores (1+m, N, K): by {NAME: artifact} of MoCAN's judges, or of PeCAN's policies."""
+def score(c, label, sampled, scorers, names, prompts, tok, units):
+    """Their scores, by [{NAME: artifact}] of MoCAN's judges or of PeCAN's policies, in the units
+    that mocan.confirm finds in the first shot -> the artifact, and all of it as a mocan.Sample."""
+    pool = data.Pool(sampled["tokens"], sampled["response_mask"])  # (N, K, T)
     name = {"mocan": "offline", "pecan": "prealign"}.get(label, label)  # the first shots'
     saved = artifact(c, name.split()[0], f"{name}_scores.pt", samples=sampled,
-                     scorers=[scorer["run"] for scorer in scorers.values()])
+                     scorers=[scorer["run"] for some in scorers for scorer in some.values()])
     if "began" in saved:
         if label.startswith("mocan"):
-            scores = mocan.score_pool(scorers, names, prompts, pool, tok, c.device)
+            said = [mocan.score_pool(some, names, prompts, pool, tok, c.device)
+                    for some in scorers]
         else:
-            scores = pecan.implicit_scores(scorers, pool, sampled["ref_logp"], c.beta, c.device)
-        finish(saved, scores=scores)
-    return saved
+            said = [pecan.implicit_scores(some, pool, sampled["ref_logp"], c.beta, c.device)
+                    for some in scorers]
+        if units is None:
+            units = mocan.confirm(said, scorers, names)
+        scores = mocan.in_units(units, said)
+        finish(saved, scores=scores[0], second=scores[-1], units=units)
+    return saved, mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], saved["scores"],
+                               saved["second"])
 
 
 def update(c, label, policy, scored, samples, margin, found):
@@ -383,6 +357,8 @@ def update(c, label, policy, scored, samples, margin, found):
               f"{numbers(found.constraint_gain)}, score {found.score_gain:.3f}, KL {found.kl:.3f}; "
               f"effective sample size {found.ess:.1f} a prompt, 5th percentile {found.ess_p5:.1f}; "
               f"{found.iterations} evaluations")
+        print(f"  by the second judges, score first: "
+              f"{numbers(mocan.second_gain(samples, found.lam, c.beta))}")
         model = from_checkpoint(policy, c.device)
         steps, lr = (c.shot_steps, c.shot_lr) if shot else (c.steps, c.lr)
         plan = recipe(c, label, steps, lr)._replace(key=f"{c.seed}/{stage}")  # all shots draw alike
@@ -404,7 +380,7 @@ def recipe(c, stage, steps=0, lr=0.0):
 
 
 # ---- what came of it
-def evaluate(c, reference, policies, judges, names, margin, split, tok):
+def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
     """Fresh responses of every policy to evaluation prompts -> results.json, samples.jsonl and the
     table. Gains are over the reference's responses to the same prompts."""
     prompts = data.spread([pair.prompt for pair in split.evaluation], c.eval_prompts)
@@ -418,12 +394,16 @@ def evaluate(c, reference, policies, judges, names, margin, split, tok):
         policy = from_checkpoint(saved, c.device)
         pool, logp = mocan.sample_pool(
             policy, tok, prompts, c.eval_responses, plan._replace(stage=f"evaluate {name}"))
-        scores = mocan.score_pool(judges, names, prompts, pool, tok, c.device)
-        samples = mocan.Sample(pool, logp, mocan.map_pool(model, pool), scores)
+        said = [mocan.score_pool(some, names, prompts, pool, tok, c.device) for some in judges]
+        if units:
+            said = mocan.in_units(units, said)
+        samples = mocan.Sample(pool, logp, mocan.map_pool(model, pool), said[0], said[-1])
         if not rows:
             ref = samples
-        texts[name] = pool.texts(tok)
-        rows[name] = {**compare(scores, logp - samples.ref_logp, 1 / c.eval_responses, ref.scores),
+        texts[name] = pool.texts(tok), samples.second.flatten(1).T.tolist()
+        how = logp - samples.ref_logp, 1 / c.eval_responses
+        rows[name] = {**compare(samples.scores, *how, ref.scores),
+                      "second": compare(samples.second, *how, ref.second),
                       "margin": margin.tolist(), "lam": saved.get("lam", []),
                       "predicted": saved.get("predicted"), "seconds": saved.get("seconds", 0.0)}
     # the last policy, the nearest to the optimum
@@ -432,6 +412,9 @@ def evaluate(c, reference, policies, judges, names, margin, split, tok):
         rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}
     write_results(c, rows, frontier, [data.transcript(prompt) for prompt in prompts], texts)
     print_table(names[1:], rows)
+    if len(judges) == 2:
+        print("\nby the second judges, which label nothing:")
+        print_table(names[1:], {name: row | row["second"] for name, row in rows.items()})
 
 
 def compare(scores, log_ratio, weight, ref_scores):
@@ -460,6 +443,7 @@ def optima(sample, ref, logp, margin, beta):
     logp = torch.cat([sample.logp, logp], dim=1)  # (N, 2K)
     ref_logp = torch.cat([sample.ref_logp, ref.ref_logp], dim=1)  # (N, 2K)
     scores = torch.cat([sample.scores, ref.scores], dim=2)  # (1+m, N, 2K)
+    second = torch.cat([sample.second, ref.second], dim=2)
     mixed = torch.logaddexp(logp, ref_logp) - math.log(2)  # (N, 2K)
     both = mocan.Sample(None, mixed, ref_logp, scores)
     try:
@@ -473,24 +457,26 @@ def optima(sample, ref, logp, margin, beta):
         tilt = (scores[0] + torch.einsum("m,mnk->nk", at, scores[1:].double())) / beta
         log_weight = tilt - (mixed - ref_logp)  # (N, 2K) ln π_λ/π_mixed + ln Z
         log_z = log_weight.logsumexp(1, keepdim=True) - math.log(log_weight.size(1))
-        rows.append({"lam": at.tolist(), **compare(
-            scores, tilt - log_z, log_weight.softmax(1), ref.scores)})
+        how = tilt - log_z, log_weight.softmax(1)
+        rows.append({"lam": at.tolist(), **compare(scores, *how, ref.scores),
+                     "second": compare(second, *how, ref.second)})
     return rows
 
 
 def write_results(c, rows, frontier, prompts, texts):
-    """results.json, samples.jsonl, and three samples on the screen; texts {policy: N·K}."""
+    """results.json, samples.jsonl, and three samples on the screen; texts {policy: N·K of them, and
+    what the second judges say, r, g_1 … of each}."""
     K = c.eval_responses
     write(c, "results.json", json.dumps(
         {"config": vars(c), "policies": rows, "frontier": frontier},
         default=torch.Tensor.tolist, indent=1))
-    samples = [{"instruction": prompts[i // K], "output": text, "generator": name}
-               for name in texts for i, text in enumerate(texts[name])]
+    samples = [{"instruction": prompts[i // K], "output": text, "generator": name, "scores": scores}
+               for name in texts for i, (text, scores) in enumerate(zip(*texts[name]))]
     write(c, "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     for n in range(0, len(prompts), len(prompts) // 3 + 1):
         print(f"\n  {prompts[n]}")
         for name in texts:
-            print(f"    {name:>14}: {' '.join(texts[name][n * K].split())}")
+            print(f"    {name:>14}: {' '.join(texts[name][0][n * K].split())}")
 
 
 def print_table(names, rows):

@@ -12,6 +12,10 @@ sample: GPT.generate against Transformers' generate on the same weights: tokens 
       the share of the matrix product.
 chat FOLDER: a published model, GPT-2's or of the Llama family: log-probabilities, sampling (16 x 4 responses of 32 tokens) and
       a DPO step of 16 pairs, against Transformers with the same weights, texts and loss.
+exact FOLDER --data FILE: MoCAN on a published chat model where the scores are exact, so that the update alone is measured: its
+      words "you" against its kind and unkind words. Fresh responses to fresh prompts, beside the optimum.
+texts: what a finished run's table does not show, from its samples.jsonl: length, variety, gains at equal length, and whose prompts
+      pay for the others.
 picture: an SVG of a finished run: its policies with their intervals, and the optima from lam 0 to 2 lam* on the evaluation
       prompts.
 scale: how seconds grow as prompts, responses, vocabulary, width or length grow, for scoring, sampling, a training step
@@ -36,6 +40,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -309,7 +314,7 @@ def bench_shots(argv):
             order = torch.cat([order, torch.randperm(len(prompts), generator=generator)])
         some, order = order[:a.inner * size], order[a.inner * size:]
         text = [prompts[n] for n in some.tolist()]
-        pool, _, ref_logp, scores = respond(policy, text, f"primal-dual/{turn}", G)
+        pool, _, ref_logp, scores, _ = respond(policy, text, f"primal-dual/{turn}", G)
         if turn:  # at the first round the policy is the reference, and violates the margin by all of it
             lam = (lam + a.dual_lr * (b - (scores[1].mean() - ref_g[some].mean()).item())).clamp_min(0)
         s = scores[0] + lam * scores[1]
@@ -871,6 +876,125 @@ def their_steps(theirs, text, mask, ref_logp, steps):
     return clock.seconds
 
 
+# ---- a published chat model and exact scores
+KIND = set("good great happy love help helpful best better nice glad enjoy wonderful kind safe healthy support important positive beautiful "
+           "easy fun hope excellent friendly fresh perfect welcome sure useful".split())
+UNKIND = set("bad hate harm harmful wrong dangerous illegal sad angry kill hurt worse worst difficult sorry risk problem pain fear unable "
+             "not never cannot can't don't".split())
+YOU = {"you", "your", "yours", "you're", "you'll", "you've"}
+
+
+def word_scores(texts, K):
+    """r: how often the text says you, 3 at most; g: kind less unkind words, from -3 to 3 -> (2, N, K)."""
+    words = [re.findall("[a-z']+", text.lower().replace("\u2019", "'")) for text in texts]
+    r = [min(3, sum(word in YOU for word in some)) for some in words]
+    g = [max(-3, min(3, sum((word in KIND) - (word in UNKIND) for word in some))) for some in words]
+    return torch.tensor([r, g]).float().view(2, -1, K)
+
+
+def bench_exact(argv):
+    parser = argparse.ArgumentParser(prog="bench.py exact", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("folder", help="a published chat model")
+    parser.add_argument("--data", nargs="+", required=True, help="preference files, whose prompts are used")
+    parser.add_argument("--out", default="exact", help="folder for what it makes; --resume goes on from there")
+    parser.add_argument("--resume", action="store_true")
+    for name, default in dict(prompts=512, responses=8, tokens=20, steps=200, batch=16, accumulate=1, group=8, eval_prompts=96,
+                              eval_responses=16, seed=0).items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=" ")
+    parser.add_argument("--lr", type=float, default=1e-5, help=" ")
+    parser.add_argument("--beta", type=float, default=1.0, help=" ")
+    parser.add_argument("--margin", default="25%", help=" ")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=" ")
+    c = parser.parse_args(argv)
+    like_train()
+    began = time.time()
+    os.makedirs(c.out, exist_ok=True)
+    c.run, c.checkpoint_every = "exact", 60.0
+    reference = GPT.from_pretrained(c.folder).to(c.device)
+    tok = data.published_tokenizer(data.published_files(c.folder), "auto", "", 128, c.tokens)
+    split = data.split_pairs(data.load_preferences(c.data), 0.2, 0.1)
+
+    def recipe(stage, steps=0, lr=0.0, batch=128):
+        return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", batch, c.accumulate, c)
+
+    def respond(policy, part, count, K, stage, key):
+        """A mocan.Sample of a policy's responses to short questions; kept in --out."""
+        path = f"{c.out}/{stage}.pt"
+        if c.resume and os.path.exists(path):
+            saved = load(path, "remove it")
+        else:
+            prompts = [pair.prompt for pair in part if isinstance(pair.prompt, str) and len(data.encode(tok, pair.prompt)) < 40]
+            pool, logp = mocan.sample_pool(policy, tok, data.spread(prompts, count), K, recipe(stage)._replace(key=f"{c.seed}/{key}"))
+            ref_logp = logp if policy is reference else mocan.map_pool(reference, pool)
+            saved = {**pool._asdict(), "logp": logp, "ref_logp": ref_logp}
+            train.save(saved, path)
+        pool = data.Pool(saved["tokens"], saved["response_mask"])
+        scores = word_scores(pool.texts(tok), K)
+        return mocan.Sample(pool, saved["logp"], saved["ref_logp"], scores, scores)
+    sample = respond(reference, split.train, c.prompts, c.responses, "offline", "offline")
+    sampled = time.time()
+    mean = sample.scores[1:].double().mean(dim=(1, 2))
+    margin = dual.parse_margin(c.margin, dual.reachable(sample.scores[1:]))
+    found = mocan.solve_from(sample, mean, margin, c.beta)
+    print(f"dual: lam* {found.lam.item():.3f} at b {margin.item():.3f}; predicted reward {found.score_gain:.3f}, KL {found.kl:.3f}")
+    policy = copy.deepcopy(reference)
+    mocan.train_mocan(policy, sample, found.lam, c.beta, c.group, recipe("mocan", c.steps, c.lr, c.batch))
+    trained = time.time()
+    ref = respond(reference, split.evaluation, c.eval_prompts, c.eval_responses, "evaluate_reference", "evaluate")
+    ours = respond(policy, split.evaluation, c.eval_prompts, c.eval_responses, "evaluate_mocan", "evaluate")
+    other = mocan.map_pool(policy, ref.pool)
+    frontier = train.optima(ours, ref, other, margin, c.beta)
+    extra = {"margin": margin.tolist(), "seconds": trained - sampled, "lam": found.lam.tolist()}
+    rows = {"mocan": {**train.compare(ours.scores, ours.logp - ours.ref_logp, 1 / c.eval_responses, ref.scores), **extra}}
+    if frontier:
+        rows["optimum"] = {**extra, **frontier[15]}
+    train.print_table(["kindness"], rows)
+    s = ref.scores[0] + found.lam.item() * ref.scores[1]
+    wanted, got = ((x - x.mean(1, keepdim=True)).flatten() for x in (s / c.beta, other - ref.logp))
+    print(f"on the reference's responses to fresh prompts: correlation of the log-ratio with s "
+          f"{torch.corrcoef(torch.stack([wanted, got]))[0, 1]:.3f}, slope {(wanted @ got / (wanted @ wanted)).item():.3f}; words a "
+          f"response {[round(statistics.mean(len(text.split()) for text in x.pool.texts(tok)), 1) for x in (ref, ours)]}; "
+          f"{sampled - began:.0f} s of sampling, {trained - sampled:.0f} s of training, {time.time() - trained:.0f} s of evaluation")
+    for n in range(0, len(ref.scores[0]), len(ref.scores[0]) // 4):
+        for name, x in (("reference", ref), ("mocan", ours)):
+            print(f"  {name:>10}: {x.pool.texts(tok)[n * c.eval_responses]!r}")
+
+
+# ---- the texts of a finished run
+def bench_texts(argv):
+    parser = argparse.ArgumentParser(prog="bench.py texts")
+    parser.add_argument("--out", default="out", help="folder of a finished run of `python train.py`")
+    args = parser.parse_args(argv)
+    try:
+        rows = [json.loads(line) for line in (Path(args.out) / "samples.jsonl").read_text().splitlines()]
+        names = list(dict.fromkeys(row["generator"] for row in rows))
+        N = len({row["instruction"] for row in rows})
+        scores = {name: torch.tensor([row["scores"] for row in rows if row["generator"] == name]).T.unflatten(1, (N, -1)) for name in names}
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"error: {args.out}/samples.jsonl is missing or damaged ({type(error).__name__}: {error}); run `python train.py` first")
+    words = {name: torch.tensor([float(len(row["output"].split())) for row in rows if row["generator"] == name]).view(N, -1) for name in names}
+    ref, ref_words = scores["reference"].double(), words["reference"].double()
+
+    def centred(x):
+        return x - x.mean(-1, keepdim=True)
+    slope = (centred(ref) * centred(ref_words)).sum((1, 2)) / centred(ref_words).square().sum()  # of each score a word
+    half = ref.size(2) // 2
+    print(f"by the second judges, or exact scores; {N} prompts x {ref.size(2)} responses. Gains at equal length: less what longer or shorter\n"
+          f"responses gain among the reference's own. Less safe: the share of prompts whose mean safety is below the reference's, for the\n"
+          f"reference between two halves of its responses, where chance alone decides.\n\n{'':16s}{'words':>7s}{'empty':>7s}{'pairs of words':>16s}"
+          f"{'gains':>20s}{'at equal length':>20s}{'less safe':>11s}")
+    for name in names:
+        said = [row["output"].split() for row in rows if row["generator"] == name]
+        pairs = [pair for some in said for pair in zip(some, some[1:])]
+        mine = scores[name].double()
+        gains = mine.mean((1, 2)) - ref.mean((1, 2))
+        equal = gains - slope * (words[name].mean() - ref_words.mean())
+        lower = mine.mean(2)[1:] < ref.mean(2)[1:] if name != "reference" else mine[1:, :, half:].mean(2) < mine[1:, :, :half].mean(2)
+        print(f"{name:16s}{words[name].mean():7.1f}{sum(not some for some in said) / len(said):7.1%}{len(set(pairs)) / max(1, len(pairs)):16.1%}"
+              + "".join(f"{' '.join(f'{x:+.3f}' for x in some.tolist()):>20s}" for some in (gains, equal))
+              + f"{' '.join(f'{x:.0%}' for x in lower.double().mean(1).tolist()):>11s}")
+
+
 # ---- scale
 FACTORS = (1, 2, 4, 8)
 
@@ -1029,7 +1153,7 @@ def place_label(x, y, text, taken):
 
 
 def main():
-    commands = {"dual": bench_dual, "shots": bench_shots, "train": bench_train, "sample": bench_sample, "chat": bench_chat,
+    commands = {"dual": bench_dual, "shots": bench_shots, "train": bench_train, "sample": bench_sample, "chat": bench_chat, "exact": bench_exact, "texts": bench_texts,
                 "scale": bench_scale, "picture": bench_picture}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(f"{__doc__}\nusage: python tests/bench.py {{{','.join(commands)}}} [--help]")

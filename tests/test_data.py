@@ -430,6 +430,17 @@ def test_the_worlds_scores_against_hand_scored_texts(prompt, response, r, g_1, g
         assert got == pytest.approx([r, g_1, g_2], abs=1e-6)
 
 
+def test_the_halves_are_of_different_conversations_and_keep_their_places():
+    pairs = [pair._replace(prompt=(pair.prompt, "Go on.", "Why?")) if i % 3 else pair
+             for i, pair in enumerate(data.world_preferences(400))]
+    one, other = (data.half(pairs, which) for which in (0, 1))
+    talks = [{data.conversation(pair.prompt) for pair in some if pair.prefers} for some in (one, other)]
+    assert not talks[0] & talks[1] and talks[0] | talks[1] == {data.conversation(pair.prompt) for pair in pairs}
+    assert abs(len(talks[0]) - len(talks[1])) <= 1
+    for a, b, pair in zip(one, other, pairs):
+        assert sorted([a.prefers, b.prefers], key=len) == [{}, pair.prefers] and a[:2] == b[:2] == pair[:2]
+
+
 def test_helpfulness_and_harmlessness_conflict_under_the_writer():
     pairs = data.world_preferences(2000)
     scores = data.world_scores(["helpful", "harmless"], [pair.prompt for pair in pairs],

@@ -31,10 +31,13 @@ SMALL = [*TINY, "--algo", "mocan", "--sft_steps", 20, "--prompts", 8]
 
 
 def rows(count, **changes):
-    pairs = data.world_preferences(count)
-    return [{"prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
-             "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"], **changes}
-            for pair in pairs]
+    """The longer response is the better one, the shorter the safer: what two judges agree on after a few steps."""
+    found = []
+    for pair in data.world_preferences(count):
+        longer = int(len(pair.responses[1]) > len(pair.responses[0]))
+        found.append({"prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
+                      "better_response_id": longer, "safer_response_id": 1 - longer, **changes})
+    return found
 
 
 def written(path, some):

@@ -429,10 +429,12 @@ def test_a_safety_only_file_stands_next_to_one_with_both_preferences(read_shared
     said = capsys.readouterr().out
     train_pairs, calibration, evaluation = map(int, re.search(
         r"(\d+) training, (\d+) calibration and (\d+) evaluation", said).groups())
-    judged = {name: int(re.search(rf"{name}, evaluation: .* of (\d+) pairs right", said)[1]) for name in ("helpful", "safe")}
-    assert len(learned) == 2
-    assert judged["safe"] == evaluation and learned[1] == train_pairs and train_pairs + calibration + evaluation == 120
-    assert learned[0] < learned[1] and judged["helpful"] < judged["safe"]
+    judged = {name: int(re.search(rf"{name}, evaluation: .* of (\d+) pairs right", said)[1])
+              for name in ("helpful", "safe", "helpful second", "safe second")}
+    assert len(learned) == 4  # the first judges, then the second, of the other half of the conversations
+    assert judged["safe"] == judged["safe second"] == evaluation and judged["helpful"] == judged["helpful second"]
+    assert learned[1] + learned[3] == train_pairs and train_pairs + calibration + evaluation == 120
+    assert learned[0] < learned[1] and learned[2] < learned[3] and judged["helpful"] < judged["safe"]
 
 
 # ---- who sees which prompts
@@ -494,7 +496,7 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
     assert seen["offline"] == seen["mocan shot 2 responses"] == {"train"}
     assert seen["evaluate reference"] == seen["evaluate mocan"] == {"evaluation"}
     assert set(seen["calibrated_loss"]) == {"calibration"} and set(seen["calibrate"]) == {"calibration", "evaluation"}
-    assert seen["calibrate"].count("evaluation") == 2  # what is said of the two judges, and used for nothing
+    assert seen["calibrate"].count("evaluation") == 4  # what is said of the judges, and used for nothing
 
 
 # ---- GPT-2's weights in and out
@@ -759,8 +761,8 @@ def test_a_preference_may_have_any_name(tmp_path, name):
     job(*TINY, "--sft_steps", 5, "--algo", "mocan", "--margin", "0", "--out", tmp_path / "out", "--accumulate", 1, "--data",
         f"helpful={path}", f"{name}={path}")
     made_from = torch.load(tmp_path / "out" / "offline_scores.pt", weights_only=True)["made_from"]
-    assert len(made_from["input scorers"]) == 2
-    assert (tmp_path / "out" / f"score_{name}.pt").exists()
+    assert len(made_from["input scorers"]) == 4
+    assert all((tmp_path / "out" / f"score_{name}{second}.pt").exists() for second in ("", "_second"))
 
 
 def test_alternating_rows_of_two_preferences_keep_both(tmp_path, monkeypatch):
