@@ -483,6 +483,8 @@ def confirm(said, judges, names):
     ValueError where nothing is confirmed.
     """
     if len(said) == 1:
+        if judges[0]:
+            print("  nothing confirms these scores: no second judges")
         return [torch.eye(len(names))]
     pairs = [torch.stack([some[name]["pairs"] for name in names]) for some in judges]  # (1+m, P, 2)
     N, P = said[0].size(1), pairs[0].size(1)

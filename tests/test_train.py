@@ -135,7 +135,7 @@ def test_the_dual_meets_its_margin(quick):
 
 def test_samples_have_the_fields_that_judges_read(quick):
     rows = [json.loads(line) for line in (quick[1] / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert all(set(row) == {"instruction", "output", "generator"} for row in rows)
+    assert all(set(row) == {"instruction", "output", "generator", "scores"} and len(row["scores"]) == 2 for row in rows)
     c = json.loads((quick[1] / "results.json").read_text())["config"]
     per_policy = {name: [row["instruction"] for row in rows if row["generator"] == name] for name in POLICIES}
     assert all(asked == per_policy["reference"] for asked in per_policy.values())  # the same prompts, in the same order
@@ -666,8 +666,39 @@ def test_the_whole_job_from_a_chat_model_with_published_judges(tmp_path, capsys)
     assert not any(info.values()) and transformers.AutoTokenizer.from_pretrained(out).chat_template == CHATML
 
 
+def test_a_second_published_judge_measures_and_scores_are_what_it_confirms(tmp_path, capsys):
+    folder, _ = chat_folder(tmp_path / "chat")
+    one, first = chat_folder(tmp_path / "one", "LlamaForSequenceClassification", seed=1)
+    other, second = chat_folder(tmp_path / "other", "LlamaForSequenceClassification", seed=1)
+    with torch.no_grad():
+        for p in second.parameters():
+            p += 0.1 * p.std() * torch.randn_like(p) if p.dim() == 2 else 0.0
+    files = published_files(str(other))
+    shutil.rmtree(other)
+    export(second, str(other), files)
+    job(*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--judge", f"helpful={one}", f"safe=-{one}", f"safe=-{other}",
+        f"helpful={other}", "--algo", "mocan", "--lr", "1e-2", "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "of what its judge says is confirmed by a second one" in said and "by the second judges, which label nothing:" in said
+    kept = load(tmp_path / "out" / "offline_scores.pt", "")
+    job(*CHAT, "--init", folder, "--data", tmp_path / "pairs.jsonl", "--judge", f"helpful={one}", f"safe=-{one}", "--algo", "mocan", "--out",
+        tmp_path / "first")
+    assert "nothing confirms these scores" in capsys.readouterr().out
+    alone = load(tmp_path / "first" / "offline_scores.pt", "")
+    assert torch.equal(alone["scores"], alone["second"]) and torch.equal(alone["units"][0], torch.eye(2))
+    M, U = kept["units"]
+    assert torch.allclose(kept["scores"], torch.tensordot(M, alone["scores"], 1), atol=1e-4)
+    assert torch.equal(U, U.diag().diag()) and not torch.allclose(kept["second"], kept["scores"], atol=1e-2)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["policies"]
+    assert rows["mocan"]["second"]["reward_gain"] != rows["mocan"]["reward_gain"]
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    means = [sum(x["scores"][0] for x in samples if x["generator"] == name) / sum(x["generator"] == name for x in samples)
+             for name in ("mocan", "reference")]
+    assert means[0] - means[1] == pytest.approx(rows["mocan"]["second"]["reward_gain"], abs=1e-4)
+
+
 @pytest.mark.parametrize("flags, said", [
-    (["--judge", "helpful"], "expected NAME=FOLDER"), (["--judge", "kind=JUDGE"], "for each NAME of helpful, safe"),
+    (["--judge", *3 * ["safe=JUDGED"]], "one or two for each NAME"), (["--judge", "helpful"], "expected NAME=FOLDER"), (["--judge", "kind=JUDGE"], "for each NAME of helpful, safe"),
     (["--judge", "safe=CHAT"], "no ...ForSequenceClassification"), (["--judge", "safe=nowhere"], "nowhere: not a model as published"),
     (["--init", "JUDGED"], "is a score model, for --judge"), (["--init", "nowhere"], "nowhere/config.json: no JSON object"),
     (["--system", "be good " * 200], "template alone takes"), (["--template", "llama3"], None)])
