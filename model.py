@@ -492,8 +492,7 @@ COVERED = {  # where config.json has these, nothing else
     "model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"]}
 NAMES = {"embed_tokens": "wte", "layers": "h", "input_layernorm": "ln_1", "self_attn": "attn",
          "post_attention_layernorm": "ln_2", "norm": "ln_f", "score": "score_head"}  # theirs: ours
-EXPORTED = {"dtype": "float32", "torch_dtype": "float32", "resid_pdrop": 0, "embd_pdrop": 0,
-            "attn_pdrop": 0}
+NO_DROPOUT = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # GPT-2's, which else has some
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in GPT-2's
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # left out
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -575,7 +574,10 @@ def read_tensors(path):
     tensors = {}
     last = 0
     with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+        if length > os.path.getsize(path):
+            raise ValueError(f"{path} is cut off, or only a pointer to the file (git lfs pull)")
+        header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
@@ -600,7 +602,8 @@ def export(model, folder, files={}):
         "n_inner": c.n_inner or None, "layer_norm_epsilon": c.norm_eps, "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tied, "bos_token_id": c.vocab_size - 1,
         "eos_token_id": c.vocab_size - 1}
-    config |= json.loads(files.get("config.json", "{}")) | EXPORTED
+    config |= json.loads(files.get("config.json", "{}"))
+    config |= {"dtype": "float32", "torch_dtype": "float32"} | ({} if c.rope else NO_DROPOUT)
     for name, text in {**files, "config.json": json.dumps(config)}.items():
         replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
     prefix, names = "transformer.", {"score_head": "score"}

@@ -161,11 +161,11 @@ def main():
     policies, units = {}, {}
     margin = None
 
+    if c.algo != "pecan":
+        scorers = judges = train_judges(c, reference, split, pools, names)
     offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
     for algorithm in c.algo.replace("all", "mocan pecan").split():
-        if algorithm == "mocan":
-            scorers = judges = train_judges(c, reference, split, pools, names)
-        else:  # no judge: policies that DPO made from one preference each
+        if algorithm == "pecan":  # no judge: policies that DPO made from one preference each
             scorers = prealign(c, reference, split, pools, names)
             policies = scorers[0] | policies
         policy = reference

@@ -1036,6 +1036,13 @@ def test_what_is_no_published_gpt2_is_refused_in_one_line(tmp_path, spoil, capfd
     assert "code of a pickle ran" not in capfd.readouterr().out
 
 
+def test_a_pointer_of_git_lfs_says_how_to_get_the_file(tmp_path):
+    put_config(tmp_path, small())
+    (tmp_path / FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n")
+    with pytest.raises(ValueError, match="only a pointer to the file .git lfs pull."):
+        GPT.from_pretrained(str(tmp_path))
+
+
 def test_a_missing_folder_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="nowhere: not a model as published") as error:
         GPT.from_pretrained(str(tmp_path / "nowhere"))
