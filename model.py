@@ -35,7 +35,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 
 # ---- the model
@@ -383,10 +382,9 @@ def prefill(model, prompts, K, max_new_tokens):
             f"prompts of 1 to {room} tokens leave room for max_new_tokens={max_new_tokens} in "
             f"block_size={config.block_size}; the longest here has {longest}, the shortest "
             f"{lengths.min()}")
-    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-    tokens = F.pad(tokens, (0, max_new_tokens))  # (N, T)
+    N, T = len(prompts), longest + max_new_tokens
+    tokens = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts])  # (N, T)
     visible = F.pad(torch.arange(longest) < lengths, (0, max_new_tokens), value=True)  # (N, T)
-    N, T = tokens.shape
     attn = model.h[0].attn
     shape = N, config.n_layer, 2, attn.heads[1], T, attn.head_dim
     cache = torch.zeros(shape, dtype=getattr(torch, config.dtype), device=model.device)
