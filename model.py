@@ -384,7 +384,8 @@ def prefill(model, prompts, K, max_new_tokens):
             f"{lengths.min()}")
     N, T = len(prompts), longest + max_new_tokens
     tokens = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts])  # (N, T)
-    visible = F.pad(torch.arange(longest) < lengths, (0, max_new_tokens), value=True)  # (N, T)
+    slot = torch.arange(T)
+    visible = (slot < lengths) | (slot >= longest)  # (N, T) its prompt and its response
     attn = model.h[0].attn
     shape = N, config.n_layer, 2, attn.heads[1], T, attn.head_dim
     cache = torch.zeros(shape, dtype=getattr(torch, config.dtype), device=model.device)
