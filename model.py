@@ -347,13 +347,13 @@ def sample_responses(model, prompts, uniforms, eos):
             seen = longest + step  # tokens in the cache, the newest one included
             hidden = model(new, position=position, cache=cache[..., :seen, :],
                            visible=visible[..., :seen])[:, 0]  # (A, C)
-            position = position + 1
+            position += 1
         new, new_logp = sample_token(
             hidden, model.output_weight, uniforms[index, step])  # (A, 1)
         tokens[index, position] = new * active
         response_mask[index, position] = active
         logp[index] += new_logp * active
-        active = active & ~torch.isin(new, ends)
+        active &= ~torch.isin(new, ends)
         if step % ASK_EVERY == 0:  # how many are left: the host waits for the device
             left = int(active.sum())
             if left == 0:
