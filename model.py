@@ -400,12 +400,9 @@ def sample_token(hidden, weight, u):
     token ids (A, 1) and their log-probabilities (A, 1)."""
     p = (hidden @ weight.T).softmax(1)  # (A, V)
     cdf = p.cumsum(1)
-    goal = (u * cdf[:, -1:]).clamp(min=LEAST)
+    goal = (u * cdf[:, -1:]).clamp(min=1e-30)  # u = 0 draws no token of a p that underflowed
     token = torch.searchsorted(cdf, goal)  # the first whose cdf reaches it
     return token, p.gather(1, token).log()
-
-
-LEAST = 1e-30  # u = 0 must not draw a token whose probability underflowed
 
 
 # ---- files: what a run keeps
