@@ -138,15 +138,16 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        inner = config.n_inner or 4 * config.n_embd
+        C = config.n_embd
+        inner = config.n_inner or 4 * C
         self.gated = config.family != "gpt2"
         if self.gated:
-            self.gate_proj = nn.Linear(config.n_embd, inner, bias=False)
-            self.up_proj = nn.Linear(config.n_embd, inner, bias=False)
-            self.down_proj = nn.Linear(inner, config.n_embd, bias=False)
+            self.gate_proj = nn.Linear(C, inner, bias=False)
+            self.up_proj = nn.Linear(C, inner, bias=False)
+            self.down_proj = nn.Linear(inner, C, bias=False)
         else:
-            self.c_fc = nn.Linear(config.n_embd, inner)
-            self.c_proj = nn.Linear(inner, config.n_embd)
+            self.c_fc = nn.Linear(C, inner)
+            self.c_proj = nn.Linear(inner, C)
 
     def forward(self, x):
         if self.gated:
