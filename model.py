@@ -172,15 +172,16 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        C = config.n_embd
+        self.wte = nn.Embedding(config.vocab_size, C)
         if not config.rope:
-            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+            self.wpe = nn.Embedding(config.block_size, C)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = norm(config, config.n_embd)
+        self.ln_f = norm(config, C)
         if not config.tied:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         if config.score_head:
-            self.score_head = nn.Linear(config.n_embd, 1, bias=False)
+            self.score_head = nn.Linear(C, 1, bias=False)
         for name, parameter in self.named_parameters():  # GPT-2's initialisation
             std = 0.02
             if name.endswith("c_proj.weight"):  # onto the residual stream: n_layer of each
