@@ -215,15 +215,16 @@ class GPT(nn.Module):
         T, are written there. Where text goes on, position (B, T) says at which place each of
         `tokens` stands, and visible (B, 1, T, S) which of the S it may look at.
         """
+        config = self.config
         T = tokens.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}: "
+        if T > config.block_size:
+            raise ValueError(f"{T} tokens do not fit block_size={config.block_size}: "
                              "truncate the text or build a larger model")
         if position is None:
             position = torch.arange(T, device=tokens.device)
         turn = None
-        if self.config.rope:
-            turn = rotation(self.config, self.h[0].attn.head_dim, position)
+        if config.rope:
+            turn = rotation(config, self.h[0].attn.head_dim, position)
         if packing:
             tokens = tokens.flatten()[packing.kept]  # (M,)
             position = packing.kept % T
@@ -233,10 +234,10 @@ class GPT(nn.Module):
         caches = [None] * len(self.h) if cache is None else cache.unbind(1)
         # Mixed precision for the blocks only: a log-ratio is a small difference of long sums, and
         # bfloat16 rounds logits from 8 to 16 to 1/16.
-        dtype = getattr(torch, self.config.dtype)
+        dtype = getattr(torch, config.dtype)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for block, past in zip(self.h, caches):
-                if self.config.checkpoint_activations and torch.is_grad_enabled():
+                if config.checkpoint_activations and torch.is_grad_enabled():
                     x = torch.utils.checkpoint.checkpoint(
                         block, x, turn, packing, past, visible, use_reentrant=False)
                 else:
