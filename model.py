@@ -237,11 +237,11 @@ class GPT(nn.Module):
         dtype = getattr(torch, config.dtype)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for block, past in zip(self.h, caches):
+                given = x, turn, packing, past, visible
                 if config.checkpoint_activations and torch.is_grad_enabled():
-                    x = torch.utils.checkpoint.checkpoint(
-                        block, x, turn, packing, past, visible, use_reentrant=False)
+                    x = torch.utils.checkpoint.checkpoint(block, *given, use_reentrant=False)
                 else:
-                    x = block(x, turn, packing, past, visible)
+                    x = block(*given)
         return self.ln_f(x)
 
     def hidden_at(self, tokens, response_mask, asked, group):
