@@ -222,9 +222,7 @@ class GPT(nn.Module):
                              "truncate the text or build a larger model")
         if position is None:
             position = torch.arange(T, device=tokens.device)
-        turn = None
-        if config.rope:
-            turn = rotation(config, self.h[0].attn.head_dim, position)
+        turn = rotation(config, self.h[0].attn.head_dim, position) if config.rope else None
         if packing:
             tokens = tokens.flatten()[packing.kept]  # (M,)
             position = packing.kept % T
