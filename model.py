@@ -58,9 +58,8 @@ class GPTConfig:
 
 
 def norm(config, size):
-    if config.family == "gpt2":
-        return nn.LayerNorm(size, config.norm_eps)
-    return nn.RMSNorm(size, config.norm_eps)
+    kind = nn.LayerNorm if config.family == "gpt2" else nn.RMSNorm
+    return kind(size, config.norm_eps)
 
 
 def rotation(config, size, position):
