@@ -251,8 +251,8 @@ class GPT(nn.Module):
     def score(self, tokens, response_mask, group=1):
         """(B, T), (B, T) -> (B,): the scalar at the last token of each response, which has one;
         float32. `group` as in sequence_logprob."""
-        later = response_mask.flip(1).cumsum(1).flip(1)  # (B, T) response tokens from here on
-        last = response_mask & (later == 1)
+        count = response_mask.cumsum(1)  # (B, T) response tokens up to here
+        last = response_mask & (count == count[:, -1:])
         hidden = self.hidden_at(tokens, response_mask, last, group)  # (B, C)
         return (hidden * self.score_head.weight).sum(1)
 
