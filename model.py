@@ -617,10 +617,11 @@ def export(model, folder, files={}):
 def write_tensors(tensors, file):
     """safetensors; see `read_tensors`."""
     header = {"__metadata__": {"format": "pt"}}
-    end = 0
+    begin = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
+        end = begin + tensor.nbytes
         header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned
     file.write(len(text).to_bytes(8, "little") + text)
