@@ -464,7 +464,7 @@ def replace_file(path, put):
                 os.fsync(file.fileno())
                 os.replace(part, whole)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as the latter
-        if part != whole and os.path.exists(part):
+        if os.path.isfile(part):  # not a pipe or a device
             os.remove(part)
         raise OSError(
             f"{path}: cannot be written ({in_one_line(error)}); earlier files are kept; make room "
