@@ -538,9 +538,10 @@ def read_published(folder):
                     tensor = tensor.t().contiguous()
                 name = name.removeprefix("transformer.").removeprefix("model.")
                 weights[renamed(name, NAMES)] = tensor.float()
-        head = weights.pop("lm_head.weight", None) if config.tied else None
-        if head is not None and not torch.equal(weights.setdefault("wte.weight", head), head):
-            raise ValueError("lm_head.weight is not the embedding, to which it is tied")
+        if config.tied and "lm_head.weight" in weights:
+            head = weights.pop("lm_head.weight")
+            if not torch.equal(weights.setdefault("wte.weight", head), head):
+                raise ValueError("lm_head.weight is not the embedding, to which it is tied")
         model.load_state_dict(weights, assign=True)
         return model
     except Exception as error:  # a damaged file raises a dozen kinds
