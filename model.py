@@ -497,7 +497,7 @@ DTYPES = FLOATS | {"U8": torch.uint8, "BOOL": torch.bool}  # these two of GPT-2'
 
 def read_config(theirs):
     """config.json -> GPTConfig; ValueError where it asks for what is not here."""
-    rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     kind = rope.setdefault("rope_type", rope.get("type", "default"))
     for what, covered in COVERED.items():
         found = {"rope_type": kind, **theirs}.get(what, covered[0])
