@@ -505,7 +505,7 @@ def read_config(theirs):
             raise ValueError(f"{what} is {found}; covered: {covered}")
     sizes = {ours: theirs[name] for name, ours in SIZES.items() if theirs.get(name) is not None}
     if theirs["model_type"] != "gpt2":
-        rope = {"rope_theta": theirs.get("rope_theta", 1e4), **rope}
+        rope.setdefault("rope_theta", theirs.get("rope_theta", 1e4))
         sizes = {"tied": False, "norm_eps": 1e-6, "rope": rope, **sizes}
     if "ForSequenceClassification" in str(theirs.get("architectures")):
         sizes |= {"score_head": True, "tied": True}  # it has no other output layer
