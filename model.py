@@ -500,7 +500,7 @@ def read_config(theirs):
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     kind = rope.setdefault("rope_type", rope.get("type", "default"))
     for what, covered in COVERED.items():
-        found = {"rope_type": kind, **theirs}.get(what, covered[0])
+        found = {**theirs, "rope_type": kind}.get(what, covered[0])
         if found not in covered:
             raise ValueError(f"{what} is {found}; covered: {covered}")
     sizes = {ours: theirs[name] for name, ours in SIZES.items() if theirs.get(name) is not None}
