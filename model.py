@@ -534,7 +534,7 @@ def read_published(folder):
                 if dtype not in FLOATS.values() or not tensor.isfinite().all():
                     raise ValueError(f"{name} is of {dtype}, or not finite: finite numbers of "
                                      "float32, float16 or bfloat16 are expected")
-                if not config.rope and name.endswith(TRANSPOSED):
+                if name.endswith(TRANSPOSED):
                     tensor = tensor.t().contiguous()
                 name = name.removeprefix("transformer.").removeprefix("model.")
                 weights[renamed(name, NAMES)] = tensor.float()
@@ -608,7 +608,7 @@ def export(model, folder, files={}):
         prefix, names = "model.", {ours: theirs for theirs, ours in NAMES.items()}
     tensors = {}
     for name, tensor in to_checkpoint(model)["weights"].items():
-        if not c.rope and name.endswith(TRANSPOSED):
+        if name.endswith(TRANSPOSED):
             tensor = tensor.t()
         before = "" if "head" in name else prefix
         tensors[before + renamed(name, names)] = tensor.contiguous()
