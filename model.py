@@ -452,15 +452,15 @@ def replace_file(path, put):
     Raises OSError where it cannot be written."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
-    whole = part = path
+    part = path
+    whole = os.path.realpath(path)
     if not os.path.exists(path) or os.path.isfile(path):
-        whole = os.path.realpath(path)
         part = f"{whole}.tmp"
     try:
         with open(part, "wb") as file:
             put(file)
             file.flush()
-            if part != whole:
+            if part != path:
                 os.fsync(file.fileno())
                 os.replace(part, whole)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as the latter
