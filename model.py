@@ -498,9 +498,9 @@ DTYPES = FLOATS | {"U8": torch.uint8, "BOOL": torch.bool}  # these two of GPT-2'
 def read_config(theirs):
     """config.json -> GPTConfig; ValueError where it asks for what is not here."""
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
-    kind = rope.setdefault("rope_type", rope.get("type", "default"))
+    theirs["rope_type"] = rope.setdefault("rope_type", rope.get("type", "default"))
     for what, covered in COVERED.items():
-        found = {**theirs, "rope_type": kind}.get(what, covered[0])
+        found = theirs.get(what, covered[0])
         if found not in covered:
             raise ValueError(f"{what} is {found}; covered: {covered}")
     sizes = {ours: theirs[name] for name, ours in SIZES.items() if theirs.get(name) is not None}
