@@ -473,7 +473,7 @@ def replace_file(path, put):
 
 # ---- files: the published layout, a folder of config.json and weights
 SIZES = {  # config.json's names, GPT-2's and the Llama family's: ours
-    "vocab_size": "vocab_size", "tie_word_embeddings": "tied",
+    "model_type": "family", "vocab_size": "vocab_size", "tie_word_embeddings": "tied",
     "n_positions": "block_size", "max_position_embeddings": "block_size",
     "n_layer": "n_layer", "num_hidden_layers": "n_layer",
     "n_head": "n_head", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
@@ -509,7 +509,7 @@ def read_config(theirs):
         sizes = {"tied": False, "norm_eps": 1e-6, "rope": rope, **sizes}
     if "ForSequenceClassification" in str(theirs.get("architectures")):
         sizes |= {"score_head": True, "tied": True}  # it has no other output layer
-    return GPTConfig(**sizes, family=theirs["model_type"])
+    return GPTConfig(**sizes)
 
 
 def renamed(name, names):
