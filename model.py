@@ -593,19 +593,20 @@ def export(model, folder, files={}):
     the model; of others it must be among the files."""
     open_export(folder, files)
     c = model.config
-    config = {} if c.rope else {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": c.n_layer,
-        "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
-        "n_inner": c.n_inner or None, "layer_norm_epsilon": c.norm_eps, "vocab_size": c.vocab_size,
-        "tie_word_embeddings": c.tied, "bos_token_id": c.vocab_size - 1,
-        "eos_token_id": c.vocab_size - 1}
-    config |= json.loads(files.get("config.json", "{}"))
-    config |= {"dtype": "float32", "torch_dtype": "float32"} | ({} if c.rope else NO_DROPOUT)
+    config = json.loads(files.get("config.json", "{}"))
+    config |= {"dtype": "float32", "torch_dtype": "float32"}
+    prefix, names = "model.", {ours: theirs for theirs, ours in NAMES.items()}
+    if not c.rope:
+        prefix, names = "transformer.", {"score_head": "score"}
+        config = {
+            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": c.n_layer,
+            "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
+            "n_inner": c.n_inner or None, "layer_norm_epsilon": c.norm_eps,
+            "vocab_size": c.vocab_size, "tie_word_embeddings": c.tied,
+            "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1,
+        } | config | NO_DROPOUT
     for name, text in {**files, "config.json": json.dumps(config)}.items():
         replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
-    prefix, names = "transformer.", {"score_head": "score"}
-    if c.rope:
-        prefix, names = "model.", {ours: theirs for theirs, ours in NAMES.items()}
     tensors = {}
     for name, tensor in to_checkpoint(model)["weights"].items():
         if name.endswith(TRANSPOSED):
