@@ -27,6 +27,7 @@ import mocan
 import train
 from conftest import ROOT
 from model import GPT
+from test_resume import rows
 
 WAITS = {"cpu", "item", "tolist", "__int__", "__float__", "__bool__", "__index__", "nonzero", "equal", "allclose"}
 DEVICE = torch.device("cuda:0")
@@ -150,10 +151,7 @@ MORE = {
 @pytest.mark.filterwarnings("ignore")
 def test_the_whole_job_on_one_device(placed, more, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    pairs = data.world_preferences(60)
-    rows = [{"prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
-             "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]} for pair in pairs]
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
     monkeypatch.setattr(sys, "argv", ["train.py", *JOB, *more])
     assemble, update, scored = mocan.from_checkpoint, mocan.train_mocan, []
 
