@@ -383,7 +383,8 @@ def encode_prompt(tok, prompt):
     limit = tok.prompt_limit - len(tok.start)
     room = limit - len(tok.before + tok.after)
     ids = tok.before + last[max(0, len(last) - room):] + tok.after
-    for user, assistant in zip(earlier[-2::-2], earlier[::-2]):  # the latest first
+    while earlier:
+        *earlier, user, assistant = earlier  # the latest exchange first
         exchange = tok.before + user + tok.after + assistant + [tok.end] + tok.next
         if len(exchange) + len(ids) > limit:
             return tok.start + ids, True
