@@ -530,7 +530,7 @@ def _pair(row, name, place):
     prompt = _talk(row, "prompt", "Human", place) if "prompt" in row else []
     if prompt[-1:] == [("Assistant", "")]:  # a transcript up to the reply
         prompt.pop()
-    talks = []
+    speakers, said = [], []
     for side in sides:
         talk = _talk(row, side, "Assistant", place)
         if talk[0][0] == "Assistant":  # the reply alone
@@ -541,22 +541,21 @@ def _pair(row, name, place):
         if talk[:len(prompt)] != prompt:
             raise ValueError(f"{place}: the conversation of {side} does not begin with the prompt; "
                              "drop one of them")
-        talks.append(talk)
+        speakers.append([who for who, _ in talk])
+        said.append([words for _, words in talk])
     prefers = {name: 0}
     if sides[0] != "chosen":
         prefers = _prefers(row, name, place)
     elif not name:
         raise ValueError(f"{place}: chosen/rejected rows do not say which preference they hold; "
                          "name it: --data helpful=FILE or --data safe=FILE")
-    context, other = [talk[:-1] for talk in talks]
-    speakers = [[who for who, _ in talk] for talk in talks]
+    (*context, first), (*other, second) = said
     if context != other or speakers != 2 * [["Human", "Assistant"] * (len(talk) // 2)]:
         return "not one conversation up to the last reply, with Human and Assistant in turns"
-    responses = tuple(talk[-1][1] for talk in talks)
-    if responses[0] == responses[1]:
+    if first == second:
         return "the two responses are the same"
-    words = tuple(words for _, words in context)
-    return Pair(words if len(words) > 1 else words[0], responses, prefers)
+    prompt = tuple(context) if len(context) > 1 else context[0]
+    return Pair(prompt, (first, second), prefers)
 
 
 # ---- 5. the split
