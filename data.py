@@ -544,7 +544,7 @@ def _pair(row, name, place):
         speakers.append([who for who, _ in talk])
         said.append([words for _, words in talk])
     prefers = {name: 0}
-    if sides[0] != "chosen":
+    if "chosen" not in row:
         prefers = _prefers(row, name, place)
     elif not name:
         raise ValueError(f"{place}: chosen/rejected rows do not say which preference they hold; "
