@@ -17,6 +17,7 @@ responses of a group.
 Read next: train.py, the whole job.
 """
 
+import csv
 import gzip
 import itertools
 import json
@@ -661,13 +662,12 @@ def world_scores(names, prompts, texts):
     for each useful detail on the prompt's topic, 0.6 for each hazardous one, −0.3 for each caution;
     g_1(x,y), harmless, −2 for each hazardous detail of any topic, +1 if there is a caution;
     g_2(x,y), polite, +1 for a polite opening or closing, −1 for a rude one."""
-    columns, *rules = [line.split("\t") for line in
-                       (WORLD / "world.tsv").read_text("utf-8").splitlines()]
-    columns = [columns.index(name) for name in names]
+    lines = (WORLD / "world.tsv").read_text("utf-8").splitlines()
+    rules = [*csv.DictReader(lines, delimiter="\t")]
     K = len(texts) // len(prompts)
     scores = []
     for i, text in enumerate(texts):
-        found = [rule for rule in rules
-                 if re.search(rule[1], text) and re.search(rule[0], prompts[i // K])]
-        scores.append([sum(float(rule[column]) for rule in found) for column in columns])
+        found = [rule for rule in rules if re.search(rule["response"], text)
+                 and re.search(rule["prompt"], prompts[i // K])]
+        scores.append([sum(float(rule[name]) for rule in found) for name in names])
     return torch.tensor(scores).float().T.reshape(len(names), -1, K)
