@@ -86,11 +86,10 @@ def text_pool(tok, prompts, responses, what):
 
 def preferences(pairs, name, pool):
     """Those of `pair_pool` that hold this preference -> Pool (P, 2, T) chosen, rejected."""
-    some = [i for i, pair in enumerate(pairs) if name in pair.prefers]
-    n = torch.tensor(some)[:, None]  # (P, 1)
-    chosen = torch.tensor([[pairs[i].prefers[name]] for i in some])  # (P, 1) 0 or 1
-    k = torch.cat([chosen, 1 - chosen], dim=1)  # (P, 2)
-    return Pool(*[x[n, k] for x in pool])
+    held = [(n, pair.prefers[name]) for n, pair in enumerate(pairs) if name in pair.prefers]
+    n, chosen = torch.tensor(held).T  # (P,), and (P,) 0 or 1
+    k = torch.stack([chosen, 1 - chosen], dim=1)  # (P, 2)
+    return Pool(*[x[n[:, None], k] for x in pool])
 
 
 def half(pairs, which):
