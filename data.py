@@ -572,9 +572,10 @@ def turns(prompt):
 
 def transcript(prompt):
     """The prompt as one text, which also orders prompts."""
-    speakers = ("\n\nHuman: ", "\n\nAssistant: ")
-    text = "".join(speakers[i % 2] + words for i, words in enumerate(turns(prompt)))
-    return text.removeprefix(speakers[0])
+    text, *later = turns(prompt)
+    for speaker, words in zip(itertools.cycle(("Assistant", "Human")), later):
+        text += f"\n\n{speaker}: {words}"
+    return text
 
 
 def conversation(prompt):
