@@ -314,8 +314,7 @@ def published_encoding(file):
         raise ValueError(f"tokenizer.json: {model['type']} with {normal or 'no normalizer'}, "
                          "perhaps SentencePiece; byte-level BPE, with NFC at most, is expected")
     vocab = model["vocab"]
-    merged = ["".join(merge).replace(" ", "") for merge in model["merges"]]
-    order = [vocab[piece] for piece in merged]
+    order = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
     if order != sorted(order):
         raise ValueError("tokenizer.json: merges are not in the order of their ids")
     spare = itertools.count(256)  # a byte is spelled as a letter, its own if it can be seen
