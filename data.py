@@ -63,8 +63,7 @@ class Pool(NamedTuple):
 
 def pad(rows, K):
     """N·K rows (T,), each of its own T -> (N, K, T), padded with zeros on the right."""
-    rows = pad_sequence(rows, batch_first=True)
-    return rows.view(-1, K, rows.size(1))
+    return pad_sequence(rows, batch_first=True).unflatten(0, (-1, K))
 
 
 def pair_pool(tok, pairs, what):
