@@ -509,10 +509,10 @@ def _prefers(row, name, place):
         columns = {name: columns.get(name, "safer_response_id")}
     prefers = {}
     for preference, column in columns.items():
-        value = row.get(column)
-        if isinstance(value, bool) or value not in (0, 1, None):
-            raise ValueError(f"{place}: {column} is {value!r}; expected 0 or 1")
-        if value is not None:
+        if column in row:
+            value = row[column]
+            if isinstance(value, bool) or value not in (0, 1):
+                raise ValueError(f"{place}: {column} is {value!r}; expected 0 or 1")
             prefers[preference] = int(value)
     if not prefers:
         raise ValueError(
