@@ -651,8 +651,8 @@ WORLD = Path(__file__).with_name("assets")
 def world_preferences(count):
     """The first `count` pairs: the world's substitute for a file of human preferences."""
     with gzip.open(WORLD / "world.jsonl.gz") as file:
-        rows = [json.loads(line) for line in itertools.islice(file, count)]
-    return [Pair(prompt, tuple(responses), prefers) for prompt, responses, prefers in rows]
+        rows = map(json.loads, itertools.islice(file, count))
+        return [Pair(prompt, tuple(responses), prefers) for prompt, responses, prefers in rows]
 
 
 def world_scores(names, prompts, texts):
