@@ -191,19 +191,20 @@ def open_tokenizer(pieces, prompt_limit, response_limit):
     tiktoken looks a whole piece up before it merges anything: a frequent piece is one token, any
     other is merged from its bytes as far as these pieces allow.
     """
-    limits = prompt_limit, response_limit
     if pieces is None:
         gpt2 = tiktoken.get_encoding("gpt2")
-        return plain_tokenizer(gpt2, [gpt2.eot_token], gpt2.n_vocab, "", *limits)
+        return plain_tokenizer(
+            gpt2, [gpt2.eot_token], gpt2.n_vocab, "", prompt_limit, response_limit)
     ranks = {bytes([i]): i for i in range(256)}
     for piece in pieces:
         ranks.setdefault(piece.encode(), len(ranks))
     user = len(ranks)
-    special = {"<|user|>": user, "<|assistant|>": user + 1, "<|end|>": user + 2}
+    end = user + 2
+    special = {"<|user|>": user, "<|assistant|>": user + 1, "<|end|>": end}
     encoding = tiktoken.Encoding(
         "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
-    end = user + 2
-    return Tokenizer(encoding, [user], [user + 1], end, [end], end + 1, *limits)
+    return Tokenizer(
+        encoding, [user], [user + 1], end, [end], end + 1, prompt_limit, response_limit)
 
 
 def plain_tokenizer(encoding, ends, known, normal, *limits):
