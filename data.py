@@ -616,7 +616,7 @@ def load_pairs(files, world_pairs, held_out, calibration, constraints):
     """
     pairs = load_preferences(files) if files else world_preferences(world_pairs)
     split = split_pairs(pairs, held_out, calibration)
-    known = list(dict.fromkeys(name for pair in pairs for name in pair.prefers))
+    known = dict.fromkeys(name for pair in pairs for name in pair.prefers)  # in order
     if not constraints:
         constraints = ",".join(name for name in known if name != "helpful") if files else "harmless"
     if not constraints:
