@@ -150,7 +150,7 @@ def take_text(pool, n, k, device):
     """Responses k (B, G) to prompts n (B,) -> tokens, response_mask (B·G, T), T of the longest.
     The mask stays on the CPU, so that no one waits for the device to know how many it picks."""
     tokens, response_mask = [x[n[:, None], k].flatten(0, 1) for x in pool]
-    used = int(response_mask.any(0).nonzero().max()) + 1
+    used = response_mask.any(0).nonzero().max() + 1
     return to_device(tokens[:, :used], device), response_mask[:, :used]
 
 
