@@ -305,8 +305,9 @@ def predict(problem, point, evaluations):
     active = point.lam > 0
     inverse = np.linalg.pinv(point.hessian * np.outer(active, active), hermitian=True)
     _, lam_se = clustered(tensor(inverse) @ point.gain)  # of H⁻¹ψ
+    score_gain = gain[0].item()
     # D = E_π_λ[r] + ⟨λ,∇D⟩ − β·KL(π_λ‖π_ref), here both sides without E_ref[r]
-    kl = (gain[0].item() + point.lam @ point.grad - point.value) / problem.beta
+    kl = (score_gain + point.lam @ point.grad - point.value) / problem.beta
     return Dual(
         lam=lam,
         lam_se=lam_se.where(lam > 0, 0),  # not the NaN of one prompt
@@ -314,7 +315,7 @@ def predict(problem, point, evaluations):
         grad=tensor(point.grad),
         hessian=tensor(point.hessian),
         iterations=evaluations,
-        score_gain=gain[0].item(),
+        score_gain=score_gain,
         score_gain_se=gain_se[0].item(),
         constraint_gain=gain[1:],
         constraint_gain_se=gain_se[1:],
