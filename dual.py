@@ -85,7 +85,6 @@ class Point(NamedTuple):
     value: float  # D(λ) − E_ref[r]
     grad: Array  # (m,) ∇D(λ)
     hessian: Array  # (m, m) ∇²D(λ)
-    gain: Tensor  # (m, N) E_π_λ[g_j|x] − mean_y g_j
 
 
 def tilt(r, g, lam, beta):
@@ -118,7 +117,7 @@ def evaluate(problem, lam):
     value = problem.beta * log_mean - lam @ problem.margin  # D(λ) − E_ref[r]
     grad = gain.mean(1).cpu().numpy() - problem.margin  # ∇D(λ) = E_π_λ[h]
     hessian = covariance.cpu().numpy() / problem.beta  # ∇²D(λ) = mean_x Cov/β
-    return Point(lam, value, grad, hessian, gain)
+    return Point(lam, value, grad, hessian)
 
 
 def newton_step(point, damp):
@@ -280,12 +279,13 @@ class Dual(NamedTuple):
 
 def predict(problem, point, evaluations):
     """The Dual at the minimum; warns where K is too small for it."""
-    score_gains, squares = [], []
+    gains, squares = [], []
     for part in problem.parts:
         p, _ = tilt(part[0], part[1:], point.lam, problem.beta)
-        score_gains.append((part[0] * p).sum(1))  # (n,) E_π_λ[r|x] − mean_y r
+        gains.append((part * p).sum(2))  # (1+m, n) E_π_λ[r|x] − mean_y r, and ψ
         squares.append(p.square_().sum(1))  # (n,)
-    gain, gain_se = clustered(torch.cat([torch.cat(score_gains)[None], point.gain]))  # (1+m,)
+    gains = torch.cat(gains, dim=1)  # (1+m, N)
+    gain, gain_se = clustered(gains)  # (1+m,)
     ref, ref_se = clustered(problem.mean)  # (1+m,) likewise
     ess = 1 / torch.cat(squares)  # (N,)
     few, K = ess.mean().item(), p.size(1)
@@ -304,7 +304,7 @@ def predict(problem, point, evaluations):
     lam = tensor(point.lam)
     active = point.lam > 0
     inverse = np.linalg.pinv(point.hessian * np.outer(active, active), hermitian=True)
-    _, lam_se = clustered(tensor(inverse) @ point.gain)  # of H⁻¹ψ
+    _, lam_se = clustered(tensor(inverse) @ gains[1:])  # of H⁻¹ψ
     score_gain = gain[0].item()
     # D = E_π_λ[r] + ⟨λ,∇D⟩ − β·KL(π_λ‖π_ref), here both sides without E_ref[r]
     kl = (score_gain + point.lam @ point.grad - point.value) / problem.beta
