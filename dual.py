@@ -179,7 +179,7 @@ def solve(score, constraint, margin, beta):
     problem = prepare(score, constraint, margin, beta)
     over = problem.margin - problem.reach > 10 * ROUNDING * problem.unit
     if over.any():  # out of reach alone
-        raise Infeasible(problem, 1.0 * over)
+        raise Infeasible(problem, over)
     point, evaluations = minimise(problem, np.zeros(len(over)), LIMIT)
     return predict(problem, point, evaluations)
 
