@@ -216,7 +216,8 @@ def prepare(score, constraint, margin, beta):
     """The Problem of this input; ValueError in one line where it is not one."""
     score = torch.as_tensor(score).detach()
     constraint = torch.as_tensor(constraint).detach().to(score.device)
-    constraint = constraint if constraint.ndim == 3 else constraint[None]  # (m, N, K)
+    if constraint.ndim == 2:
+        constraint = constraint[None]  # (m, N, K)
     if constraint.ndim != 3 or constraint.shape[1:] != score.shape or constraint.numel() == 0:
         raise ValueError(
             f"score has shape {tuple(score.shape)} and constraint {tuple(constraint.shape)}: they "
