@@ -86,6 +86,9 @@ def text_pool(tok, prompts, responses, what):
 def preferences(pairs, name, pool):
     """Those of `pair_pool` that hold this preference -> Pool (P, 2, T) chosen, rejected."""
     held = [(n, pair.prefers[name]) for n, pair in enumerate(pairs) if name in pair.prefers]
+    if not held:
+        raise ValueError(f"no pair of {name} is left for one of its judges; more conversations are "
+                         "needed")
     n, chosen = torch.tensor(held).T  # (P,), and (P,) 0 or 1
     k = torch.stack([chosen, 1 - chosen], dim=1)  # (P, 2)
     return Pool(*[x[n[:, None], k] for x in pool])

@@ -796,6 +796,12 @@ def test_a_preference_may_have_any_name(tmp_path, name):
     assert all((tmp_path / "out" / f"score_{name}{second}.pt").exists() for second in ("", "_second"))
 
 
+def test_too_few_conversations_for_two_judges_is_one_line(tmp_path):
+    path = pku_file(tmp_path / "pairs.jsonl", 4)
+    line = one_line_on_stderr(command(*TINY, "--sft_steps", 2, "--algo", "mocan", "--out", tmp_path / "out", "--data", path))
+    assert "no pair of helpful is left for one of its judges" in line
+
+
 def test_alternating_rows_of_two_preferences_keep_both(tmp_path, monkeypatch):
     rows = [{"prompt": f"How {i}?", "response_0": "Yes.", "response_1": f"No {i}.", name: i % 2}
             for i in range(120) for name in ("better_response_id", "safer_response_id")]
