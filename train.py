@@ -51,7 +51,6 @@ import pecan
 from model import (GPT, GPTConfig, export, from_checkpoint, in_one_line, load, open_export,
                    replace_file, save, to_checkpoint)
 
-STAGES = ("reference", "scores", "offline", "prealign", "dual", "mocan", "pecan", "evaluate")
 CUDA = torch.cuda.is_available()
 
 
@@ -114,12 +113,6 @@ class Config(SimpleNamespace):  # a comment is what --help says of a setting
     eval_responses = 24  # fresh responses to each
 
 
-SETTINGS = {name: default for name, default in vars(Config).items() if name[0] != "_"}
-CHOICES = {"start": STAGES, "algo": ("mocan", "pecan", "all"), "dtype": ("float32", "bfloat16"),
-           "tokenizer": ("vocab", "gpt2"), "template": ("auto", "plain", *data.TEMPLATES)}
-LEAST = dict(seed=0, sft_steps=0, vocab_size=300, prompts=2, responses=2, shot_responses=2, group=2,
-             eval_prompts=2)
-
 # what the artifacts of a stage and of all later ones remember; others change nothing in them, or,
 # as --batch, --accumulate and --device, may differ from those that made an artifact
 REMEMBERED = {
@@ -132,6 +125,13 @@ REMEMBERED = {
     "dual": "margin",
     "mocan": "lr steps shots shot_steps shot_lr shot_responses group",
     "pecan": ""}
+STAGES = (*REMEMBERED, "evaluate")
+
+SETTINGS = {name: default for name, default in vars(Config).items() if name[0] != "_"}
+CHOICES = {"start": STAGES, "algo": ("mocan", "pecan", "all"), "dtype": ("float32", "bfloat16"),
+           "tokenizer": ("vocab", "gpt2"), "template": ("auto", "plain", *data.TEMPLATES)}
+LEAST = dict(seed=0, sft_steps=0, vocab_size=300, prompts=2, responses=2, shot_responses=2, group=2,
+             eval_prompts=2)
 
 # the flags that --quick, --data and --init stand for, unless the command line has its own
 QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts 128 "
