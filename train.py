@@ -149,7 +149,7 @@ INIT_SIZES = (  # without --quick: for some 100 million parameters on two CPU co
 # ---- the job
 def main():
     c = settings(sys.argv[1:])
-    c, held = enter(c)  # held until main returns: the lock of --out
+    held = enter(c)  # until main returns: the lock of --out
     split, names = data.load_pairs(  # names: "helpful", then the constraints
         c.data, c.world_pairs, c.held_out, c.calibration, c.constraints)
     dual.parse_margin(c.margin, torch.ones(len(names) - 1))  # a bad one costs no training
@@ -197,7 +197,7 @@ def main():
 
 
 def enter(c):
-    """The device, torchrun's ranks and the folder -> settings, the folder's lock."""
+    """The device, torchrun's ranks and the folder -> the folder's lock."""
     torch.backends.cuda.matmul.allow_tf32 = True  # logits: 0.007 nats on 256 tokens' log-ratio
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape of batch
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
@@ -208,12 +208,12 @@ def enter(c):
         dist.init_process_group()
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # the first process speaks, and locks the folder
-            return c, sys.stdout
+            return sys.stdout
     os.makedirs(c.out, exist_ok=True)
     for name in ("mocan", "pecan") if c.export else ():
         open_export(f"{c.export}/{name}", data.FILES)  # now, not after the last minute
     print("settings:", json.dumps(vars(c)))
-    return c, lock(c.out)
+    return lock(c.out)
 
 
 # ---- the stages: each returns its artifact, made now if it is not there
