@@ -624,8 +624,7 @@ def continued(parser, given):
     path = f"{out}/run.json"
     try:
         with open(path) as file:
-            old = json.load(file)["config"]
-        kept = {**SETTINGS, **old}
+            kept = {**json.load(file)["config"], "out": out}
     except Exception:  # a damaged file raises half a dozen kinds
         parser.error(f"--from and --resume continue a run, but {path} is missing or damaged; "
                      "leave the flag out, which begins anew")
@@ -634,7 +633,7 @@ def continued(parser, given):
     elif given.keys() - {"resume", "out", "device", "checkpoint_every"}:
         parser.error("--resume keeps the run's settings; next to it only --out, --device and "
                      "--checkpoint_every may stand; --from changes settings")
-    return {**kept, "out": out}
+    return kept
 
 
 def check(parser, c):
