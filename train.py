@@ -315,8 +315,7 @@ def sample(c, name, K, policy, reference, tok, prompts):
     saved = artifact(c, name.split()[0], f"{name}.pt", policy=policy)
     if "began" in saved:
         model = from_checkpoint(policy, c.device)
-        pool, logp = mocan.sample_pool(
-            model, tok, prompts, K, recipe(c, name)._replace(batch=c.sample_batch))
+        pool, logp = mocan.sample_pool(model, tok, prompts, K, recipe(c, name))
         ref_logp = logp
         if policy is not reference:
             ref_logp = mocan.map_pool(from_checkpoint(reference, c.device), pool)
@@ -376,7 +375,8 @@ def mean_g(samples):
 
 
 def recipe(c, stage, steps=0, lr=0.0):
-    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", c.batch, c.accumulate, c)
+    batch = c.batch if steps else c.sample_batch
+    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", batch, c.accumulate, c)
 
 
 # ---- what came of it
@@ -387,7 +387,7 @@ def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} evaluation prompts")
     model = from_checkpoint(reference, c.device)
-    plan = recipe(c, "evaluate")._replace(batch=c.sample_batch)  # the same noise for all
+    plan = recipe(c, "evaluate")  # the same noise for all
     rows = {}
     texts = {}
     for name, saved in {"reference": reference, **policies}.items():
