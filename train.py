@@ -39,7 +39,6 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -54,7 +53,7 @@ from model import (GPT, GPTConfig, export, from_checkpoint, in_one_line, load, o
 CUDA = torch.cuda.is_available()
 
 
-class Config(SimpleNamespace):  # a comment is what --help says of a setting
+class Config(argparse.Namespace):  # a comment is what --help says of a setting
     start = "reference"  # (--from) keep what earlier stages made, run from here
     out = "out"  # folder of all artifacts
     resume = False  # go on with the run in --out that was interrupted
