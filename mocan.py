@@ -162,10 +162,15 @@ def solve_from(sample, ref_mean, margin, beta):
     return dual.solve(score, constraint, margin - gained, beta)
 
 
+def total_score(scores, lam):
+    """s = r + ⟨λ,g⟩ (N, K), of scores (1+m, N, K): π_λ ∝ π_ref·exp(s/β)."""
+    return scores[0] + torch.einsum("m,mnk->nk", lam.to(scores), scores[1:])
+
+
 def second_gain(sample, lam, beta):
     """Gains (1+m,) of π_λ by the second scores: what λ* buys by judges that had no part in it."""
-    tilt = sample.scores[0] + torch.einsum("m,mnk->nk", lam.to(sample.scores), sample.scores[1:])
-    weight = (tilt / beta - sample.logp + sample.ref_logp).softmax(1)  # (N, K) of π_λ
+    s = total_score(sample.scores, lam)
+    weight = (s / beta - sample.logp + sample.ref_logp).softmax(1)  # (N, K) of π_λ
     return (weight * sample.second).sum(2).mean(1) - sample.second.mean(dim=(1, 2))
 
 
@@ -176,8 +181,8 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
     policy: starts as the one that was sampled, the reference or what the shot before made of it;
     lam (m,); group: G responses to a prompt, compared in all their pairs.
     """
-    pool, _, ref_logp, scores, _ = sample
-    s = scores[0] + torch.einsum("m,mnk->nk", lam.to(scores), scores[1:])  # (N, K) r + ⟨λ*,g⟩
+    pool = sample.pool
+    s = total_score(sample.scores, lam)  # (N, K) r + ⟨λ*,g⟩
     group = min(group, s.size(1))
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
@@ -189,7 +194,7 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
         for n, k, whole in batches:
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
             logp = sequence_logprob(policy, tokens, response_mask, group).view(k.shape)  # (B, G)
-            ref = take(ref_logp, n, k, policy.device)  # (B, G)
+            ref = take(sample.ref_logp, n, k, policy.device)  # (B, G)
             s_k = take(s, n, k, policy.device)  # (B, G)
             p_i = bradley_terry(s_k[:, i], s_k[:, j])  # s is in the units of r: no β here
             loss = preference_loss(

@@ -453,7 +453,7 @@ def optima(sample, ref, logp, margin, beta):
     rows = []
     for t in range(31):
         at = t / 15 * lam
-        tilt = (scores[0] + torch.einsum("m,mnk->nk", at, scores[1:].double())) / beta
+        tilt = mocan.total_score(scores.double(), at) / beta
         log_weight = tilt - (mixed - ref_logp)  # (N, 2K) ln π_λ/π_mixed + ln Z
         log_z = log_weight.logsumexp(1, keepdim=True) - math.log(log_weight.size(1))
         how = tilt - log_z, log_weight.softmax(1)
