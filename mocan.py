@@ -80,6 +80,11 @@ class Sample(NamedTuple):
     scores: torch.Tensor    # (1+m, N, K) r, g_1 … g_m
     second: torch.Tensor = None  # (1+m, N, K) what judges say that nothing is trained on
 
+    @property
+    def mean_g(self):
+        """E_π₁[g], (m,)."""
+        return self.scores[1:].double().mean(dim=(1, 2))
+
 
 def sample_pool(policy, tok, prompts, K, recipe):
     """K responses y ~ π(·|x) to each of N prompts -> Pool (N, K, T), ln π(y|x) (N, K) in nats."""
@@ -156,10 +161,9 @@ def solve_from(sample, ref_mean, margin, beta):
     λ* loses the bias of a finite K, which one shot has at a small β.
     """
     score = sample.scores[0] - beta * (sample.logp - sample.ref_logp)  # (N, K)
-    constraint = sample.scores[1:]  # (m, N, K)
-    gained = constraint.double().mean(dim=(1, 2)) - ref_mean  # (m,)
+    gained = sample.mean_g - ref_mean  # (m,)
     margin = torch.as_tensor(margin, dtype=torch.float64)
-    return dual.solve(score, constraint, margin - gained, beta)
+    return dual.solve(score, sample.scores[1:], margin - gained, beta)
 
 
 def total_score(scores, lam):

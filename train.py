@@ -176,7 +176,7 @@ def main():
                 c, label, sampled, scorers, names, prompts, tok, units.get(algorithm))
             units[algorithm] = scored["units"]
             if shot == 1:
-                ref_mean = mean_g(samples)  # (m,) E_ref[g]
+                ref_mean = samples.mean_g  # (m,) E_ref[g]
             if margin is None:  # PeCAN gets MoCAN's, where both run
                 margin = dual.parse_margin(c.margin, dual.reachable(samples.scores[1:]))  # (m,) b
             try:
@@ -368,11 +368,6 @@ def update(c, label, policy, scored, samples, margin, found):
     return saved
 
 
-def mean_g(samples):
-    """E[g] of a Sample, (m,)."""
-    return samples.scores[1:].double().mean(dim=(1, 2))
-
-
 def recipe(c, stage, steps=0, lr=0.0):
     batch = c.batch if steps else c.sample_batch
     return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", batch, c.accumulate, c)
@@ -446,7 +441,7 @@ def optima(sample, ref, logp, margin, beta):
     mixed = torch.logaddexp(logp, ref_logp) - math.log(2)  # (N, 2K)
     both = mocan.Sample(None, mixed, ref_logp, scores)
     try:
-        lam = mocan.solve_from(both, mean_g(ref), margin, beta).lam
+        lam = mocan.solve_from(both, ref.mean_g, margin, beta).lam
     except (dual.Infeasible, FloatingPointError) as error:
         print(f"  no optimum by these responses: {error}")
         return []
