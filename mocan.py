@@ -36,7 +36,6 @@ import copy
 import json
 import math
 import os
-import re
 import time
 import warnings
 from typing import NamedTuple
@@ -436,10 +435,11 @@ def ready_judges(specs, names, pairs, device):
     what the calibration pairs say of them is printed."""
     judges = [{}, {}]
     for spec in specs:
-        found = re.fullmatch("([^=]+)=(-?)(.+)", spec)
-        name, minus, folder = found.groups() if found else ("", "", "")
+        name, _, folder = spec.partition("=")
+        sign = -1 if folder.startswith("-") else 1
+        folder = folder.removeprefix("-")
         free = [some for some in judges if name not in some]
-        if name not in names or not free:
+        if name not in names or not folder or not free:
             raise ValueError(f"--judge {spec}: expected NAME=FOLDER, or NAME=-FOLDER of a cost, "
                              f"one or two for each NAME of {', '.join(names)}")
         model = GPT.from_pretrained(folder).to(device)
@@ -455,10 +455,9 @@ def ready_judges(specs, names, pairs, device):
         while close and close[-1] == padding:
             close.pop()  # the score stands at the last token that is none
         tok = tok._replace(close=close)
-        sign = -1 if minus else 1
         pool = pair_pool(tok, pairs, f"{name} judge")
-        agreed = map_pool(model, preferences(pairs, name, pool))
-        say_agreement(f"{name} judge, calibration", sign * agreed)
+        say_agreement(f"{name} judge, calibration",
+                      sign * map_pool(model, preferences(pairs, name, pool)))
         stamps = [os.path.getmtime(file) for file in weight_files(folder)]
         free[0][name] = {"run": f"{spec} {stamps}", "folder": folder, "sign": sign, "tok": tok,
                          "pairs": sign * map_pool(model, pool)}
