@@ -382,9 +382,8 @@ def train_reference(model, pool, calibration, recipe):
         if ends_epoch:
             progress.consider(-map_pool(model, calibration).mean().item())
         progress.step(norm)
-    losses = progress.losses()
     model.load_state_dict(progress.best["weights"])
-    return losses
+    return progress.losses()
 
 
 def score_loss(chosen, rejected):
@@ -413,9 +412,8 @@ def train_score(model, pool, calibration, recipe):
         if ends_epoch:
             progress.consider(calibrated_loss(*map_pool(model, calibration).T))
         progress.step(norm)
-    losses = progress.losses()
     model.load_state_dict(progress.best["weights"])
-    return losses
+    return progress.losses()
 
 
 def learn_score(model, name, training, calibration, evaluation, recipe):
