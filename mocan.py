@@ -280,7 +280,7 @@ class Progress:
 
     def add(self, loss):
         """A micro-batch's; it stays on the device until it is read."""
-        self.loss = self.loss + loss.detach() / self.recipe.accumulate
+        self.loss += loss.detach() / self.recipe.accumulate
 
     def step(self, norm):
         """The loss of a step is over all ranks, and not finite where the gradient's norm is not."""
