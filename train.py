@@ -246,12 +246,9 @@ def train_reference(c, tok, tokenizer, pools):
 
 
 def first_model(c, tok):
-    how = {"dtype": c.dtype, "checkpoint_activations": c.checkpoint_activations}
-    if not c.init:
-        torch.manual_seed(data.stream(c.seed, "reference").initial_seed())
-        config = GPTConfig(tok.known, c.block_size, c.n_layer, c.n_head, c.n_embd, **how)
-        return GPT(config).to(c.device)
-    model = GPT.from_pretrained(c.init)
+    torch.manual_seed(data.stream(c.seed, "reference").initial_seed())
+    config = GPTConfig(tok.known, c.block_size, c.n_layer, c.n_head, c.n_embd)
+    model = GPT.from_pretrained(c.init) if c.init else GPT(config)
     sizes = model.config
     if sizes.score_head:
         raise ValueError(f"{c.init} is a score model, for --judge, not a policy")
@@ -263,7 +260,7 @@ def first_model(c, tok):
             f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; the "
             f"tokenizer, {tok.encoding.name}, has {tok.known} tokens, and --block_size is "
             f"{c.block_size}")
-    model.config = replace(sizes, **how)
+    model.config = replace(sizes, dtype=c.dtype, checkpoint_activations=c.checkpoint_activations)
     return model.to(c.device)
 
 
