@@ -378,13 +378,13 @@ def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} evaluation prompts")
     model = from_checkpoint(reference, c.device)
-    plan = recipe(c, "evaluate")  # the same noise for all
     rows = {}
     texts = {}
     for name, saved in {"reference": reference, **policies}.items():
         policy = from_checkpoint(saved, c.device)
         pool, logp = mocan.sample_pool(
-            policy, tok, prompts, c.eval_responses, plan._replace(stage=f"evaluate {name}"))
+            policy, tok, prompts, c.eval_responses,
+            recipe(c, "evaluate")._replace(stage=f"evaluate {name}"))  # the same noise for all
         said = [mocan.score_pool(some, names, prompts, pool, tok, c.device) for some in judges]
         if units:
             said = mocan.in_units(units, said)
