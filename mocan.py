@@ -140,7 +140,8 @@ def score_pool(judges, names, prompts, pool, tok, device):
     if not judges:
         return world_scores(names, prompts, pool.texts(tok))
     scores = []
-    for judge in [judges[name] for name in names]:
+    for name in names:
+        judge = judges[name]
         if "folder" in judge:
             model = GPT.from_pretrained(judge["folder"]).to(device)
             theirs = text_pool(judge["tok"], prompts, pool.texts(tok), judge["folder"])
