@@ -534,7 +534,7 @@ def calibrate(chosen, rejected):
     τ < 1: they overstate it, as those that were learned by heart do.
     """
     lead = (chosen - rejected).double()
-    tau = lead.new_zeros(())
+    tau = 0.0
     for _ in range(50):
         p = torch.sigmoid(-tau * lead)  # probability of the choice that was not made
         slope = (p * lead).sum()
