@@ -174,7 +174,7 @@ def main():
                 c, f"{label} responses", c.shot_responses, policy, reference, tok, prompts)
             scored, samples = score(  # 2. score
                 c, label, sampled, scorers, names, prompts, tok, units.get(algorithm))
-            units[algorithm] = scored["units"]
+            units[algorithm] = scored.get("units")
             if shot == 1:
                 ref_mean = samples.mean_g  # (m,) E_ref[g]
             if margin is None:  # PeCAN gets MoCAN's, where both run
@@ -338,7 +338,7 @@ def score(c, label, sampled, scorers, names, prompts, tok, units):
         scores = mocan.in_units(units, said)
         finish(saved, scores=scores[0], second=scores[-1], units=units)
     return saved, mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], saved["scores"],
-                               saved["second"])
+                               saved.get("second", saved["scores"]))
 
 
 def update(c, label, policy, scored, samples, margin, found):
@@ -367,7 +367,8 @@ def update(c, label, policy, scored, samples, margin, found):
 
 def recipe(c, stage, steps=0, lr=0.0):
     batch = c.batch if steps else c.sample_batch
-    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", batch, c.accumulate, c)
+    warmup = min(20, steps // 10)
+    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", batch, c.accumulate, c, warmup)
 
 
 # ---- what came of it

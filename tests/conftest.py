@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
+import data
 
 
 def text_batch(prompts, responses):
@@ -19,6 +20,16 @@ def text_batch(prompts, responses):
     texts = [torch.tensor(x + y) for x, y in zip(prompts, responses)]
     masks = [torch.arange(len(x + y)) >= len(x) for x, y in zip(prompts, responses)]
     return pad_sequence(texts, batch_first=True), pad_sequence(masks, batch_first=True)
+
+
+def rows(count, **changes):
+    """The longer response is the better one, the shorter the safer: what two judges agree on after a few steps."""
+    found = []
+    for pair in data.world_preferences(count):
+        longer = int(len(pair.responses[1]) > len(pair.responses[0]))
+        found.append({"prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
+                      "better_response_id": longer, "safer_response_id": 1 - longer, **changes})
+    return found
 
 
 @pytest.fixture(autouse=True)

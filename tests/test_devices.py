@@ -25,9 +25,8 @@ import data
 import dual
 import mocan
 import train
-from conftest import ROOT
+from conftest import ROOT, rows
 from model import GPT
-from test_resume import rows
 
 WAITS = {"cpu", "item", "tolist", "__int__", "__float__", "__bool__", "__index__", "nonzero", "equal", "allclose"}
 DEVICE = torch.device("cuda:0")

@@ -25,19 +25,10 @@ import dual
 import mocan
 import model
 import train
+from conftest import rows
 from test_train import ROOT, TINY, command, job, numbers, one_line_on_stderr, same_weights
 
 SMALL = [*TINY, "--algo", "mocan", "--sft_steps", 20, "--prompts", 8]
-
-
-def rows(count, **changes):
-    """The longer response is the better one, the shorter the safer: what two judges agree on after a few steps."""
-    found = []
-    for pair in data.world_preferences(count):
-        longer = int(len(pair.responses[1]) > len(pair.responses[0]))
-        found.append({"prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
-                      "better_response_id": longer, "safer_response_id": 1 - longer, **changes})
-    return found
 
 
 def written(path, some):
@@ -377,7 +368,7 @@ def test_a_file_of_another_run_is_refused_whatever_its_settings(copied, finished
     job(*TINY, "--sft_steps", 20, "--algo", "mocan", "--data", finished / "pairs.jsonl", "--out", tmp_path / "other")
     assert same_weights(tmp_path / "other", copied, "reference.pt")
     for name, said in (("reference.pt", r"reference\.pt: made with input tokenizer \w+, not \w+; .* --from reference$"),
-                       ("tokenizer.pt", r"offline\.pt: made with input policy \w+, not \w+; .* --from offline$")):
+                       ("tokenizer.pt", r"score_helpful\.pt: made with input reference \w+, not \w+; .* --from scores$")):
         shutil.copy(tmp_path / "other" / name, copied / name)
         with pytest.raises(ValueError, match=said):
             job("--from", "mocan", "--out", copied)
@@ -388,7 +379,7 @@ def test_a_file_of_another_run_is_refused_whatever_its_settings(copied, finished
 
 
 REMADE = {  # what another run made again: the artifact that this refuses, and what that calls it
-    "tokenizer": ("reference", "tokenizer"), "reference": ("offline", "policy"),
+    "tokenizer": ("reference", "tokenizer"), "reference": ("score_helpful", "reference"),
     "offline": ("offline_scores", "samples"), "score_helpful": ("offline_scores", "scorers"),
     "score_safe": ("offline_scores", "scorers"), "offline_scores": ("mocan", "scores")}
 

@@ -18,6 +18,7 @@ import data
 import dual
 import mocan
 import train
+from conftest import rows
 from data import Pool, load_pairs, published_files, published_tokenizer, spread
 from model import GPT, GPTConfig, export, load
 from test_data import CHATML, STEPS, published_folder, tokenizer_json
@@ -515,10 +516,7 @@ def small_gpt2(tmp_path, monkeypatch, read_shared):
 
 
 def pku_file(path, count=80):
-    path.write_text("".join(json.dumps({
-        "prompt": pair.prompt, "response_0": pair.responses[0], "response_1": pair.responses[1],
-        "better_response_id": pair.prefers["helpful"], "safer_response_id": pair.prefers["harmless"]}) + "\n"
-        for pair in data.world_preferences(count)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
     return path
 
 
