@@ -503,9 +503,13 @@ def confirm(said, judges, names):
 
     own, M = slopes(torch.arange(N), torch.arange(P))
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([slopes(*[torch.randint(size, (size,), generator=generator)
-                                  for size in (N, P)])[1] for _ in range(100)])
-    error = draws.std(0)  # by the bootstrap over prompts and pairs
+    draws = []
+    for _ in range(100):  # the bootstrap over prompts and pairs
+        n = torch.randint(N, (N,), generator=generator)
+        p = torch.randint(P, (P,), generator=generator)
+        draws.append(slopes(n, p)[1])
+    draws = torch.stack(draws)
+    error = draws.std(0)
     agree = F.cosine_similarity(*map(within, said))
     for j, name in enumerate(names):
         print(f"  {name}: {M[j, j]:.3f} ± {1.96 * error[j, j]:.3f} of what its judge says is "

@@ -162,8 +162,8 @@ class Block(nn.Module):
         self.ln_2 = norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, *where):
-        x = x + self.attn(self.ln_1(x), *where)
+    def forward(self, x, *given):
+        x = x + self.attn(self.ln_1(x), *given)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -637,7 +637,7 @@ def open_export(folder, others=()):
     `export` writes besides."""
     os.makedirs(folder, exist_ok=True)
     found = {name.removesuffix(".tmp") for name in os.listdir(folder)}  # of a killed run
-    others = found - {"config.json", "model.safetensors", *others}
-    if others or not os.access(folder, os.W_OK):
+    foreign = found - {"config.json", "model.safetensors", *others}
+    if foreign or not os.access(folder, os.W_OK):
         raise ValueError(
-            f"{folder}: read-only, or holds {sorted(others)}; empty it, or export elsewhere")
+            f"{folder}: read-only, or holds {sorted(foreign)}; empty it, or export elsewhere")
