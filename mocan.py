@@ -486,8 +486,8 @@ def confirm(said, judges, names):
     A judge's errors look like preferences to whoever maximises its scores; A and B differ in them.
     M = U·Cov(B,A)·Cov(A)⁻¹ on the responses. U undoes what B's calibration took: on the pairs,
     where E[T_j|A_j] = A_j, B_j rises with A_j by the share of T_j that is left in B_j, and U is the
-    inverse of it, diagonal. What both judges have from the same kind of text stays. Raises
-    ValueError where nothing is confirmed.
+    inverse of it, diagonal. What both judges have from the same kind of text stays. Where two of
+    them do not agree at all, M = U = 1, with a warning.
     """
     if len(said) == 1:
         if judges[0]:
@@ -514,9 +514,10 @@ def confirm(said, judges, names):
     for j, name in enumerate(names):
         print(f"  {name}: {M[j, j]:.3f} ± {1.96 * error[j, j]:.3f} of what its judge says is "
               f"confirmed by a second one; within prompts they correlate at {agree[j]:.2f}")
-        if not min(agree[j], own[j]) > 0:
-            raise ValueError(f"{name}: its two judges do not agree on these responses, or on the "
-                             "calibration pairs; better ones are needed: more pairs, more steps")
+    if not torch.cat([agree, own]).min() > 0:
+        warnings.warn("two judges do not agree: all scores stay as they are, unconfirmed, and what "
+                      "they promise need not come; more pairs or more --score_steps are needed")
+        return 2 * [torch.eye(len(names))]
     if M.det() < 2 * draws.det().std():
         warnings.warn("what the judges say is confirmed within its error only")
     return [M.float(), (1 / own).diag().float()]

@@ -876,11 +876,14 @@ def test_what_a_second_judge_confirms_is_nearer_to_the_truth(names, noise, capsy
     assert (each.mean(1) > -interval - 0.2 * noise * margin.mean()).all()
 
 
-def test_judges_that_contradict_each_other_stop_the_run():
+@pytest.mark.parametrize("sign, where", [(-1.0, "responses"), (0.0, "responses"), (-1.0, "pairs"), (0.0, "pairs")])
+def test_judges_that_do_not_agree_leave_the_scores_as_they_are(sign, where):
     scores, pairs = torch.randn(2, 60, 8), torch.randn(2, 60, 2)
-    with pytest.raises(ValueError, match="safe: its two judges do not agree"):
-        mocan.confirm([scores, scores * torch.tensor([1.0, -1.0]).view(2, 1, 1)], judged([pairs, pairs], ["helpful", "safe"]),
-                      ["helpful", "safe"])
+    other = torch.tensor([1.0, sign]).view(2, 1, 1)
+    second, on_pairs = (scores * other, pairs) if where == "responses" else (scores, pairs * other)
+    with pytest.warns(UserWarning, match="two judges do not agree: all scores stay as they are"):
+        units = mocan.confirm([scores, second], judged([pairs, on_pairs], ["helpful", "safe"]), ["helpful", "safe"])
+    assert len(units) == 2 and all(torch.equal(unit, torch.eye(2)) for unit in units)
 
 
 def test_what_is_hardly_confirmed_is_warned_of():
