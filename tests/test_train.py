@@ -1144,3 +1144,34 @@ def test_a_missing_run_has_no_picture(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "picture", "--out", str(tmp_path)],
                           capture_output=True, text=True)
     assert done.returncode == 1 and "results.json is missing or damaged" in done.stderr and "Traceback" not in done.stderr
+
+
+def bench(*argv):
+    return subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), *map(str, argv)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_the_texts_of_a_run(quick, tmp_path):
+    """Their gains are the table's, those of the reference 0, also at equal length."""
+    done = bench("texts", "--out", quick[1])
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0] in POLICIES}
+    results = json.loads((quick[1] / "results.json").read_text())["policies"]
+    assert list(lines) == list(POLICIES)
+    assert [float(x) for x in lines["reference"][3:7]] == [0.0] * 4
+    for name in POLICIES:
+        assert float(lines[name][3]) == pytest.approx(results[name]["reward_gain"], abs=1e-3)
+        assert float(lines[name][4]) == pytest.approx(results[name]["constraint_gain"][0], abs=1e-3)
+    nothing = bench("texts", "--out", tmp_path)
+    assert nothing.returncode == 1 and "run `python train.py` first" in nothing.stderr
+
+
+def test_exact_scores_on_a_chat_model(tmp_path):
+    folder, _ = chat_folder(tmp_path / "chat")
+    flags = ["exact", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--out", tmp_path / "out", "--prompts", 8, "--responses", 8,
+             "--tokens", 8, "--steps", 2, "--margin", "0", "--eval_prompts", 4, "--eval_responses", 4]
+    done = bench(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "on the reference's responses to fresh prompts: correlation" in done.stdout and "kindness gain" in done.stdout
+    again = bench(*flags, "--resume")  # the responses are kept
+    assert again.returncode == 0 and "offline 1/" not in again.stdout
