@@ -137,12 +137,13 @@ QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts
          "--responses 16 --steps 200 --prealign_steps 100 --prealign_lr 3e-4 --lr 4e-4 "
          "--eval_prompts 64 --eval_responses 8 ")
 DATA = "--accumulate 4 --prompts 2048 --responses 128 --shot_responses 128 --margin 25% "
-INIT = ("--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 3e-6 "
-        "--shot_lr 3e-6 ")
-INIT_SIZES = (  # without --quick: for some 100 million parameters on two CPU cores; not tuned
-    "--accumulate 1 --sft_steps 140 --score_steps 70 --prealign_steps 140 --prompts 256 "
-    "--responses 8 --shot_responses 8 --steps 100 --shot_steps 50 --eval_prompts 48 "
-    "--eval_responses 4 ")
+INIT = ("--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 1e-5 "
+        "--shot_lr 1e-5 ")
+INIT_SIZES = (  # without --quick: some 100 million parameters, two hours on two CPU cores; every
+    # response is seen once, since what a step learns by heart is too much at a second visit
+    "--accumulate 1 --max_new_tokens 32 --sft_steps 70 --score_steps 36 --prealign_steps 70 "
+    "--prompts 512 --responses 8 --shot_responses 8 --steps 128 --shot_steps 64 "
+    "--eval_prompts 64 --eval_responses 8 ")
 
 
 # ---- the job
