@@ -63,8 +63,9 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
 
     The loop of mocan.train_mocan; the mocan.Sample's scores are `implicit_scores`.
     """
-    pool, _, ref_logp, scores, _ = sample
-    aligned = ref_logp + scores / beta  # (1+m, N, K) calibrated ln π_r, ln π_g_1 …
+    pool = sample.pool
+    ref_logp = sample.ref_logp
+    aligned = ref_logp + sample.scores / beta  # (1+m, N, K) calibrated ln π_r, ln π_g_1 …
     s = implicit_score(aligned[0], aligned[1:], ref_logp, lam, beta)  # (N, K)
     group = min(group, s.size(1))
     # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric

@@ -139,8 +139,8 @@ QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts
 DATA = "--accumulate 4 --prompts 2048 --responses 128 --shot_responses 128 --margin 25% "
 INIT = ("--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 1e-5 "
         "--shot_lr 1e-5 ")
-INIT_SIZES = (  # without --quick: some 100 million parameters, two hours on two CPU cores; every
-    # response is seen once, since what a step learns by heart is too much at a second visit
+INIT_SIZES = (  # without --quick: for some 100 million parameters on two CPU cores. Every response
+    # is seen once, since what a step learns by heart is too much at a second visit
     "--accumulate 1 --max_new_tokens 32 --sft_steps 70 --score_steps 36 --prealign_steps 70 "
     "--prompts 512 --responses 8 --shot_responses 8 --steps 128 --shot_steps 64 "
     "--eval_prompts 64 --eval_responses 8 ")
@@ -353,8 +353,9 @@ def update(c, label, policy, scored, samples, margin, found):
               f"{numbers(found.constraint_gain)}, score {found.score_gain:.3f}, KL {found.kl:.3f}; "
               f"effective sample size {found.ess:.1f} a prompt, 5th percentile {found.ess_p5:.1f}; "
               f"{found.iterations} evaluations")
-        print(f"  by the second judges, score first: "
-              f"{numbers(mocan.second_gain(samples, found.lam, c.beta))}")
+        if len(scored.get("units", [])) == 2:
+            gains = mocan.second_gain(samples, found.lam, c.beta)
+            print(f"  by the second judges: gains {numbers(gains[1:])}, score {gains[0]:.3f}")
         model = from_checkpoint(policy, c.device)
         steps, lr = (c.shot_steps, c.shot_lr) if shot else (c.steps, c.lr)
         plan = recipe(c, label, steps, lr)._replace(key=f"{c.seed}/{stage}")  # all shots draw alike
