@@ -10,6 +10,7 @@ data.py: where text comes from, and how it becomes tensors.
 5. The split: training, calibration and evaluation share no conversation.
 6. The built-in world: a small assistant language with exact helpfulness r(x,y), harmlessness
    g_1(x,y) and politeness g_2(x,y). It yields the same `Pair`s as a file does.
+7. Files of a run: written as a whole or not at all, read without running what they hold.
 
 Shapes: N prompts, K responses to each, T tokens; P preference pairs; B prompts of a batch, G
 responses of a group.
@@ -32,6 +33,7 @@ from typing import NamedTuple
 
 import tiktoken
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 
@@ -673,3 +675,49 @@ def world_scores(names, prompts, texts):
                  and re.search(rule["prompt"], prompts[i // K])]
         scores.append([sum(float(rule[name]) for rule in found) for name in names])
     return torch.tensor(scores).float().T.reshape(len(names), -1, K)
+
+
+# ---- 7. files: written as a whole or not at all, read without running what they hold
+def in_one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+
+
+def load(path, remedy):
+    """A dict of tensors and plain values, on the CPU, and its "path". Raises ValueError with the
+    remedy where the file is missing, damaged or no such dict."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["path"] = path  # for errors
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
+    return saved
+
+
+def save(saved, path):
+    replace_file(path, lambda file: torch.save(saved, file))
+
+
+def replace_file(path, put):
+    """put(file) writes a file that is there as a whole or not at all: until then the old one stays,
+    also where the run is killed meanwhile or the disk is full. A link is followed; a pipe or a
+    device is written as it is. Under torchrun its first process writes, and the others do not.
+    Raises OSError where it cannot be written."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    part = path
+    whole = os.path.realpath(path)
+    if not os.path.exists(path) or os.path.isfile(path):
+        part = f"{whole}.tmp"
+    try:
+        with open(part, "wb") as file:
+            put(file)
+            file.flush()
+            if part != path:
+                os.fsync(file.fileno())
+                os.replace(part, whole)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as the latter
+        if os.path.isfile(part):  # not a pipe or a device
+            os.remove(part)
+        raise OSError(
+            f"{path}: cannot be written ({in_one_line(error)}); earlier files are kept; make room "
+            "(or mend the path), then run it again, train.py with --resume") from None

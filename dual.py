@@ -52,7 +52,7 @@ import sys
 
 import torch
 
-from model import replace_file
+from data import replace_file
 
 # ---- here the part to paste begins: from here to its end, copied below `import torch`, it runs
 # alone in another project

@@ -46,9 +46,10 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import dual
-from data import (Pool, encode_prompts, group_batches, pad, pair_pool, preferences, published_files,
-                  read_tokenizer, take, take_text, text_pool, uniforms, world_scores)
-from model import GPT, from_checkpoint, load, save, sequence_logprob, weight_files
+from data import (Pool, encode_prompts, group_batches, load, pad, pair_pool, preferences,
+                  published_files, read_tokenizer, save, take, take_text, text_pool, uniforms,
+                  world_scores)
+from model import GPT, from_checkpoint, sequence_logprob, weight_files
 
 
 # ---- the losses: tensors in, tensors out

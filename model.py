@@ -24,17 +24,20 @@ Read next: data.py, what the text is.
 """
 
 import copy
+import functools
 import json
 import math
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+from data import in_one_line, load, replace_file
 
 
 # ---- the model
@@ -54,6 +57,7 @@ class GPTConfig:
     n_inner: int = 0  # width of the MLP; 0: 4 n_embd
     norm_eps: float = 1e-5
     tied: bool = True  # the embedding is the output layer
+    lora: int = 0  # rank of adapters, see `add_adapters`
     rope: dict = None  # of the Llama family: rope_theta and what else config.json calls so
 
 
@@ -268,6 +272,42 @@ class GPT(nn.Module):
         return sample_responses(self, prompts, uniforms, eos)
 
 
+# ---- adapters: LoRA (arXiv 2106.09685)
+def add_adapters(model):
+    """Every linear layer of the blocks becomes W·x + B·A·x, A (R, in), B (out, R), R = config.lora.
+    B = 0 at first, A ~ N(0, 1), by which a step of AdamW on B changes W about as much as one on W
+    would: the same learning rates serve. All else but a score head is frozen: a buffer, which no
+    optimizer sees and `state_dict` leaves out; reference.pt has it."""
+    rank = model.config.lora
+    for place, module in model.named_modules():
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            if place != "score_head":
+                delattr(module, name)
+                module.register_buffer(name, weight.data, persistent=False)
+    for linear in model.h.modules():
+        if isinstance(linear, nn.Linear):
+            out, size = linear.weight.shape
+            linear.lora_A = nn.Parameter(torch.randn(rank, size))
+            linear.lora_B = nn.Parameter(torch.zeros(out, rank))
+            linear.register_forward_hook(adapted)
+
+
+def adapted(linear, x, y):
+    return y + x[0] @ linear.lora_A.T @ linear.lora_B.T
+
+
+@torch.no_grad()
+def merge(model, dtype=torch.float32):
+    """W ← W + B·A, then of that dtype, and B ← 0 -> all weights but the adapters, {name: tensor};
+    of a model without adapters all that it has."""
+    for linear in model.h.modules():
+        if hasattr(linear, "lora_A"):
+            linear.weight = (linear.weight + linear.lora_B @ linear.lora_A).to(dtype)
+            linear.lora_B.zero_()
+    weights = {**dict(model.named_buffers()), **model.state_dict()}
+    return {name: weight for name, weight in weights.items() if "lora" not in name}
+
+
 # ---- scoring text
 def sequence_logprob(model, tokens, response_mask, group=1):
     """ln π(y|x) of each response: (B, T), (B, T) -> (B,), in nats, float32. Each `group` rows
@@ -327,9 +367,6 @@ def token_logprob(hidden, weight, targets):
 
 
 # ---- sampling
-ASK_EVERY = 4  # tokens
-
-
 @torch.no_grad()
 def sample_responses(model, prompts, uniforms, eos):
     """GPT.generate. A row is a response, and A of the N·K are still computed."""
@@ -354,13 +391,13 @@ def sample_responses(model, prompts, uniforms, eos):
         response_mask[index, position] = active
         logp[index] += new_logp * active
         active &= ~torch.isin(new, ends)
-        if step % ASK_EVERY == 0:  # how many are left: the host waits for the device
+        if step % 4 == 0:  # seldom, since the host waits for the device to know how many are left
             left = int(active.sum())
             if left == 0:
                 break
             if left < 0.75 * len(active):  # ended responses leave the cache
-                rows = index, position, visible, cache, new, active
-                index, position, visible, cache, new, active = [x[active[:, 0]] for x in rows]
+                index, position, visible, cache, new, active = [
+                    x[active[:, 0]] for x in (index, position, visible, cache, new, active)]
     used = int(response_mask.any(0).nonzero().max()) + 1
     return tokens[:, :used], response_mask[:, :used], logp
 
@@ -414,61 +451,30 @@ def to_checkpoint(model):
 
 
 def from_checkpoint(saved, device="cpu"):
-    """The model, with a copy of the weights: training it leaves `saved`."""
+    """The model, with a copy of the weights: training it leaves `saved`. Under adapters it shares
+    the frozen ones, of reference.pt beside it, with all others on the device."""
     try:
+        config = GPTConfig(**saved["config"])
         with torch.device("meta"):  # sizes are checked before memory is asked for
-            model = GPT(GPTConfig(**saved["config"]))
+            model = GPT(config)
+        if config.lora:
+            path = Path(saved["path"]).with_name("reference.pt")
+            frozen = frozen_weights(path, path.stat().st_mtime, device)
+            model.load_state_dict(frozen, assign=True, strict=False)  # a score head is not there
+            add_adapters(model)
         model.load_state_dict(saved["weights"], assign=True)
-        return copy.deepcopy(model).to(device)
+        return copy.deepcopy(model, {id(x): x for x in model.buffers()}).to(device)  # shared
     except Exception as error:  # a damaged file raises half a dozen kinds
         raise ValueError(
             f"{saved.get('path', 'checkpoint')}: not a model that this program saved "
             f"({in_one_line(error)}); make it again with --from its stage") from None
 
 
-def in_one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-
-
-def load(path, remedy):
-    """A dict of tensors and plain values, on the CPU, and its "path". Raises ValueError with the
-    remedy where the file is missing, damaged or no such dict."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["path"] = path  # for errors
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
-    return saved
-
-
-def save(saved, path):
-    replace_file(path, lambda file: torch.save(saved, file))
-
-
-def replace_file(path, put):
-    """put(file) writes a file that is there as a whole or not at all: until then the old one stays,
-    also where the run is killed meanwhile or the disk is full. A link is followed; a pipe or a
-    device is written as it is. Under torchrun its first process writes, and the others do not.
-    Raises OSError where it cannot be written."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    part = path
-    whole = os.path.realpath(path)
-    if not os.path.exists(path) or os.path.isfile(path):
-        part = f"{whole}.tmp"
-    try:
-        with open(part, "wb") as file:
-            put(file)
-            file.flush()
-            if part != path:
-                os.fsync(file.fileno())
-                os.replace(part, whole)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as the latter
-        if os.path.isfile(part):  # not a pipe or a device
-            os.remove(part)
-        raise OSError(
-            f"{path}: cannot be written ({in_one_line(error)}); earlier files are kept; make room "
-            "(or mend the path), then run it again, train.py with --resume") from None
+@functools.lru_cache(1)
+def frozen_weights(path, written, device):
+    """Those that reference.pt, as it was written then, holds for adapters."""
+    frozen = load(path, "make it with --from reference")["frozen"]
+    return {name: weight.to(device) for name, weight in frozen.items()}
 
 
 # ---- files: the published layout, a folder of config.json and weights
@@ -488,9 +494,7 @@ COVERED = {  # where config.json has these, nothing else
     "model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"]}
 NAMES = {"embed_tokens": "wte", "layers": "h", "input_layernorm": "ln_1", "self_attn": "attn",
          "post_attention_layernorm": "ln_2", "norm": "ln_f", "score": "score_head"}  # theirs: ours
-NO_DROPOUT = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # GPT-2's, which else has some
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in GPT-2's
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # left out
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = FLOATS | {"U8": torch.uint8, "BOOL": torch.bool}  # these two of GPT-2's masks
 
@@ -528,8 +532,8 @@ def read_published(folder):
         weights = {}
         for path in weight_files(folder):
             for name, tensor in read_tensors(path).items():
-                if name.endswith(BUFFERS):
-                    continue
+                if name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
+                    continue  # no weights
                 dtype = getattr(tensor, "dtype", type(tensor).__name__)
                 if dtype not in FLOATS.values() or not tensor.isfinite().all():
                     raise ValueError(f"{name} is of {dtype}, or not finite: finite numbers of "
@@ -604,11 +608,11 @@ def export(model, folder, files={}):
             "n_inner": c.n_inner or None, "layer_norm_epsilon": c.norm_eps,
             "vocab_size": c.vocab_size, "tie_word_embeddings": c.tied,
             "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1,
-        } | config | NO_DROPOUT
+        } | config | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # else it has some
     for name, text in {**files, "config.json": json.dumps(config)}.items():
         replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
     tensors = {}
-    for name, tensor in to_checkpoint(model)["weights"].items():
+    for name, tensor in merge(model).items():
         if name.endswith(TRANSPOSED):
             tensor = tensor.t()
         before = "" if "head" in name else prefix
@@ -628,7 +632,7 @@ def write_tensors(tensors, file):
     text += b" " * (-len(text) % 8)  # tensors are aligned
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
-        file.write(tensor.numpy())
+        file.write(tensor.cpu().numpy())
 
 
 def open_export(folder, others=()):

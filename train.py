@@ -47,8 +47,8 @@ import data
 import dual
 import mocan
 import pecan
-from model import (GPT, GPTConfig, export, from_checkpoint, in_one_line, load, open_export,
-                   replace_file, save, to_checkpoint)
+from model import (GPT, GPTConfig, add_adapters, export, from_checkpoint, merge, open_export,
+                   to_checkpoint)
 
 CUDA = torch.cuda.is_available()
 
@@ -81,6 +81,7 @@ class Config(argparse.Namespace):  # a comment is what --help says of a setting
     n_embd = 128  # width
     block_size = 192  # longest prompt and response together, in tokens
     init = ""  # folder of published weights for the reference; it sets the sizes
+    lora = 0  # rank of adapters on weights that stay as they are; 0: all weights are trained
     checkpoint_activations = False  # less memory: blocks are computed again in backward
     export = ""  # folder for the policies in the published layout
     # training
@@ -116,7 +117,7 @@ class Config(argparse.Namespace):  # a comment is what --help says of a setting
 # as --batch, --accumulate and --device, may differ from those that made an artifact
 REMEMBERED = {
     "reference": "quick seed dtype data world_pairs held_out calibration tokenizer template "
-                 "system vocab_size max_new_tokens n_layer n_head n_embd block_size init "
+                 "system vocab_size max_new_tokens n_layer n_head n_embd block_size init lora "
                  "checkpoint_activations sft_steps sft_lr",
     "scores": "score_steps score_lr constraints judge",
     "offline": "prompts responses",
@@ -129,8 +130,8 @@ STAGES = (*REMEMBERED, "evaluate")
 SETTINGS = {name: default for name, default in vars(Config).items() if name[0] != "_"}
 CHOICES = {"start": STAGES, "algo": ("mocan", "pecan", "all"), "dtype": ("float32", "bfloat16"),
            "tokenizer": ("vocab", "gpt2"), "template": ("auto", "plain", *data.TEMPLATES)}
-LEAST = dict(seed=0, sft_steps=0, vocab_size=300, prompts=2, responses=2, shot_responses=2, group=2,
-             eval_prompts=2)
+LEAST = dict(seed=0, sft_steps=0, lora=0, vocab_size=300, prompts=2, responses=2, shot_responses=2,
+             group=2, eval_prompts=2)
 
 # the flags that --quick, --data and --init stand for, unless the command line has its own
 QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts 128 "
@@ -197,7 +198,8 @@ def main():
 
 
 def enter(c):
-    """The device, torchrun's ranks and the folder -> the folder's lock."""
+    """The device, torchrun's ranks and the folder -> its lock, a file that one process at a time
+    can hold, until it ends; ValueError for a second one."""
     torch.backends.cuda.matmul.allow_tf32 = True  # logits: 0.007 nats on 256 tokens' log-ratio
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape of batch
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
@@ -213,7 +215,13 @@ def enter(c):
     for name in ("mocan", "pecan") if c.export else ():
         open_export(f"{c.export}/{name}", data.FILES)  # now, not after the last minute
     print("settings:", json.dumps(vars(c)))
-    return lock(c.out)
+    lock = open(f"{c.out}/lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(
+            f"{c.out}: another run is under way there; wait, or choose another --out") from None
+    return lock
 
 
 # ---- the stages: each returns its artifact, made now if it is not there
@@ -228,7 +236,7 @@ def open_tokenizer(c, split):
         finish(saved, pieces=pieces, files=data.published_files(c.init) if c.init else {})
     limits = c.block_size - c.max_new_tokens, c.max_new_tokens
     files = saved["files"]
-    if c.init and ("tokenizer.json" in files or '"gpt2"' not in files["config.json"]):
+    if "tokenizer.json" in files:
         tok = data.read_tokenizer(c.init, files, c.template, c.system, *limits)
     else:
         tok = data.open_tokenizer(saved["pieces"], *limits)
@@ -239,10 +247,18 @@ def train_reference(c, tok, tokenizer, pools):
     saved = artifact(c, "reference", "reference.pt", tokenizer=tokenizer)
     if "began" in saved:
         model = first_model(c, tok)
+        if c.lora and c.init:  # else there is nothing yet to adapt
+            add_adapters(model)
+        model.to(c.device)
         if c.sft_steps:
             mocan.train_reference(model, pools["train"], pools["calibration"],
                                   recipe(c, "reference", c.sft_steps, c.sft_lr))
+        if c.lora:
+            saved["frozen"] = merge(model, getattr(torch, c.dtype))
+            if not c.init:
+                add_adapters(model)
         finish(saved, **to_checkpoint(model))
+    saved.pop("frozen", None)  # from_checkpoint reads it, and keeps one copy
     return saved
 
 
@@ -261,8 +277,9 @@ def first_model(c, tok):
             f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; the "
             f"tokenizer, {tok.encoding.name}, has {tok.known} tokens, and --block_size is "
             f"{c.block_size}")
-    model.config = replace(sizes, dtype=c.dtype, checkpoint_activations=c.checkpoint_activations)
-    return model.to(c.device)
+    model.config = replace(sizes, dtype=c.dtype, lora=c.lora,
+                           checkpoint_activations=c.checkpoint_activations)
+    return model
 
 
 def train_judges(c, reference, split, pools, names):
@@ -276,11 +293,10 @@ def train_judges(c, reference, split, pools, names):
             label = f"score {name}{' second' * which}"
             some[name] = saved = artifact(c, "scores", f"{label}.pt", reference=reference)
             if "began" in saved:
-                start = from_checkpoint(reference)
-                model = GPT(replace(start.config, score_head=True))
-                model.load_state_dict(start.state_dict(), strict=False)  # all but the head
-                torch.nn.init.zeros_(model.score_head.weight)  # of no random scores to begin with
-                model.to(c.device)
+                start = to_checkpoint(from_checkpoint(reference))
+                start["config"]["score_head"] = True
+                start["weights"]["score_head.weight"] = torch.zeros(1, start["config"]["n_embd"])
+                model = from_checkpoint({**reference, **start}, c.device)  # all scores are 0
                 halved = split._replace(train=data.half(split.train, which))
                 parts = [data.preferences(getattr(halved, part), name, pool)
                          for part, pool in pools.items()]
@@ -381,8 +397,7 @@ def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} evaluation prompts")
     model = from_checkpoint(reference, c.device)
-    rows = {}
-    texts = {}
+    rows, texts = {}, {}
     for name, saved in {"reference": reference, **policies}.items():
         policy = from_checkpoint(saved, c.device)
         pool, logp = mocan.sample_pool(
@@ -510,19 +525,8 @@ def export_policies(c, policies, tokenizer):
 
 
 # ---- the run's folder
-def lock(folder):
-    """A file that one process at a time can hold, until it ends; ValueError for a second one."""
-    file = open(f"{folder}/lock", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(
-            f"{folder}: another run is under way there; wait, or choose another --out") from None
-    return file
-
-
 def write(c, name, text):
-    replace_file(f"{c.out}/{name}", lambda file: file.write(text.encode()))
+    data.replace_file(f"{c.out}/{name}", lambda file: file.write(text.encode()))
     mocan.gather(name)  # no rank goes on before it is there
 
 
@@ -541,7 +545,7 @@ def artifact(c, stage, name, **inputs):
     remedy = f"make it with --from {stage}"
     earlier = at < STAGES.index(c.start)
     if earlier or c.resume and os.path.exists(path):
-        saved = load(path, remedy)
+        saved = data.load(path, remedy)
         if earlier or saved.get("run") == c.run:
             own = saved.get("made_from", made_from)  # or a file of one's own, which passes
             own = own if isinstance(own, dict) else {}
@@ -561,7 +565,7 @@ def finish(saved, **content):
     path = saved.pop("path")
     saved |= content
     saved["seconds"] = time.time() - saved.pop("began")
-    save(saved, path)
+    data.save(saved, path)
     saved["path"] = path
 
 
@@ -665,8 +669,8 @@ def run_as_command():
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
-        sys.exit(f"error: another process of this run ended ({in_one_line(error)}); mend what it "
-                 "says, then go on with --resume")
+        sys.exit(f"error: another process of this run ended ({data.in_one_line(error)}); mend what "
+                 "it says, then go on with --resume")
     except KeyboardInterrupt:
         sys.exit("interrupted; python train.py --resume, and its --out if it had one, goes on")
 

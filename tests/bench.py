@@ -927,7 +927,7 @@ def bench_exact(argv):
             pool, logp = mocan.sample_pool(policy, tok, data.spread(prompts, count), K, recipe(stage)._replace(key=f"{c.seed}/{key}"))
             ref_logp = logp if policy is reference else mocan.map_pool(reference, pool)
             saved = {**pool._asdict(), "logp": logp, "ref_logp": ref_logp}
-            train.save(saved, path)
+            data.save(saved, path)
         pool = data.Pool(saved["tokens"], saved["response_mask"])
         scores = word_scores(pool.texts(tok), K)
         return mocan.Sample(pool, saved["logp"], saved["ref_logp"], scores, scores)

@@ -1,8 +1,10 @@
+import copy
 import inspect
 import itertools
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import (ASK_EVERY, GPT, LOGITS, Block, GPTConfig, export, from_checkpoint, load, pack, prefill, sample_token, save,
-                   sequence_logprob, to_checkpoint, token_logprob)
+from conftest import text_batch
+from data import load, save
+from model import (GPT, LOGITS, Block, GPTConfig, add_adapters, export, from_checkpoint, merge, pack, prefill,
+                   sample_token, sequence_logprob, to_checkpoint, token_logprob)
 
 PROMPTS = [[1 + (7 * i + 3 * t * t) % 10 for t in range(1 + i % 5)] for i in range(32)]  # 32 rows, lengths 1 to 5
 
@@ -70,7 +74,7 @@ def test_responses_that_end_free_their_rows_of_the_cache(monkeypatch):
     assert sizes[0] == len(PROMPTS) and sizes[-1] < 0.75 * len(PROMPTS)
     assert sizes == sorted(sizes, reverse=True) and len(sizes) <= 12
     drops = [step for step in range(1, len(sizes)) if sizes[step] < sizes[step - 1]]
-    assert drops and all((b - a) % ASK_EVERY == 0 for a, b in zip(drops, drops[1:]))  # it seldom waits for the device
+    assert drops and all((b - a) % 4 == 0 for a, b in zip(drops, drops[1:]))  # it seldom waits for the device
 
 
 @pytest.mark.parametrize("eos", [None, 0])
@@ -660,6 +664,122 @@ def test_generate_in_bfloat16_samples_from_float32_logits():
     assert hidden.dtype == torch.float32 and cache.dtype == torch.bfloat16
     exact = (hidden.double() @ model.wte.weight.double().T).log_softmax(dim=1)
     assert torch.allclose(logp.double(), exact.gather(1, tokens[mask][:, None])[:, 0], atol=1e-4, rtol=0)
+
+
+# ---- adapters
+FAMILIES = {
+    "gpt2": {},
+    "llama": dict(family="llama", rope={"rope_theta": 1e4}, n_kv_head=1, tied=False),
+    "qwen2": dict(family="qwen2", rope={"rope_theta": 1e4}),
+    "qwen3": dict(family="qwen3", rope={"rope_theta": 1e4}, head_dim=4)}
+
+
+def adapted(family, moved=0.3, **changes):
+    """A model with adapters that have moved, and the plain one of the same frozen weights."""
+    plain = small(sharp=3.0, **FAMILIES[family], **changes)
+    model = copy.deepcopy(plain)
+    model.config = replace(model.config, lora=3)
+    add_adapters(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lora_B"):
+                p += moved * torch.randn_like(p) / 4
+    return model, plain
+
+
+def whole_batch(double=False):
+    return text_batch([[1, 2, 3]] * 2 + [[4, 5]] * 2, [[6, 7, 0], [8, 0], [9, 3, 4, 0], [2, 0]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_start_as_the_model_that_they_adapt_bit_for_bit(family):
+    model, plain = adapted(family, moved=0.0)
+    batch = whole_batch()
+    assert torch.equal(sequence_logprob(model, *batch, 2), sequence_logprob(plain, *batch, 2))
+    names = [name for name, _ in model.named_parameters()]
+    assert names == list(model.state_dict()) and all("lora_" in name for name in names)
+    linear = [name for name, x in plain.h.named_modules() if isinstance(x, torch.nn.Linear)]
+    assert len(names) == 2 * len(linear) > 0
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        3 * (x.in_features + x.out_features) for x in plain.h.modules() if isinstance(x, torch.nn.Linear))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_adapters_are_those_through_merged_weights(family):
+    """By autograd through W + B·A in the place of W, in float64."""
+    model, plain = adapted(family)
+    model, plain = model.double(), plain.double()
+    batch = whole_batch()
+    adapters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    merged_weights = dict(plain.state_dict())
+    for name, a in adapters.items():
+        if name.endswith("lora_A"):
+            layer = name.removesuffix("lora_A")
+            merged_weights[layer + "weight"] = plain.get_parameter(layer + "weight") + adapters[layer + "lora_B"] @ a
+
+    class Run(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain = plain
+
+        def forward(self, *given):
+            return sequence_logprob(self.plain, *given)
+    call = {"plain." + name: x for name, x in merged_weights.items()}
+    upstream = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    expected = torch.func.functional_call(Run(), call, (*batch, 2))
+    (upstream * expected).sum().backward()
+    found = sequence_logprob(model, *batch, 2)
+    (upstream * found).sum().backward()
+    assert (found - expected).abs().max() < 1e-9
+    assert (found - sequence_logprob(plain, *batch, 2)).abs().max() > 1e-3  # they do change it
+    for name, p in model.named_parameters():
+        assert p.grad.abs().max() > 0
+        torch.testing.assert_close(p.grad, adapters[name].grad, atol=1e-6, rtol=1e-6)
+    assert all(x.grad is None for x in model.buffers())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_adapters_say_what_they_said(family, tmp_path):
+    model, plain = adapted(family)
+    batch = whole_batch()
+    before = sequence_logprob(model, *batch, 2)
+    weights = merge(model)
+    assert weights.keys() == plain.state_dict().keys()
+    plain.load_state_dict(weights)
+    assert (sequence_logprob(plain, *batch, 2) - before).abs().max() < 1e-4
+    assert (sequence_logprob(model, *batch, 2) - before).abs().max() < 1e-4  # whose adapters are 0 now
+    assert merge(plain).keys() == plain.state_dict().keys()  # without adapters: what there is
+
+
+def test_models_with_adapters_share_the_frozen_weights_of_reference_pt_and_nothing_else(tmp_path):
+    model, _ = adapted("llama", moved=0.0)
+    frozen = {name: x.bfloat16() if x.dim() == 2 and name[0] == "h" else x for name, x in merge(model).items()}
+    save({**to_checkpoint(model), "frozen": frozen}, tmp_path / "reference.pt")
+    saved = load(tmp_path / "reference.pt", "")
+    assert (tmp_path / "reference.pt").stat().st_size < 60_000
+    saved.pop("frozen")
+    one, other = from_checkpoint(saved), from_checkpoint(saved)
+    assert all(x.data_ptr() == y.data_ptr() for x, y in zip(one.buffers(), other.buffers(), strict=True))
+    assert not any(x.data_ptr() == y.data_ptr() for x, y in zip(one.parameters(), other.parameters(), strict=True))
+    assert one.h[0].mlp.up_proj.weight.dtype == torch.bfloat16 and one.wte.weight.dtype == torch.float32
+    assert {x.dtype for x in one.parameters()} == {torch.float32}
+    one.config = other.config = replace(one.config, dtype="bfloat16")
+    batch = whole_batch()
+    reference = sequence_logprob(other, *batch, 2)
+    optimizer = torch.optim.AdamW(one.parameters(), lr=0.1)
+    for _ in range(3):
+        sequence_logprob(one, *batch, 2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (sequence_logprob(one, *batch, 2) - reference).abs().max() > 1e-2
+    assert torch.equal(sequence_logprob(other, *batch, 2), reference)  # π_ref is where it was, bit for bit
+    judge = from_checkpoint({**saved, "config": {**saved["config"], "score_head": True, "dtype": "bfloat16"},
+                             "weights": {**saved["weights"], "score_head.weight": torch.ones(1, 16)}})
+    assert "score_head.weight" in dict(judge.named_parameters()) and len(judge.score(*batch)) == 4
+    save({**to_checkpoint(one), "frozen": {name: 2 * x for name, x in frozen.items()}}, tmp_path / "reference.pt")
+    assert not torch.equal(from_checkpoint(saved).wte.weight, other.wte.weight)  # the file as it is now
+    with pytest.raises(ValueError, match="not a model that this program saved"):
+        from_checkpoint({**saved, "path": tmp_path / "elsewhere" / "mocan.pt"})
 
 
 # ---- GPT-2's published layout

@@ -40,6 +40,12 @@ def recipe(stage, batch=6, accumulate=1):
     return mocan.Recipe(stage, 10, 1e-3, "0/" + stage, batch, accumulate)
 def fresh():
     return model.from_checkpoint(model.to_checkpoint(reference))
+def adapted():
+    policy = fresh()
+    policy.config = model.GPTConfig(**{{**vars(config), "lora": 2}})
+    torch.manual_seed(1)
+    model.add_adapters(policy)
+    return policy
 lam = torch.tensor([0.7], dtype=torch.float64)
 aligned = fresh()
 losses = dict(
@@ -47,6 +53,7 @@ losses = dict(
     score=mocan.train_score(judge, preferences, preferences, recipe("score")),
     prealign=pecan.prealign(fresh(), preferences, preferences, 0.5, recipe("prealign", 5))[0],
     mocan=mocan.train_mocan(aligned, sample, lam, 0.5, 3, recipe("mocan", 5, 2)),
+    adapters=mocan.train_mocan(adapted(), sample, lam, 0.5, 3, recipe("adapters", 5, 2)),
     pecan=pecan.train_pecan(fresh(), sample, lam, 0.5, 3, recipe("pecan", 1)))
 solved = mocan.solve_from(sample, scores[1:].double().mean(dim=(1, 2)), [0.1], 0.5).lam
 found = dict(lam=solved, tokens=pool.tokens, mask=pool.response_mask, logp=logp, ref=mocan.map_pool(reference, preferences), losses=losses,
@@ -95,7 +102,7 @@ def test_processes_find_what_one_finds(worker, ranks, prompts):
     assert one["lam"].item() > 0.01
     torch.testing.assert_close(many["lam"], one["lam"], atol=1e-6, rtol=0)
     torch.testing.assert_close(many["scored"], one["scored"], atol=1e-4, rtol=0)  # by a judge that they trained
-    assert set(one["losses"]) == {"reference", "score", "prealign", "mocan", "pecan"}
+    assert set(one["losses"]) == {"reference", "score", "prealign", "mocan", "adapters", "pecan"}
     for stage, losses in one["losses"].items():
         assert losses[0] != losses[-1]
         assert many["losses"][stage] == pytest.approx(losses, abs=1e-5), stage

@@ -1,6 +1,7 @@
 """What a run leaves when it is killed, when the disk is full, when its inputs change, when they are hostile."""
 
 import contextlib
+import fcntl
 import gc
 import gzip
 import json
@@ -136,9 +137,11 @@ def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, mon
     assert len(stages) > 3 and "goes on after" in log.read_text()
 
 
-def test_resume_continues_a_training_loop_bit_for_bit_wherever_it_stopped(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("lora", [0, 3])
+def test_resume_continues_a_training_loop_bit_for_bit_wherever_it_stopped(tmp_path, monkeypatch, capsys, lora):
     """Between the micro-batches of a step, between epochs with their calibration, and in the policy update."""
-    job(*SMALL, "--accumulate", 2, "--out", tmp_path / "whole")
+    flags = [*SMALL, "--accumulate", 2, "--lora", lora]
+    job(*flags, "--out", tmp_path / "whole")
     real = mocan.Progress.add
     monkeypatch.setattr(mocan.Progress, "report", due_always)
     for stop, said in ((1, None), (7, "reference: goes on after 3 of 20"), (12, "reference: goes on after 5 of 20"),
@@ -153,7 +156,7 @@ def test_resume_continues_a_training_loop_bit_for_bit_wherever_it_stopped(tmp_pa
         monkeypatch.setattr(mocan.Progress, "add", add)
         out = tmp_path / f"stopped{stop}"
         with pytest.raises(KeyboardInterrupt):
-            job(*SMALL, "--accumulate", 2, "--out", out)
+            job(*flags, "--out", out)
         monkeypatch.setattr(mocan.Progress, "add", real)
         capsys.readouterr()
         job("--resume", "--out", out)
@@ -240,12 +243,12 @@ def test_a_checkpoint_of_another_run_or_stage_is_not_taken(tmp_path):
 
 def writes_of(out, *flags):
     """How often such a run replaces a file."""
-    count, real = [], model.replace_file
-    model.replace_file = train.replace_file = lambda *args: count.append(args[0]) or real(*args)
+    count, real = [], data.replace_file
+    data.replace_file = lambda *args: count.append(args[0]) or real(*args)
     try:
         job(*flags, "--out", out)
     finally:
-        model.replace_file = train.replace_file = real
+        data.replace_file = real
     return len(count)
 
 
@@ -253,7 +256,7 @@ def writes_of(out, *flags):
 def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
     flags = [*SMALL, "--checkpoint_every", 1e6]  # however slow: after a loop's first step and its last
     total = writes_of(tmp_path / "whole", *flags)
-    real, hit = model.replace_file, set()
+    real, hit = data.replace_file, set()
     assert total > 8
     for failing in range(1, total + 1):
         calls, out = [], tmp_path / f"run{failing}"
@@ -277,10 +280,9 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
             if when == "in the middle":
                 return real(path, lambda file: put(Full(file)))
             with monkeypatch.context() as patch:
-                patch.setattr(model.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+                patch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
                 return real(path, put)
-        monkeypatch.setattr(model, "replace_file", replace_file)
-        monkeypatch.setattr(train, "replace_file", replace_file)
+        monkeypatch.setattr(data, "replace_file", replace_file)
         with pytest.raises(OSError) as error:
             job(*flags, "--out", out)
         said = str(error.value)
@@ -290,8 +292,7 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
         assert not list(out.glob("*.tmp"))
         for path in out.glob("*.pt"):
             torch.load(path, weights_only=True)
-        monkeypatch.setattr(model, "replace_file", real)
-        monkeypatch.setattr(train, "replace_file", real)
+        monkeypatch.setattr(data, "replace_file", real)
         if (out / "run.json").exists() and failing % 3 == 0:
             job("--resume", "--out", out)
             same_run(tmp_path / "whole", out)
@@ -301,11 +302,12 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
 # ---- one run at a time, one that is stopped
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    held = train.lock(tmp_path)
+    held = open(tmp_path / "lock", "a")
+    fcntl.flock(held, fcntl.LOCK_EX)
     line = one_line_on_stderr(command("--quick", "--out", tmp_path))
     assert "another run is under way" in line and list(tmp_path.iterdir()) == [tmp_path / "lock"]
     held.close()
-    train.lock(tmp_path).close()
+    job(*SMALL, "--algo", "mocan", "--out", tmp_path)
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path):

@@ -571,6 +571,34 @@ def test_defaults_of_published_weights_give_way_to_the_command_line(tmp_path, mo
     assert (c.tokenizer, c.lr, c.sft_lr, c.prompts) == ("gpt2", 1e-5, 5e-5, 128)
 
 
+def test_the_whole_job_by_adapters(small_gpt2, tmp_path):
+    """Artifacts of some kilobytes beside one file of frozen weights; what is exported is plain."""
+    folder, start = small_gpt2
+    flags = [*BRIEF, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--lora", 2, "--shots", 2, "--margin",
+             0, "--shot_steps", 2, "--shot_responses", 4, "--lr", 1e-3, "--sft_lr", 1e-3]
+    out = tmp_path / "out"
+    job(*flags, "--out", out, "--export", tmp_path / "export")
+    kept = torch.load(out / "reference.pt", weights_only=True)
+    assert kept["frozen"].keys() == start.state_dict().keys()
+    assert (kept["frozen"]["h.0.mlp.c_fc.weight"] - start.h[0].mlp.c_fc.weight).abs().max() > 1e-3  # fine-tuned, merged
+    assert torch.equal(kept["frozen"]["wte.weight"], start.wte.weight)
+    assert all(x.abs().max() == 0 for name, x in kept["weights"].items() if name.endswith("lora_B"))
+    for path in out.glob("*.pt"):
+        saved = torch.load(path, weights_only=True)
+        if "weights" in saved:
+            assert saved["config"]["lora"] == 2 and all("lora_" in name for name in saved["weights"].keys() - {"score_head.weight"})
+            assert path.name == "reference.pt" or path.stat().st_size < 30_000 and "frozen" not in saved
+    policy = train.from_checkpoint(data.load(out / "mocan_shot_2.pt", ""))
+    exported = GPT.from_pretrained(str(tmp_path / "export" / "mocan_shot_2"))
+    batch = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[False, False, True, True]])
+    assert torch.allclose(train.mocan.sequence_logprob(policy, *batch), train.mocan.sequence_logprob(exported, *batch), atol=1e-4)
+    before = contents(out)["reference.pt"]
+    job("--from", "mocan", "--out", out, "--lr", 2e-3)
+    assert contents(out)["reference.pt"] == before
+    with pytest.raises(ValueError, match="made with lora 2, not 3; make it with --from reference"):
+        job("--from", "mocan", "--out", out, "--lora", 3)
+
+
 BAD_INIT = {
     "more positions than the folder's": (["--block_size", "97"], "96 positions; .* --block_size is 97$"),
     "another vocabulary": (["--tokenizer", "vocab"], r"50257 tokens and 96 positions; the tokenizer, vocab, has \d+ tokens"),
