@@ -249,8 +249,8 @@ def train_reference(c, tok, tokenizer, pools):
         model = first_model(c, tok)
         if c.lora and c.init:  # else there is nothing yet to adapt
             add_adapters(model)
-        model.to(c.device)
         if c.sft_steps:
+            model.to(c.device)
             mocan.train_reference(model, pools["train"], pools["calibration"],
                                   recipe(c, "reference", c.sft_steps, c.sft_lr))
         if c.lora:

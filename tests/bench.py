@@ -12,6 +12,8 @@ sample: GPT.generate against Transformers' generate on the same weights: tokens 
       the share of the matrix product.
 chat FOLDER: a published model, GPT-2's or of the Llama family: log-probabilities, sampling (16 x 4 responses of 32 tokens) and
       a DPO step of 16 pairs, against Transformers with the same weights, texts and loss.
+lora FOLDER: a policy update of a published model by all its weights, and by adapters: seconds of a step, peak memory of the whole
+      process, size of the artifact.
 exact FOLDER --data FILE: MoCAN on a published chat model where the scores are exact, so that the update alone is measured: its
       words "you" against its kind and unkind words. Fresh responses to fresh prompts, beside the optimum.
 texts: what a finished run's table does not show, from its samples.jsonl: length, variety, gains at equal length, and whose prompts
@@ -47,6 +49,7 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +65,8 @@ import data
 import dual
 import mocan
 import train
-from model import GPT, GPTConfig, export, from_checkpoint, load, sample_token, sequence_logprob
+from data import load
+from model import GPT, GPTConfig, add_adapters, export, from_checkpoint, merge, sample_token, sequence_logprob, to_checkpoint
 
 silent = contextlib.redirect_stdout(None)  # around what reports its progress
 
@@ -876,6 +880,52 @@ def their_steps(theirs, text, mask, ref_logp, steps):
     return clock.seconds
 
 
+# ---- adapters on a published model
+def bench_lora(argv):
+    folder, *argv = argv if argv and not argv[0].startswith("-") else sys.exit("usage: python tests/bench.py lora FOLDER [--help]")
+    a = parse("lora", argv, rank=(8, 1, "of the adapters"), prompts=(4, 1, "a step"), responses=(8, 2, "to each, in one group"),
+              prompt=(48, 1, "tokens of a prompt"), response=(32, 1, "tokens of a response"), steps=(4, 2, "the first of which is not timed"))
+    with report(a) as figures:
+        print(f"policy update of {folder}, float32, {a.prompts} x {a.responses} responses of {a.response} tokens to prompts of {a.prompt}")
+        for name, rank in (("all weights", 0), (f"--lora {a.rank}", a.rank)):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                spent, peak, size = process.submit(measure_adapters, folder, rank, a).result()
+            figures[name] = {"step_seconds": spent, "peak_bytes": peak, "artifact_bytes": size}
+            print(f"  {name:12s} {spent:6.2f} s a step  peak memory {gigabytes(peak)}  artifact {size / 1e6:.1f} MB", flush=True)
+        full, lora = figures["all weights"], figures[f"--lora {a.rank}"]
+        print("  ratios       " + "  ".join(f"{what.split('_')[0]} {lora[what] / full[what]:.3f}" for what in full))
+
+
+def measure_adapters(folder, rank, a):
+    """In a process of its own: as train.py goes about it, from the reference's artifact to the policy's."""
+    ctypes.CDLL(None).mallopt(-3, 2 ** 20)  # M_MMAP_THRESHOLD: the heap has no holes
+    like_train()
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as out:
+        model = GPT.from_pretrained(folder)
+        model.config = replace(model.config, lora=rank)
+        frozen = {}
+        if rank:
+            add_adapters(model)
+            frozen = merge(model)
+        data.save({**to_checkpoint(model), "frozen": frozen}, f"{out}/reference.pt")
+        del model, frozen
+        reference = load(f"{out}/reference.pt", "")
+        reference.pop("frozen")
+        memory_now(a.device)
+        policy = from_checkpoint(reference, a.device)
+        draw = torch.Generator().manual_seed(0)
+        lead = torch.randint(policy.config.vocab_size, (a.prompts, 1, a.prompt), generator=draw).expand(-1, a.responses, -1)
+        said = torch.randint(policy.config.vocab_size, (a.prompts, a.responses, a.response), generator=draw)
+        tokens = torch.cat([lead, said], dim=2).int()
+        pool = data.Pool(tokens, torch.arange(tokens.size(2)).expand(tokens.shape) >= a.prompt)
+        ref_logp = mocan.map_pool(policy, pool)
+        sample = mocan.Sample(pool, ref_logp, ref_logp, torch.randn(1, *ref_logp.shape, generator=draw))
+        spent = time_steps(policy, sample, a.responses, a.steps)
+        peak = memory_peak(a.device)
+        data.save(to_checkpoint(policy), f"{out}/mocan.pt")
+        return spent, peak, os.path.getsize(f"{out}/mocan.pt")
+
+
 # ---- a published chat model and exact scores
 KIND = set("good great happy love help helpful best better nice glad enjoy wonderful kind safe healthy support important positive beautiful "
            "easy fun hope excellent friendly fresh perfect welcome sure useful".split())
@@ -901,6 +951,7 @@ def bench_exact(argv):
     for name, default in dict(prompts=512, responses=8, tokens=20, steps=200, batch=16, accumulate=1, group=8, eval_prompts=96,
                               eval_responses=16, seed=0).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=" ")
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights are trained")
     parser.add_argument("--lr", type=float, default=1e-5, help=" ")
     parser.add_argument("--beta", type=float, default=1.0, help=" ")
     parser.add_argument("--margin", default="25%", help=" ")
@@ -938,6 +989,9 @@ def bench_exact(argv):
     found = mocan.solve_from(sample, mean, margin, c.beta)
     print(f"dual: lam* {found.lam.item():.3f} at b {margin.item():.3f}; predicted reward {found.score_gain:.3f}, KL {found.kl:.3f}")
     policy = copy.deepcopy(reference)
+    if c.lora:
+        policy.config = replace(policy.config, lora=c.lora)
+        add_adapters(policy)
     mocan.train_mocan(policy, sample, found.lam, c.beta, c.group, recipe("mocan", c.steps, c.lr, c.batch))
     trained = time.time()
     ref = respond(reference, split.evaluation, c.eval_prompts, c.eval_responses, "evaluate_reference", "evaluate")
@@ -1153,7 +1207,7 @@ def place_label(x, y, text, taken):
 
 
 def main():
-    commands = {"dual": bench_dual, "shots": bench_shots, "train": bench_train, "sample": bench_sample, "chat": bench_chat, "exact": bench_exact, "texts": bench_texts,
+    commands = {"dual": bench_dual, "shots": bench_shots, "train": bench_train, "sample": bench_sample, "chat": bench_chat, "lora": bench_lora, "exact": bench_exact, "texts": bench_texts,
                 "scale": bench_scale, "picture": bench_picture}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(f"{__doc__}\nusage: python tests/bench.py {{{','.join(commands)}}} [--help]")

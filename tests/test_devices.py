@@ -143,6 +143,7 @@ MORE = {
     "world": (),
     "every option": ("--constraints", "harmless,polite", "--accumulate", "2", "--dtype", "bfloat16",
                      "--checkpoint_activations", "--checkpoint_every", "1e-9"),
+    "adapters": ("--lora", "2", "--dtype", "bfloat16"),
     "judges": ("--data", "pairs.jsonl", "--score_steps", "12", "--margin", "0.0")}
 
 
