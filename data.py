@@ -69,7 +69,7 @@ def pad(rows, K):
 
 
 def pair_pool(tok, pairs, what):
-    """Preference pairs -> Pool (N, 2, T)."""
+    """Preference pairs -> Pool (N, 2, T); of a prompt alone both responses are empty."""
     responses = [y for pair in pairs for y in pair.responses]
     return text_pool(tok, [pair.prompt for pair in pairs], responses, what)
 
@@ -416,7 +416,7 @@ MAX_LINE = 2**19  # bytes; tiktoken does not survive a million blanks in a row
 MAX_LINES = 2**22
 
 
-def load_preferences(paths):
+def load_preferences(paths, judged=False):
     """Read preference files: each of `paths` is FILE or NAME=FILE, JSONL, gzipped or not.
 
     Rows hold two responses and which is better, in one of two ways:
@@ -428,6 +428,7 @@ def load_preferences(paths):
     Assistant: …" (HH-RLHF) or messages [{"role": "user", "content": …}, …]; a response may also be
     the whole conversation, which then begins with the prompt, if there is one. Null and unknown
     fields are ignored. Rows that teach nothing here are skipped, counted and said, see `_pair`.
+    judged: a prompt alone is a pair that prefers nothing, for judges that are there already.
     Returns list[Pair]; raises ValueError with the file and, for a bad row, its line number.
     """
     pairs = []
@@ -439,7 +440,7 @@ def load_preferences(paths):
         rows = []
         skipped = {}  # why: where
         for row, place in _rows(path):
-            pair = _pair(row, name, place)
+            pair = _pair(row, name, place, judged)
             if isinstance(pair, Pair):
                 rows.append(pair)
             else:
@@ -526,7 +527,7 @@ def _prefers(row, name, place):
     return prefers
 
 
-def _pair(row, name, place):
+def _pair(row, name, place, judged):
     """A row's Pair, or in words why it is skipped; ValueError where it means nothing certain."""
     sides = ("response_0", "response_1")
     if "chosen" in row or "rejected" in row:
@@ -534,10 +535,12 @@ def _pair(row, name, place):
     prompt = _talk(row, "prompt", "Human", place) if "prompt" in row else []
     if prompt[-1:] == [("Assistant", "")]:  # a transcript up to the reply
         prompt.pop()
+    labels = {"better_response_id", "safer_response_id"}
+    alone = judged and prompt and not row.keys() & labels.union(sides)
     speakers, said = [], []
     for side in sides:
-        talk = _talk(row, side, "Assistant", place)
-        if talk[0][0] == "Assistant":  # the reply alone
+        talk = [("Assistant", "")] if alone else _talk(row, side, "Assistant", place)
+        if talk[0][0] != "Human":  # the reply alone
             talk = prompt + talk
         if len(talk) == 1:
             raise ValueError(f"{place}: field 'prompt' is missing, and {side} is no transcript; "
@@ -548,7 +551,9 @@ def _pair(row, name, place):
         speakers.append([who for who, _ in talk])
         said.append([words for _, words in talk])
     prefers = {name: 0}
-    if "chosen" not in row:
+    if alone:
+        prefers = {}
+    elif "chosen" not in row:
         prefers = _prefers(row, name, place)
     elif not name:
         raise ValueError(f"{place}: chosen/rejected rows do not say which preference they hold; "
@@ -556,7 +561,7 @@ def _pair(row, name, place):
     (*context, first), (*other, second) = said
     if context != other or speakers != 2 * [["Human", "Assistant"] * (len(talk) // 2)]:
         return "not one conversation up to the last reply, with Human and Assistant in turns"
-    if first == second:
+    if first == second and not alone:
         return "the two responses are the same"
     prompt = tuple(context) if len(context) > 1 else context[0]
     return Pair(prompt, (first, second), prefers)
@@ -613,15 +618,17 @@ def spread(texts, count):
     return [texts[i * len(texts) // (2 * count)] for i in range(1, 2 * count, 2)]
 
 
-def load_pairs(files, world_pairs, held_out, calibration, constraints):
+def load_pairs(files, world_pairs, held_out, calibration, constraints, judges=()):
     """The pairs of the files, or of the built-in world -> Split, preference names.
 
     constraints: the safety preferences to constrain, comma separated; "" means harmless in the
-    built-in world, all of a file's otherwise. The names are "helpful", then those.
+    built-in world, all of a file's otherwise. The names are "helpful", then those. judges: NAME=…
+    of preferences that need no pairs.
     """
-    pairs = load_preferences(files) if files else world_preferences(world_pairs)
+    pairs = load_preferences(files, judges) if files else world_preferences(world_pairs)
     split = split_pairs(pairs, held_out, calibration)
-    known = dict.fromkeys(name for pair in pairs for name in pair.prefers)  # in order
+    judged = {judge.partition("=")[0]: 0 for judge in judges}
+    known = judged | dict.fromkeys(name for pair in pairs for name in pair.prefers)  # in order
     if not constraints:
         constraints = ",".join(name for name in known if name != "helpful") if files else "harmless"
     if not constraints:
@@ -632,7 +639,8 @@ def load_pairs(files, world_pairs, held_out, calibration, constraints):
         raise ValueError(f"--constraints {constraints}: name each safety preference once; helpful "
                          "is the reward")
     for name in names:
-        if not all(any(name in pair.prefers for pair in part) for part in split):
+        held = all(any(name in pair.prefers for pair in part) for part in split)
+        if not held and name not in judged:
             raise ValueError(
                 f"no preference {name!r} in all parts of the split; the data has "
                 f"{', '.join(known)}: add a file that has it (--data NAME=FILE) or more pairs of "

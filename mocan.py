@@ -367,6 +367,9 @@ def train_reference(model, pool, calibration, recipe):
     """Supervised fine-tuning on both responses of every pair: raise their tokens' mean
     log-probability, for as many epochs as those of the calibration pool rise too. Pools (P, 2, T)
     -> the loss of every step."""
+    if (pool.response_mask.sum(2) < 2).all(1).any():  # both are empty
+        raise ValueError("some rows hold a prompt alone, from which no reference can learn to "
+                         "respond: start from a chat model (--init), or with --sft_steps 0")
     optimizer = adamw(model)
     progress = Progress(recipe, model=model, optimizer=optimizer)
     for lr, batches, ends_epoch in schedule(pool, 2, recipe, progress):
@@ -456,8 +459,9 @@ def ready_judges(specs, names, pairs, device):
             close.pop()  # the score stands at the last token that is none
         tok = tok._replace(close=close)
         pool = pair_pool(tok, pairs, f"{name} judge")
-        say_agreement(f"{name} judge, calibration",
-                      sign * map_pool(model, preferences(pairs, name, pool)))
+        if any(name in pair.prefers for pair in pairs):
+            say_agreement(f"{name} judge, calibration",
+                          sign * map_pool(model, preferences(pairs, name, pool)))
         stamps = [os.path.getmtime(file) for file in weight_files(folder)]
         free[0][name] = {"run": f"{spec} {stamps}", "folder": folder, "sign": sign, "tok": tok,
                          "pairs": sign * map_pool(model, pool)}
@@ -488,7 +492,7 @@ def confirm(said, judges, names):
     M = U·Cov(B,A)·Cov(A)⁻¹ on the responses. U undoes what B's calibration took: on the pairs,
     where E[T_j|A_j] = A_j, B_j rises with A_j by the share of T_j that is left in B_j, and U is the
     inverse of it, diagonal. What both judges have from the same kind of text stays. Where two of
-    them do not agree at all, M = U = 1, with a warning.
+    them do not agree at all, M = U = 1, with a warning; where the data has prompts alone, U = 1.
     """
     if len(said) == 1:
         if judges[0]:
@@ -499,7 +503,7 @@ def confirm(said, judges, names):
 
     def slopes(n, p):
         a, b = [within(x[:, p]) for x in pairs]
-        own = (a * b).sum(1) / (a * a).sum(1)  # (1+m,)
+        own = ((a * b).sum(1) / (a * a).sum(1)).nan_to_num(1)  # (1+m,); 1 where no pair says
         return own, regression(*[x[:, n] for x in said]) / own[:, None]
 
     own, M = slopes(torch.arange(N), torch.arange(P))

@@ -152,7 +152,8 @@ def main():
     c = settings(sys.argv[1:])
     held = enter(c)  # until main returns: the lock of --out
     split, names = data.load_pairs(  # names: "helpful", then the constraints
-        c.data, c.world_pairs, c.held_out, c.calibration, c.constraints)
+        c.data, c.world_pairs, c.held_out, c.calibration, c.constraints,
+        c.judge if c.algo == "mocan" else ())  # PeCAN needs pairs
     dual.parse_margin(c.margin, torch.ones(len(names) - 1))  # a bad one costs no training
     tok, tokenizer = open_tokenizer(c, split)
     pools = {part: data.pair_pool(tok, getattr(split, part), f"{part} pairs")
@@ -162,8 +163,7 @@ def main():
     policies, units = {}, {}
     margin = None
 
-    if c.algo != "pecan":
-        scorers = judges = train_judges(c, reference, split, pools, names)
+    scorers = judges = train_judges(c, reference, split, pools, names)  # PeCAN: for the table
     offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
     for algorithm in c.algo.replace("all", "mocan pecan").split():
         if algorithm == "pecan":  # no judge: policies that DPO made from one preference each
@@ -191,8 +191,6 @@ def main():
             policies[label] = policy = update(  # 4. update
                 c, label, policy, scored, samples, margin, found)
 
-    if c.algo == "pecan":  # the table asks them
-        judges = train_judges(c, reference, split, pools, names)
     evaluate(c, reference, policies, judges, units.get("mocan"), names, margin, split, tok)
     export_policies(c, policies, tokenizer)
 
@@ -419,6 +417,7 @@ def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
     frontier = optima(samples, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
     if frontier:
         rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}
+    remember(c)
     write_results(c, rows, frontier, [data.transcript(prompt) for prompt in prompts], texts)
     print_table(names[1:], rows)
     if len(judges) == 2:
@@ -530,6 +529,11 @@ def write(c, name, text):
     mocan.gather(name)  # no rank goes on before it is there
 
 
+def remember(c):
+    """The settings, for --from and --resume: by whoever makes something of them."""
+    write(c, "run.json", json.dumps({"config": vars(c) | {"resume": False}}, indent=1))
+
+
 def artifact(c, stage, name, **inputs):
     """A stage's result, {name: tensor or plain value}, from the file `name`, where --from starts
     later or the run that --resume continues has made it; else a dict with "began", to `finish`.
@@ -556,7 +560,7 @@ def artifact(c, stage, name, **inputs):
                                      f"{made_from.get(what)}; {remedy}")
             return saved
     print(f"\n{stage}: {path}", flush=True)
-    write(c, "run.json", json.dumps({"config": vars(c) | {"resume": False}}, indent=1))
+    remember(c)
     return {"path": path, "made_from": made_from, "run": c.run, "began": time.time()}
 
 

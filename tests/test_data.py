@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import data
-import model
 import world
 from conftest import text_batch
 from data import Pair
@@ -184,6 +183,7 @@ NOT_ONE_CONVERSATION = {
     "something comes first": {side: "You are kind." + text for side, text in HH.items()},
     "Human has the last word": {**HH, "rejected": HH["rejected"] + "\n\nHuman: Thanks"},
     "Human has the last word in both": {side: text + "\n\nHuman: Thanks" for side, text in HH.items()},
+    "a reply that goes on for the user": {**ROW, "response_0": "With glue.\n\nHuman: And then?"},
     "no one begins": {side: text.removeprefix("\n\nHuman:") for side, text in HH.items()},
 }
 
@@ -197,6 +197,41 @@ def test_transcripts_that_are_not_one_conversation_are_skipped_and_counted(tmp_p
     with pytest.raises(ValueError) as error:
         data.load_preferences([f"safe={jsonl(tmp_path, '', *2 * [NOT_ONE_CONVERSATION[case]])}"])
     one_line(error, f"{path}: no usable pair; 2 rows skipped, {path}:2 the first: not one conversation")
+
+
+ALONE = {
+    "text": ({"prompt": "How?", "source": "here"}, "How?"),
+    "null responses": ({"prompt": " How? ", "chosen": None, "response_0": None, "better_response_id": None}, "How?"),
+    "transcript": ({"prompt": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: How?\n\nAssistant:"}, ("Hi", "Yes?", "How?")),
+    "messages": ({"prompt": [{"role": "user", "content": "How?"}]}, "How?")}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_a_prompt_alone_is_a_pair_that_prefers_nothing(tmp_path, case):
+    row, prompt = ALONE[case]
+    path = jsonl(tmp_path, row)
+    assert data.load_preferences([path], judged=True) == [data.Pair(prompt, ("", ""), {})]
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([path])
+    one_line(error, f"{path}:1: field '{'chosen' if 'chosen' in row and row['chosen'] else 'response_0'}' is missing")
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"prompt": "How?", "better_response_id": 0}, "'response_0' is missing or wrong"), ({"text": "How?"}, "'response_0' is missing"),
+    ({"prompt": "How?", "response_0": "So"}, "'response_1' is missing or wrong"), ({"prompt": "How?", "chosen": "So"}, "'rejected' is missing")])
+def test_half_a_pair_is_no_prompt_alone(tmp_path, row, said):
+    with pytest.raises(ValueError) as error:
+        data.load_preferences([jsonl(tmp_path, row)], judged=True)
+    one_line(error, said)
+
+
+def test_prompts_alone_need_a_judge_for_every_name(tmp_path):
+    path = jsonl(tmp_path, *[{"prompt": f"How {i}?"} for i in range(20)])
+    split, names = data.load_pairs([path], 0, 0.2, 0.1, "", ["helpful=a", "safe=-b", "safe=c"])
+    assert names == ["helpful", "safe"] and sum(map(len, split)) == 20
+    for judges, constraints in (([], ""), (["helpful=a"], ""), (["helpful=a", "safe=b"], "polite"), (["safe=b"], "")):
+        with pytest.raises(ValueError, match="'response_0' is missing|no safety preference|no preference '(polite|helpful)'"):
+            data.load_pairs([path], 0, 0.2, 0.1, constraints, judges)
 
 
 @pytest.mark.parametrize("name, prefers", [("helpful", 1), ("polite", 0)])
@@ -678,8 +713,8 @@ def test_the_worlds_scores_are_in_the_order_of_names_and_prompts():
 def test_the_tokenizer_of_a_run_is_kept_and_read_again(tmp_path):
     pairs = [*data.world_preferences(50), Pair("", TRICKY, {})]
     pieces = data.frequent_pieces(pairs, 600)
-    model.save({"pieces": pieces}, tmp_path / "tokenizer.pt")
-    kept = model.load(tmp_path / "tokenizer.pt", "")["pieces"]
+    data.save({"pieces": pieces}, tmp_path / "tokenizer.pt")
+    kept = data.load(tmp_path / "tokenizer.pt", "")["pieces"]
     made, again = data.open_tokenizer(pieces, 48, 16), data.open_tokenizer(kept, 48, 16)
     for text in (pairs[0].prompt, *TRICKY):
         assert made.encoding.encode_ordinary(text) == again.encoding.encode_ordinary(text)

@@ -204,8 +204,8 @@ def test_from_mocan_reuses_the_earlier_stages_and_repeats_the_later_ones(tiny, t
 
 def test_from_evaluate_changes_no_policy(tiny, tiny_copy):
     job("--from", "evaluate", "--out", tiny_copy, "--eval_responses", 2)
+    assert json.loads((tiny_copy / "run.json").read_text())["config"]["eval_responses"] == 2  # the next --from keeps it
     assert all((tiny_copy / f"{name}.pt").read_bytes() == (tiny / f"{name}.pt").read_bytes() for name in POLICIES)
-    assert (tiny_copy / "run.json").read_bytes() == (tiny / "run.json").read_bytes()  # of what made the artifacts
     results = json.loads((tiny_copy / "results.json").read_text())
     assert (results["config"]["eval_responses"], results["config"]["steps"]) == (2, 6)
     assert results["policies"]["mocan"]["lam"] == numbers(tiny)["policies"]["mocan"]["lam"]
@@ -721,6 +721,31 @@ def test_a_second_published_judge_measures_and_scores_are_what_it_confirms(tmp_p
     means = [sum(x["scores"][0] for x in samples if x["generator"] == name) / sum(x["generator"] == name for x in samples)
              for name in ("mocan", "reference")]
     assert means[0] - means[1] == pytest.approx(rows["mocan"]["second"]["reward_gain"], abs=1e-4)
+
+
+def test_prompts_alone_serve_judges_that_are_there(tmp_path, capsys):
+    folder, _ = chat_folder(tmp_path / "chat")
+    one, _ = chat_folder(tmp_path / "one", "LlamaForSequenceClassification", seed=1)
+    other, _ = chat_folder(tmp_path / "other", "LlamaForSequenceClassification", seed=2)
+    path = tmp_path / "prompts.jsonl"
+    prompts = sorted({row["prompt"] for row in rows(80)})
+    path.write_text("".join(json.dumps({"prompt": prompt, "id": i}) + "\n" for i, prompt in enumerate(prompts)))
+    flags = [*CHAT, "--init", folder, "--data", path, "--judge", f"helpful={one}", f"safe=-{other}"]
+    job(*flags, "--algo", "mocan", "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "constraints: safe" in said and "judge, calibration" not in said and "lost" not in said
+    rows_found = json.loads((tmp_path / "out" / "results.json").read_text())["policies"]
+    assert list(rows_found) == ["reference", "mocan", "optimum"] and rows_found["mocan"]["lam"][0] >= 0
+    scores = load(tmp_path / "out" / "offline_scores.pt", "")["scores"]
+    assert scores.std(2).min() > 1e-3
+    job(*flags, "--algo", "mocan", "--judge", f"helpful={one}", f"safe=-{other}", "--out", tmp_path / "both")  # they agree: M = 1
+    assert "1.000 ± 0.000 of what its judge says is confirmed" in capsys.readouterr().out
+    assert torch.allclose(load(tmp_path / "both" / "offline_scores.pt", "")["scores"], scores, atol=1e-4)
+    for more, words in ((["--algo", "all"], "prompts.jsonl:1: field 'response_0' is missing"), (["--algo", "mocan", "--sft_steps", 3], "a prompt alone"),
+                        (["--algo", "mocan", "--constraints", "kind"], "no preference 'kind'")):
+        with pytest.raises(ValueError, match=words) as error:
+            job(*flags, *more, "--out", tmp_path / "no")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("flags, said", [
