@@ -19,7 +19,7 @@ A batch of text is always the pair (tokens, response_mask), both (B, T): prompt,
 padding on the right; the mask stays on the CPU. Right padding needs no attention mask, since a
 causal model never looks right; the response mask says which tokens the policy is answerable for.
 
-In this file: the model, scoring text, its memory and speed, sampling, files.
+In this file: the model, adapters, scoring text, its memory and speed, sampling, files.
 Read next: data.py, what the text is.
 """
 

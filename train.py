@@ -20,6 +20,7 @@ The stages, and the artifact that each leaves in --out:
 
 With --data each preference has two judges, from different halves of the training conversations: the
 first labels, the second (score_*_second.pt) only measures, in confirm's units, and has a table.
+With --lora reference.pt also holds all frozen weights, and every other artifact adapters alone.
 `main` is the story, MoCAN's and PeCAN's shots written out in it; below it stand the stages, the
 results, the run's folder and the command line. "Earlier" and "later" stages are those above and
 below in this list. run.json keeps the settings.
