@@ -17,7 +17,7 @@ lora FOLDER: a policy update of a published model by all its weights, and by ada
 exact FOLDER --data FILE: MoCAN on a published chat model where the scores are exact, so that the update alone is measured: its
       words "you" against its kind and unkind words. Fresh responses to fresh prompts, beside the optimum.
 texts: what a finished run's table does not show, from its samples.jsonl: length, variety, gains at equal length, and whose prompts
-      pay for the others.
+      pay for the others; with --perplexity what the policies make of the data's own responses.
 picture: an SVG of a finished run: its policies with their intervals, and the optima from lam 0 to 2 lam* on the evaluation
       prompts.
 scale: how seconds grow as prompts, responses, vocabulary, width or length grow, for scoring, sampling, a training step
@@ -1018,6 +1018,7 @@ def bench_exact(argv):
 def bench_texts(argv):
     parser = argparse.ArgumentParser(prog="bench.py texts")
     parser.add_argument("--out", default="out", help="folder of a finished run of `python train.py`")
+    parser.add_argument("--perplexity", type=int, default=0, help="of so many evaluation pairs' responses under every policy; 0: not")
     args = parser.parse_args(argv)
     try:
         rows = [json.loads(line) for line in (Path(args.out) / "samples.jsonl").read_text().splitlines()]
@@ -1047,6 +1048,24 @@ def bench_texts(argv):
         print(f"{name:16s}{words[name].mean():7.1f}{sum(not some for some in said) / len(said):7.1%}{len(set(pairs)) / max(1, len(pairs)):16.1%}"
               + "".join(f"{' '.join(f'{x:+.3f}' for x in some.tolist()):>20s}" for some in (gains, equal))
               + f"{' '.join(f'{x:.0%}' for x in lower.double().mean(1).tolist()):>11s}")
+    if args.perplexity:
+        say_perplexity(args, names, rows)
+
+
+def say_perplexity(args, names, rows):
+    kept = json.loads((Path(args.out) / "run.json").read_text())["config"]
+    c = train.Config(**{**train.SETTINGS, **kept, "out": args.out, "start": "evaluate"})
+    with silent:
+        split, _ = data.load_pairs(c.data, c.world_pairs, c.held_out, c.calibration, c.constraints, c.judge)
+        tok, _ = train.open_tokenizer(c, split)
+        pool = data.pair_pool(tok, split.evaluation[::max(1, len(split.evaluation) // args.perplexity)], "")
+    print(f"\nperplexity a token of {2 * len(pool.tokens)} responses of the evaluation pairs, and the share of own responses of full length")
+    for name in names:
+        model = from_checkpoint(load(f"{args.out}/{name.replace(' ', '_')}.pt", "run train.py first"), c.device)
+        nats = -mocan.map_pool(model, pool).sum().item() / pool.response_mask.sum().item()
+        said = [row["output"] for row in rows if row["generator"] == name]
+        full = sum(len(data.encode(tok, text)) + 1 >= c.max_new_tokens for text in said) / len(said)
+        print(f"{name:16s}{math.exp(nats):8.2f}{full:8.1%}", flush=True)
 
 
 # ---- scale

@@ -1215,6 +1215,12 @@ def test_the_texts_of_a_run(quick, tmp_path):
     for name in POLICIES:
         assert float(lines[name][3]) == pytest.approx(results[name]["reward_gain"], abs=1e-3)
         assert float(lines[name][4]) == pytest.approx(results[name]["constraint_gain"][0], abs=1e-3)
+    done = bench("texts", "--out", quick[1], "--perplexity", 20)
+    assert done.returncode == 0, done.stderr
+    last = [line.split() for line in done.stdout.splitlines()[-len(POLICIES):]]
+    assert [name for name, _, _ in last] == list(POLICIES)
+    worth = [float(x) for _, x, _ in last]
+    assert 1 < worth[0] == min(worth) < 10 and all(0 <= float(share.strip("%")) < 50 for _, _, share in last)
     nothing = bench("texts", "--out", tmp_path)
     assert nothing.returncode == 1 and "run `python train.py` first" in nothing.stderr
 
@@ -1222,9 +1228,17 @@ def test_the_texts_of_a_run(quick, tmp_path):
 def test_exact_scores_on_a_chat_model(tmp_path):
     folder, _ = chat_folder(tmp_path / "chat")
     flags = ["exact", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--out", tmp_path / "out", "--prompts", 8, "--responses", 8,
-             "--tokens", 8, "--steps", 2, "--margin", "0", "--eval_prompts", 4, "--eval_responses", 4]
+             "--tokens", 8, "--steps", 2, "--margin", "0", "--eval_prompts", 4, "--eval_responses", 4, "--lora", 2]
     done = bench(*flags)
     assert done.returncode == 0, done.stderr
     assert "on the reference's responses to fresh prompts: correlation" in done.stdout and "kindness gain" in done.stdout
     again = bench(*flags, "--resume")  # the responses are kept
     assert again.returncode == 0 and "offline 1/" not in again.stdout
+
+
+def test_a_step_by_adapters_is_weighed(tmp_path):
+    folder, _ = chat_folder(tmp_path / "chat")
+    done = bench("lora", folder, "--rank", 1, "--prompts", 1, "--responses", 2, "--prompt", 4, "--response", 4, "--steps", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    full, lora = (json.loads(done.stdout)[name] for name in ("all weights", "--lora 1"))
+    assert lora["artifact_bytes"] < full["artifact_bytes"] and min(full["peak_bytes"], lora["step_seconds"]) > 0
