@@ -535,8 +535,8 @@ def _pair(row, name, place, judged):
     prompt = _talk(row, "prompt", "Human", place) if "prompt" in row else []
     if prompt[-1:] == [("Assistant", "")]:  # a transcript up to the reply
         prompt.pop()
-    labels = {"better_response_id", "safer_response_id"}
-    alone = judged and prompt and not row.keys() & labels.union(sides)
+    alone = judged and prompt and not row.keys() & {
+        *sides, "better_response_id", "safer_response_id"}
     speakers, said = [], []
     for side in sides:
         talk = [("Assistant", "")] if alone else _talk(row, side, "Assistant", place)
@@ -551,10 +551,8 @@ def _pair(row, name, place, judged):
         speakers.append([who for who, _ in talk])
         said.append([words for _, words in talk])
     prefers = {name: 0}
-    if alone:
-        prefers = {}
-    elif "chosen" not in row:
-        prefers = _prefers(row, name, place)
+    if "chosen" not in row:
+        prefers = {} if alone else _prefers(row, name, place)
     elif not name:
         raise ValueError(f"{place}: chosen/rejected rows do not say which preference they hold; "
                          "name it: --data helpful=FILE or --data safe=FILE")
@@ -627,8 +625,8 @@ def load_pairs(files, world_pairs, held_out, calibration, constraints, judges=()
     """
     pairs = load_preferences(files, judges) if files else world_preferences(world_pairs)
     split = split_pairs(pairs, held_out, calibration)
-    judged = {judge.partition("=")[0]: 0 for judge in judges}
-    known = judged | dict.fromkeys(name for pair in pairs for name in pair.prefers)  # in order
+    judged = dict.fromkeys(judge.partition("=")[0] for judge in judges)
+    known = dict.fromkeys(name for pair in pairs for name in pair.prefers) | judged  # in order
     if not constraints:
         constraints = ",".join(name for name in known if name != "helpful") if files else "harmless"
     if not constraints:
@@ -648,6 +646,9 @@ def load_pairs(files, world_pairs, held_out, calibration, constraints, judges=()
     print(f"\ndata: {len(split.train)} training, {len(split.calibration)} calibration and "
           f"{len(split.evaluation)} evaluation pairs, no conversation in two of these; "
           f"constraints: {constraints.replace(',', ', ')}")
+    alone = sum(not pair.prefers for pair in pairs)
+    if alone:
+        print(f"  {alone} of these are prompts alone, for judges that are there")
     return split, names
 
 

@@ -367,9 +367,6 @@ def train_reference(model, pool, calibration, recipe):
     """Supervised fine-tuning on both responses of every pair: raise their tokens' mean
     log-probability, for as many epochs as those of the calibration pool rise too. Pools (P, 2, T)
     -> the loss of every step."""
-    if (pool.response_mask.sum(2) < 2).all(1).any():  # both are empty
-        raise ValueError("some rows hold a prompt alone, from which no reference can learn to "
-                         "respond: start from a chat model (--init), or with --sft_steps 0")
     optimizer = adamw(model)
     progress = Progress(recipe, model=model, optimizer=optimizer)
     for lr, batches, ends_epoch in schedule(pool, 2, recipe, progress):

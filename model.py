@@ -23,7 +23,6 @@ In this file: the model, adapters, scoring text, its memory and speed, sampling,
 Read next: data.py, what the text is.
 """
 
-import copy
 import functools
 import json
 import math
@@ -275,9 +274,9 @@ class GPT(nn.Module):
 # ---- adapters: LoRA (arXiv 2106.09685)
 def add_adapters(model):
     """Every linear layer of the blocks becomes W·x + B·A·x, A (R, in), B (out, R), R = config.lora.
-    B = 0 at first, A ~ N(0, 1), by which a step of AdamW on B changes W about as much as one on W
-    would: the same learning rates serve. All else but a score head is frozen: a buffer, which no
-    optimizer sees and `state_dict` leaves out; reference.pt has it."""
+    B = 0 at first, A ~ N(0, 1), by which a step of AdamW on B moves the policy about as far as one
+    on W would, at R = 8, where the same learning rates serve. All else but a score head is frozen:
+    a buffer, which no optimizer sees and `state_dict` leaves out; reference.pt has it."""
     rank = model.config.lora
     for place, module in model.named_modules():
         for name, weight in [*module.named_parameters(recurse=False)]:
@@ -292,19 +291,19 @@ def add_adapters(model):
             linear.register_forward_hook(adapted)
 
 
-def adapted(linear, x, y):
-    return y + x[0] @ linear.lora_A.T @ linear.lora_B.T
+def adapted(linear, given, y):
+    return y + given[0] @ linear.lora_A.T @ linear.lora_B.T
 
 
 @torch.no_grad()
 def merge(model, dtype=torch.float32):
-    """W ← W + B·A, then of that dtype, and B ← 0 -> all weights but the adapters, {name: tensor};
-    of a model without adapters all that it has."""
+    """Adds B·A to W, in float32 and then of that dtype, and sets B to 0. Returns all weights but
+    the adapters, {name: tensor}; of a model without adapters all that it has."""
     for linear in model.h.modules():
         if hasattr(linear, "lora_A"):
             linear.weight = (linear.weight + linear.lora_B @ linear.lora_A).to(dtype)
             linear.lora_B.zero_()
-    weights = {**dict(model.named_buffers()), **model.state_dict()}
+    weights = model.state_dict() | dict(model.named_buffers())
     return {name: weight for name, weight in weights.items() if "lora" not in name}
 
 
@@ -451,23 +450,26 @@ def to_checkpoint(model):
 
 
 def from_checkpoint(saved, device="cpu"):
-    """The model, with a copy of the weights: training it leaves `saved`. Under adapters it shares
-    the frozen ones, of reference.pt beside it, with all others on the device."""
+    """The model, with a copy of the weights: training it leaves `saved`. With adapters all models
+    on a device share one copy of the frozen weights, which the reference.pt beside the file has."""
     try:
-        config = GPTConfig(**saved["config"])
         with torch.device("meta"):  # sizes are checked before memory is asked for
-            model = GPT(config)
-        if config.lora:
+            model = GPT(GPTConfig(**saved["config"]))
+        if model.config.lora:
             path = Path(saved["path"]).with_name("reference.pt")
             frozen = frozen_weights(path, path.stat().st_mtime, device)
             model.load_state_dict(frozen, assign=True, strict=False)  # a score head is not there
-            add_adapters(model)
+            with torch.device("meta"):
+                add_adapters(model)
         model.load_state_dict(saved["weights"], assign=True)
-        return copy.deepcopy(model, {id(x): x for x in model.buffers()}).to(device)  # shared
+        for parameter in model.parameters():
+            parameter.data = parameter.to(device, copy=True)
+        return model
     except Exception as error:  # a damaged file raises half a dozen kinds
         raise ValueError(
             f"{saved.get('path', 'checkpoint')}: not a model that this program saved "
-            f"({in_one_line(error)}); make it again with --from its stage") from None
+            f"({in_one_line(error)}); make it again with --from its stage, and leave adapters "
+            "beside their reference.pt") from None
 
 
 @functools.lru_cache(1)
@@ -594,7 +596,7 @@ def read_tensors(path):
 def export(model, folder, files={}):
     """Write a model so that `from_pretrained`, ours and Transformers', loads it, in float32, and
     files {name: text} with it, such as its tokenizer's. Of a GPT-2 policy config.json follows from
-    the model; of others it must be among the files."""
+    the model; of others it must be among the files. Adapters are merged, also in the model."""
     open_export(folder, files)
     c = model.config
     config = json.loads(files.get("config.json", "{}"))

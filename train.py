@@ -20,7 +20,8 @@ The stages, and the artifact that each leaves in --out:
 
 With --data each preference has two judges, from different halves of the training conversations: the
 first labels, the second (score_*_second.pt) only measures, in confirm's units, and has a table.
-With --lora reference.pt also holds all frozen weights, and every other artifact adapters alone.
+With --lora reference.pt also holds all frozen weights, and the other files only adapters (and a
+score model's head), which are read with the reference.pt beside them.
 `main` is the story, MoCAN's and PeCAN's shots written out in it; below it stand the stages, the
 results, the run's folder and the command line. "Earlier" and "later" stages are those above and
 below in this list. run.json keeps the settings.
@@ -154,7 +155,7 @@ def main():
     held = enter(c)  # until main returns: the lock of --out
     split, names = data.load_pairs(  # names: "helpful", then the constraints
         c.data, c.world_pairs, c.held_out, c.calibration, c.constraints,
-        c.judge if c.algo == "mocan" else ())  # PeCAN needs pairs
+        c.judge if c.algo == "mocan" and not c.sft_steps else ())  # then prompts alone will do
     dual.parse_margin(c.margin, torch.ones(len(names) - 1))  # a bad one costs no training
     tok, tokenizer = open_tokenizer(c, split)
     pools = {part: data.pair_pool(tok, getattr(split, part), f"{part} pairs")
@@ -253,9 +254,9 @@ def train_reference(c, tok, tokenizer, pools):
             mocan.train_reference(model, pools["train"], pools["calibration"],
                                   recipe(c, "reference", c.sft_steps, c.sft_lr))
         if c.lora:
-            saved["frozen"] = merge(model, getattr(torch, c.dtype))
             if not c.init:
-                add_adapters(model)
+                add_adapters(model.cpu())
+            saved["frozen"] = merge(model, getattr(torch, c.dtype))
         finish(saved, **to_checkpoint(model))
     saved.pop("frozen", None)  # from_checkpoint reads it, and keeps one copy
     return saved
@@ -274,8 +275,8 @@ def first_model(c, tok):
     if spare or sizes.block_size < c.block_size:
         raise ValueError(
             f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; the "
-            f"tokenizer, {tok.encoding.name}, has {tok.known} tokens, and --block_size is "
-            f"{c.block_size}")
+            f"tokenizer, {tok.encoding.name} (its own would be in tokenizer.json), has {tok.known} "
+            f"tokens, and --block_size is {c.block_size}")
     model.config = replace(sizes, dtype=c.dtype, lora=c.lora,
                            checkpoint_activations=c.checkpoint_activations)
     return model
@@ -292,7 +293,7 @@ def train_judges(c, reference, split, pools, names):
             label = f"score {name}{' second' * which}"
             some[name] = saved = artifact(c, "scores", f"{label}.pt", reference=reference)
             if "began" in saved:
-                start = to_checkpoint(from_checkpoint(reference))
+                start = to_checkpoint(from_checkpoint(reference, c.device))
                 start["config"]["score_head"] = True
                 start["weights"]["score_head.weight"] = torch.zeros(1, start["config"]["n_embd"])
                 model = from_checkpoint({**reference, **start}, c.device)  # all scores are 0
@@ -384,14 +385,15 @@ def update(c, label, policy, scored, samples, margin, found):
 
 def recipe(c, stage, steps=0, lr=0.0):
     batch = c.batch if steps else c.sample_batch
-    warmup = min(20, steps // 10)
-    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", batch, c.accumulate, c, warmup)
+    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", batch, c.accumulate, c,
+                        min(20, steps // 10))  # of warm-up
 
 
 # ---- what came of it
 def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
     """Fresh responses of every policy to evaluation prompts -> results.json, samples.jsonl and the
     table. Gains are over the reference's responses to the same prompts."""
+    remember(c)
     prompts = data.spread([pair.prompt for pair in split.evaluation], c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} evaluation prompts")
@@ -418,7 +420,6 @@ def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
     frontier = optima(samples, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
     if frontier:
         rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}
-    remember(c)
     write_results(c, rows, frontier, [data.transcript(prompt) for prompt in prompts], texts)
     print_table(names[1:], rows)
     if len(judges) == 2:

@@ -76,7 +76,7 @@ step tests python -m pytest -q -rs -p no:cacheprovider tests -k "cuda or input_k
 step job python train.py "${job[@]}" --out "$out/job" &&
     sed -n '/^ .*reward gain/,$p' "$out/job.log" | sed 's/^/    /' >> "$out/block.txt"
 
-# ---- adapters
+# ---- adapters, in the device's own dtype
 step adapters python train.py "${quick[@]:0:5}" --lora 8 --out "$out/adapters" &&
     sed -n '/^ .*reward gain/,$p' "$out/adapters.log" | sed 's/^/    /' >> "$out/block.txt"
 

@@ -229,6 +229,11 @@ def test_prompts_alone_need_a_judge_for_every_name(tmp_path):
     path = jsonl(tmp_path, *[{"prompt": f"How {i}?"} for i in range(20)])
     split, names = data.load_pairs([path], 0, 0.2, 0.1, "", ["helpful=a", "safe=-b", "safe=c"])
     assert names == ["helpful", "safe"] and sum(map(len, split)) == 20
+    both = jsonl(tmp_path, *[{**ROW, "prompt": f"Why {i}?"} for i in range(20)], name="both.jsonl")
+    polite = jsonl(tmp_path, *[{**ROW, "prompt": f"Who {i}?"} for i in range(20)], name="polite.jsonl")
+    files = [both, f"polite={polite}", path]
+    _, names = data.load_pairs(files, 0, 0.2, 0.1, "", ["polite=a", "kind=b"])
+    assert names == ["helpful", "safe", "polite", "kind"]  # in the order of the data, as without judges
     for judges, constraints in (([], ""), (["helpful=a"], ""), (["helpful=a", "safe=b"], "polite"), (["safe=b"], "")):
         with pytest.raises(ValueError, match="'response_0' is missing|no safety preference|no preference '(polite|helpful)'"):
             data.load_pairs([path], 0, 0.2, 0.1, constraints, judges)

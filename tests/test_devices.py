@@ -111,13 +111,19 @@ class Placed(TorchFunctionMode):
 
 @pytest.fixture
 def placed(monkeypatch):
-    copied = torch.nn.Parameter.__deepcopy__
+    copied, made = torch.nn.Parameter.__deepcopy__, torch.nn.Parameter.__new__
+
+    def new(kind, data=None, requires_grad=True):
+        parameter = made(kind, data, requires_grad)
+        parameter.placed = on_device(data)
+        return parameter
 
     def deepcopy(self, memo):
         copy = copied(self, memo)
         copy.placed = on_device(self)
         return copy
     monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", deepcopy)
+    monkeypatch.setattr(torch.nn.Parameter, "__new__", new)
     return Placed()
 
 
@@ -143,7 +149,7 @@ MORE = {
     "world": (),
     "every option": ("--constraints", "harmless,polite", "--accumulate", "2", "--dtype", "bfloat16",
                      "--checkpoint_activations", "--checkpoint_every", "1e-9"),
-    "adapters": ("--lora", "2", "--dtype", "bfloat16"),
+    "adapters": ("--lora", "2", "--dtype", "float32"),
     "judges": ("--data", "pairs.jsonl", "--score_steps", "12", "--margin", "0.0")}
 
 
@@ -178,7 +184,7 @@ def test_the_whole_job_on_one_device(placed, more, tmp_path, monkeypatch, capsys
     assert placed.calls > 10_000
     # the host waits where results leave the device, and in training only where they are printed or saved
     assert placed.waits.keys() <= {"mocan.losses", "mocan.sample_pool", "mocan.map_pool", "model.sample_responses",
-                                   "model.to_checkpoint"}
+                                   "model.to_checkpoint", "train.train_reference"}
     assert {"mocan.losses", "mocan.map_pool", "model.sample_responses"} <= placed.waits.keys()
     # for the losses once a line, and once more where calibration ends a loop before its last step
     lines = re.findall(r"  .+ (\d+)/(\d+)  loss ", capsys.readouterr().out)

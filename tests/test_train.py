@@ -571,6 +571,17 @@ def test_defaults_of_published_weights_give_way_to_the_command_line(tmp_path, mo
     assert (c.tokenizer, c.lr, c.sft_lr, c.prompts) == ("gpt2", 1e-5, 5e-5, 128)
 
 
+def test_adapters_on_16_bit_weights(tmp_path):
+    """On a CPU too where it is asked for: the blocks' matrices in bfloat16, all else and what is trained in float32."""
+    out = tmp_path / "out"
+    job(*TINY, "--dtype", "bfloat16", "--lora", 2, "--algo", "mocan", "--lr", 1e-2, "--out", out)
+    frozen = torch.load(out / "reference.pt", weights_only=True)["frozen"]
+    assert {name for name, x in frozen.items() if x.dtype == torch.bfloat16} == {
+        f"h.0.{what}.weight" for what in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert {x.dtype for name in ("reference.pt", "mocan.pt") for x in weights(out, name).values()} == {torch.float32}
+    assert numbers(out)["policies"]["mocan"]["kl"] != 0
+
+
 def test_the_whole_job_by_adapters(small_gpt2, tmp_path):
     """Artifacts of some kilobytes beside one file of frozen weights; what is exported is plain."""
     folder, start = small_gpt2
@@ -734,6 +745,7 @@ def test_prompts_alone_serve_judges_that_are_there(tmp_path, capsys):
     job(*flags, "--algo", "mocan", "--out", tmp_path / "out")
     said = capsys.readouterr().out
     assert "constraints: safe" in said and "judge, calibration" not in said and "lost" not in said
+    assert f"{len(prompts)} of these are prompts alone" in said
     rows_found = json.loads((tmp_path / "out" / "results.json").read_text())["policies"]
     assert list(rows_found) == ["reference", "mocan", "optimum"] and rows_found["mocan"]["lam"][0] >= 0
     scores = load(tmp_path / "out" / "offline_scores.pt", "")["scores"]
@@ -741,7 +753,7 @@ def test_prompts_alone_serve_judges_that_are_there(tmp_path, capsys):
     job(*flags, "--algo", "mocan", "--judge", f"helpful={one}", f"safe=-{other}", "--out", tmp_path / "both")  # they agree: M = 1
     assert "1.000 ± 0.000 of what its judge says is confirmed" in capsys.readouterr().out
     assert torch.allclose(load(tmp_path / "both" / "offline_scores.pt", "")["scores"], scores, atol=1e-4)
-    for more, words in ((["--algo", "all"], "prompts.jsonl:1: field 'response_0' is missing"), (["--algo", "mocan", "--sft_steps", 3], "a prompt alone"),
+    for more, words in ((["--algo", "all"], "prompts.jsonl:1: field 'response_0' is missing"), (["--algo", "mocan", "--sft_steps", 3], ":1: field 'response_0' is missing"),
                         (["--algo", "mocan", "--constraints", "kind"], "no preference 'kind'")):
         with pytest.raises(ValueError, match=words) as error:
             job(*flags, *more, "--out", tmp_path / "no")
