@@ -751,7 +751,7 @@ def test_evaluation_compares_every_policy_with_the_reference_on_its_own_response
     saved = {"reference": {**to_checkpoint(reference), "seconds": 2.0},
              "other": {**to_checkpoint(other), "lam": [0.4], "seconds": 3.0}}
     c = SimpleNamespace(device="cpu", seed=0, beta=beta, eval_prompts=4, eval_responses=64, batch=16, accumulate=1, sample_batch=100,
-                        out=tmp_path, run="a run", resume=False, checkpoint_every=60.0)
+                        out=str(tmp_path), run="a run", resume=False, checkpoint_every=60.0)
     split = SimpleNamespace(evaluation=[Pair(prompt, ("", ""), {}) for prompt in prompts])
     results = []
     monkeypatch.setattr(train, "write_results", lambda *args: results.append(args))
