@@ -540,7 +540,7 @@ def _pair(row, name, place, judged):
     speakers, said = [], []
     for side in sides:
         talk = [("Assistant", "")] if alone else _talk(row, side, "Assistant", place)
-        if talk[0][0] != "Human":  # the reply alone
+        if talk[0][0] != "Human":  # the reply alone, or words of no one, which the end refuses
             talk = prompt + talk
         if len(talk) == 1:
             raise ValueError(f"{place}: field 'prompt' is missing, and {side} is no transcript; "
@@ -696,7 +696,7 @@ def load(path, remedy):
     remedy where the file is missing, damaged or no such dict."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["path"] = path  # for errors
+        saved["path"] = path  # for errors, and for what stands beside it
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
     return saved

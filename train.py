@@ -532,7 +532,7 @@ def write(c, name, text):
 
 
 def remember(c):
-    """The settings, for --from and --resume: by whoever makes something of them."""
+    """Keeps the settings, which --from and --resume read, once something is made by them."""
     write(c, "run.json", json.dumps({"config": vars(c) | {"resume": False}}, indent=1))
 
 

@@ -687,7 +687,7 @@ def adapted(family, moved=0.3, **changes):
     return model, plain
 
 
-def whole_batch(double=False):
+def whole_batch():
     return text_batch([[1, 2, 3]] * 2 + [[4, 5]] * 2, [[6, 7, 0], [8, 0], [9, 3, 4, 0], [2, 0]])
 
 
@@ -739,7 +739,7 @@ def test_gradients_of_adapters_are_those_through_merged_weights(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_adapters_say_what_they_said(family, tmp_path):
+def test_merged_adapters_say_what_they_said(family):
     model, plain = adapted(family)
     batch = whole_batch()
     before = sequence_logprob(model, *batch, 2)
