@@ -108,27 +108,6 @@ def sample_pool(policy, tok, prompts, K, recipe):
     return pool, map_pool(policy, pool)  # rounded as in training, not as in sampling
 
 
-SCORED = 64  # responses at once, in whole prompts; what more need does not stay in a CPU's cache
-
-
-@torch.no_grad()
-def map_pool(model, pool):
-    """What a model says of every response of a pool -> (N, K), float32, on the CPU: a policy
-    ln π(y|x), a score model its score."""
-    N, K, _ = pool.tokens.shape
-    found = torch.zeros(N, K)
-    me, ranks = rank()
-    order = pool.lengths.amax(1).argsort(stable=True)
-    for n in order.split(max(1, SCORED // K))[me::ranks]:
-        tokens, response_mask = take_text(pool, n, torch.arange(K), model.device)  # (B·K, T) all
-        if model.config.score_head:
-            x = model.score(tokens, response_mask, K)  # (B·K,)
-        else:
-            x = sequence_logprob(model, tokens, response_mask, K)
-        found[n] = x.view(-1, K).cpu()
-    return add_up(found)
-
-
 # ---- 2. score
 def score_pool(judges, names, prompts, pool, tok, device):
     """r, g_1 … g_m of every response -> (1+m, N, K): by the judges {preference: checkpoint of a
@@ -170,13 +149,6 @@ def solve_from(sample, ref_mean, margin, beta):
 def total_score(scores, lam):
     """s = r + ⟨λ,g⟩ (N, K), of scores (1+m, N, K): π_λ ∝ π_ref·exp(s/β)."""
     return scores[0] + torch.einsum("m,mnk->nk", lam.to(scores), scores[1:])
-
-
-def second_gain(sample, lam, beta):
-    """Gains (1+m,) of π_λ by the second scores: what λ* buys by judges that had no part in it."""
-    s = total_score(sample.scores, lam)
-    weight = (s / beta - sample.logp + sample.ref_logp).softmax(1)  # (N, K) of π_λ
-    return (weight * sample.second).sum(2).mean(1) - sample.second.mean(dim=(1, 2))
 
 
 # ---- 4. the policy update
@@ -331,6 +303,27 @@ class Progress:
             self.best["weights"] = copy.deepcopy(self.parts["model"].state_dict())
 
 
+SCORED = 64  # responses at once, in whole prompts; what more need does not stay in a CPU's cache
+
+
+@torch.no_grad()
+def map_pool(model, pool):
+    """What a model says of every response of a pool -> (N, K), float32, on the CPU: a policy
+    ln π(y|x), a score model its score."""
+    N, K, _ = pool.tokens.shape
+    found = torch.zeros(N, K)
+    me, ranks = rank()
+    order = pool.lengths.amax(1).argsort(stable=True)
+    for n in order.split(max(1, SCORED // K))[me::ranks]:
+        tokens, response_mask = take_text(pool, n, torch.arange(K), model.device)  # (B·K, T) all
+        if model.config.score_head:
+            x = model.score(tokens, response_mask, K)  # (B·K,)
+        else:
+            x = sequence_logprob(model, tokens, response_mask, K)
+        found[n] = x.view(-1, K).cpu()
+    return add_up(found)
+
+
 # ---- many processes: under torchrun each rank computes its share of what all of them then have
 def rank():
     """Of this process, and how many there are."""
@@ -423,8 +416,7 @@ def learn_score(model, name, training, calibration, evaluation, recipe):
     temperature τ in, so that r or g is in log-odds of the preference."""
     train_score(model, training, calibration, recipe)
     tau = temperature(name, map_pool(model, calibration))
-    with torch.no_grad():
-        model.score_head.weight *= tau
+    model.score_head.weight.data *= tau
     print(f"  {name}: multiplied by the inverse temperature τ = {tau:.3f}")
     say_agreement(f"{name}, evaluation", map_pool(model, evaluation))
 
@@ -479,11 +471,11 @@ def regression(first, second):
 
 
 def confirm(said, judges, names):
-    """What of the first judges' scores others confirm, who learned the same preferences from other
-    conversations -> units M, U (1+m, 1+m): M·A is the best linear guess of the truth T from the
-    first's scores A, U·B what the second say in the same units. said: A, B (1+m, N, K) of some
-    responses; judges: [{preference: with "pairs", its scores (P, 2) of calibration pairs}]. Without
-    a second judge [1]: nothing confirms what the first say.
+    """What of the first scores, of judges or of PeCAN's policies, other judges confirm, who learned
+    the same preferences from other conversations -> units M, U (1+m, 1+m): M·A is the best linear
+    guess of the truth T from the first's scores A, U·B what the second say in the same units.
+    said: A, B (1+m, N, K) of some responses; judges: [{preference: with "pairs", its scores (P, 2)
+    of calibration pairs}]. Without a second judge [1]: nothing confirms what the first say.
 
     A judge's errors look like preferences to whoever maximises its scores; A and B differ in them.
     M = U·Cov(B,A)·Cov(A)⁻¹ on the responses. U undoes what B's calibration took: on the pairs,
@@ -530,6 +522,13 @@ def in_units(units, said):
     return [torch.einsum("ij,jnk->ink", unit, x) for unit, x in zip(units, said)]
 
 
+def second_gain(sample, lam, beta):
+    """Gains (1+m,) of π_λ by the second scores: what λ* buys by judges that had no part in it."""
+    s = total_score(sample.scores, lam)
+    weight = (s / beta - sample.logp + sample.ref_logp).softmax(1)  # (N, K) of π_λ
+    return (weight * sample.second).sum(2).mean(1) - sample.second.mean(dim=(1, 2))
+
+
 # ---- calibration: scores in log-odds of the preference
 def calibrate(chosen, rejected):
     """The inverse temperature τ that makes P(chosen ≻ rejected) = σ(τ·(chosen − rejected)) most
@@ -574,3 +573,50 @@ def say_agreement(name, score):
     right = (chosen > rejected) + 0.5 * (chosen == rejected)  # (P,) half of a tie
     print(f"  {name}: {right.mean():.1%} of {len(right)} pairs right; τ = "
           f"{calibrate(chosen, rejected):.3f}; standard deviation of the score {score.std():.2f}")
+
+
+# ---- what came of it
+def compare(scores, log_ratio, weight, ref_scores):
+    """Responses with scores (1+m, N, K), ln π/π_ref (N, K) and weights (N, K), each row's sum 1, or
+    one number for all, against the reference's scores on the same prompts -> gains, KL(π‖π_ref) and
+    their 95 % intervals over prompts (taken as independent), as results.json has them."""
+    gain = (weight * scores.double()).sum(2) - ref_scores.double().mean(2)  # (1+m, N)
+    kl = (weight * log_ratio).sum(1)  # (N,)
+    found = torch.cat([gain, kl[None]])  # (2+m, N)
+    error = 1.96 * found.std(1) / math.sqrt(found.size(1))
+    found = found.mean(1)
+    reward_gain, *constraint_gain, kl = found.tolist()
+    reward_ci, *constraint_ci, kl_ci = torch.stack([found - error, found + error], dim=1).tolist()
+    return {"reward_gain": reward_gain, "reward_gain_ci": reward_ci,
+            "constraint_gain": constraint_gain, "constraint_gain_ci": constraint_ci,
+            "kl": kl, "kl_ci": kl_ci}
+
+
+def optima(sample, ref, logp, margin, beta):
+    """Rows of π_λ ∝ π_ref·exp((r + ⟨λ,g⟩)/β) itself, which nobody trained, for 31 λ from 0 to 2λ*,
+    the 16th the optimum; none where b is out of reach.
+
+    From a policy's Sample and the reference's as one of 2K responses of the even mixture of both:
+    near the policy, and nowhere far below π_ref. logp (N, K): the policy's ln π of ref's.
+    """
+    logp = torch.cat([sample.logp, logp], dim=1)  # (N, 2K)
+    ref_logp = torch.cat([sample.ref_logp, ref.ref_logp], dim=1)  # (N, 2K)
+    scores = torch.cat([sample.scores, ref.scores], dim=2)  # (1+m, N, 2K)
+    second = torch.cat([sample.second, ref.second], dim=2)
+    mixed = torch.logaddexp(logp, ref_logp) - math.log(2)  # (N, 2K)
+    both = Sample(None, mixed, ref_logp, scores)
+    try:
+        lam = solve_from(both, ref.mean_g, margin, beta).lam
+    except (dual.Infeasible, FloatingPointError) as error:
+        print(f"  no optimum by these responses: {error}")
+        return []
+    rows = []
+    for t in range(31):
+        at = t / 15 * lam
+        tilt = total_score(scores.double(), at) / beta
+        log_weight = tilt - (mixed - ref_logp)  # (N, 2K) ln π_λ/π_mixed + ln Z
+        log_z = log_weight.logsumexp(1, keepdim=True) - math.log(log_weight.size(1))
+        how = tilt - log_z, log_weight.softmax(1)
+        rows.append({"lam": at.tolist(), **compare(scores, *how, ref.scores),
+                     "second": compare(second, *how, ref.second)})
+    return rows

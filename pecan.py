@@ -11,6 +11,8 @@ helpful, which is safer.
        β·ln(π_r/π_ref) = r − β·ln Z_r(x),   β·ln(π_g/π_ref) = g − β·ln Z_g(x):
    the scores, up to a constant of the prompt, which no label and no π_λ can see. A pre-alignment
    stops before that optimum; a factor τ on its log-ratios mends it. (mocan.calibrate)
+   They hold what the policies learned by heart. On real data judges that learned from other
+   conversations say how much of it they confirm; no label is theirs.          (mocan.confirm)
 3. The same dual, with r → β·ln(π_r/π_ref), g → β·ln(π_g/π_ref): mocan.solve_from on these scores.
 4. One policy update: DPO with pairs labelled by s = β·(ln(π_r/π_ref) + ⟨λ*, ln(π_g/π_ref)⟩).
                                                                                    (train_pecan)

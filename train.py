@@ -169,8 +169,9 @@ def main():
     offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
     for algorithm in c.algo.replace("all", "mocan pecan").split():
         if algorithm == "pecan":  # no judge: policies that DPO made from one preference each
-            scorers = prealign(c, reference, split, pools, names)
-            policies = scorers[0] | policies
+            dpo = prealign(c, reference, split, pools, names)
+            policies = {f"dpo-{name}": dpo[name] for name in names} | policies
+            scorers = [dpo, *judges[1:]]
         policy = reference
         for shot in range(1, c.shots + 1):
             label = f"{algorithm} shot {shot}" if shot > 1 else algorithm
@@ -308,19 +309,24 @@ def train_judges(c, reference, split, pools, names):
 
 
 def prealign(c, reference, split, pools, names):
-    """PeCAN: [{dpo-NAME: artifact of a policy and of its τ}]."""
+    """PeCAN: {preference: artifact of a policy and of its τ}. With --data from the half of the
+    conversations that no second judge has seen."""
     dpo = {}
+    if c.data:
+        split = split._replace(train=data.half(split.train, 0))
     for name in names:
         label = f"dpo-{name}"
-        dpo[label] = saved = artifact(c, "prealign", f"{label}.pt", reference=reference)
+        dpo[name] = saved = artifact(c, "prealign", f"{label}.pt", reference=reference)
         if "began" in saved:
             policy = from_checkpoint(reference, c.device)
+            before = mocan.map_pool(policy, pools["calibration"])
             training, calibration = [data.preferences(getattr(split, part), name, pools[part])
                                      for part in ("train", "calibration")]
             _, tau = pecan.prealign(policy, training, calibration, c.beta,
                                     recipe(c, label, c.prealign_steps, c.prealign_lr))
-            finish(saved, **to_checkpoint(policy), tau=tau)
-    return [dpo]
+            implicit = c.beta * tau * (mocan.map_pool(policy, pools["calibration"]) - before)
+            finish(saved, **to_checkpoint(policy), tau=tau, pairs=implicit)
+    return dpo
 
 
 def sample(c, name, K, policy, reference, tok, prompts):
@@ -337,19 +343,21 @@ def sample(c, name, K, policy, reference, tok, prompts):
 
 
 def score(c, label, sampled, scorers, names, prompts, tok, units):
-    """Their scores, by [{NAME: artifact}] of MoCAN's judges or of PeCAN's policies, in the units
-    that mocan.confirm finds in the first shot -> the artifact, and all of it as a mocan.Sample."""
+    """Their scores, by [{preference: artifact}] of MoCAN's judges or of PeCAN's policies, then of
+    the second judges, in the units that mocan.confirm finds in the first shot -> the artifact, and
+    all of it as a mocan.Sample."""
     pool = data.Pool(sampled["tokens"], sampled["response_mask"])  # (N, K, T)
     name = {"mocan": "offline", "pecan": "prealign"}.get(label, label)  # the first shots'
     saved = artifact(c, name.split()[0], f"{name}_scores.pt", samples=sampled,
                      scorers=[scorer["run"] for some in scorers for scorer in some.values()])
     if "began" in saved:
+        first, *second = scorers
+        how = names, prompts, pool, tok, c.device
         if label.startswith("mocan"):
-            said = [mocan.score_pool(some, names, prompts, pool, tok, c.device)
-                    for some in scorers]
+            said = [mocan.score_pool(first, *how)]
         else:
-            said = [pecan.implicit_scores(some, pool, sampled["ref_logp"], c.beta, c.device)
-                    for some in scorers]
+            said = [pecan.implicit_scores(first, pool, sampled["ref_logp"], c.beta, c.device)]
+        said += [mocan.score_pool(some, *how) for some in second]
         if units is None:
             units = mocan.confirm(said, scorers, names)
         scores = mocan.in_units(units, said)
@@ -412,12 +420,12 @@ def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
             ref = samples
         texts[name] = pool.texts(tok), samples.second.flatten(1).T.tolist()
         how = logp - samples.ref_logp, 1 / c.eval_responses
-        rows[name] = {**compare(samples.scores, *how, ref.scores),
-                      "second": compare(samples.second, *how, ref.second),
+        rows[name] = {**mocan.compare(samples.scores, *how, ref.scores),
+                      "second": mocan.compare(samples.second, *how, ref.second),
                       "margin": margin.tolist(), "lam": saved.get("lam", []),
                       "predicted": saved.get("predicted"), "seconds": saved.get("seconds", 0.0)}
     # the last policy, the nearest to the optimum
-    frontier = optima(samples, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
+    frontier = mocan.optima(samples, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
     if frontier:
         rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}
     write_results(c, rows, frontier, [data.transcript(prompt) for prompt in prompts], texts)
@@ -425,52 +433,6 @@ def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
     if len(judges) == 2:
         print("\nby the second judges, which label nothing:")
         print_table(names[1:], {name: row | row["second"] for name, row in rows.items()})
-
-
-def compare(scores, log_ratio, weight, ref_scores):
-    """Responses with scores (1+m, N, K), ln π/π_ref (N, K) and weights (N, K), each row's sum 1, or
-    one number for all, against the reference's scores on the same prompts -> gains, KL(π‖π_ref) and
-    their 95 % intervals over prompts (taken as independent), as results.json has them."""
-    gain = (weight * scores.double()).sum(2) - ref_scores.double().mean(2)  # (1+m, N)
-    kl = (weight * log_ratio).sum(1)  # (N,)
-    found = torch.cat([gain, kl[None]])  # (2+m, N)
-    error = 1.96 * found.std(1) / math.sqrt(found.size(1))
-    found = found.mean(1)
-    reward_gain, *constraint_gain, kl = found.tolist()
-    reward_ci, *constraint_ci, kl_ci = torch.stack([found - error, found + error], dim=1).tolist()
-    return {"reward_gain": reward_gain, "reward_gain_ci": reward_ci,
-            "constraint_gain": constraint_gain, "constraint_gain_ci": constraint_ci,
-            "kl": kl, "kl_ci": kl_ci}
-
-
-def optima(sample, ref, logp, margin, beta):
-    """Rows of π_λ ∝ π_ref·exp((r + ⟨λ,g⟩)/β) itself, which nobody trained, for 31 λ from 0 to 2λ*,
-    the 16th the optimum; none where b is out of reach.
-
-    From a policy's Sample and the reference's as one of 2K responses of the even mixture of both:
-    near the policy, and nowhere far below π_ref. logp (N, K): the policy's ln π of ref's.
-    """
-    logp = torch.cat([sample.logp, logp], dim=1)  # (N, 2K)
-    ref_logp = torch.cat([sample.ref_logp, ref.ref_logp], dim=1)  # (N, 2K)
-    scores = torch.cat([sample.scores, ref.scores], dim=2)  # (1+m, N, 2K)
-    second = torch.cat([sample.second, ref.second], dim=2)
-    mixed = torch.logaddexp(logp, ref_logp) - math.log(2)  # (N, 2K)
-    both = mocan.Sample(None, mixed, ref_logp, scores)
-    try:
-        lam = mocan.solve_from(both, ref.mean_g, margin, beta).lam
-    except (dual.Infeasible, FloatingPointError) as error:
-        print(f"  no optimum by these responses: {error}")
-        return []
-    rows = []
-    for t in range(31):
-        at = t / 15 * lam
-        tilt = mocan.total_score(scores.double(), at) / beta
-        log_weight = tilt - (mixed - ref_logp)  # (N, 2K) ln π_λ/π_mixed + ln Z
-        log_z = log_weight.logsumexp(1, keepdim=True) - math.log(log_weight.size(1))
-        how = tilt - log_z, log_weight.softmax(1)
-        rows.append({"lam": at.tolist(), **compare(scores, *how, ref.scores),
-                     "second": compare(second, *how, ref.second)})
-    return rows
 
 
 def write_results(c, rows, frontier, prompts, texts):

@@ -21,7 +21,7 @@ texts: what a finished run's table does not show, from its samples.jsonl: length
 picture: an SVG of a finished run: its policies with their intervals, and the optima from lam 0 to 2 lam* on the evaluation
       prompts.
 scale: how seconds grow as prompts, responses, vocabulary, width or length grow, for scoring, sampling, a training step
-      and the dual.
+      and the dual; then seconds and memory of a training step and of sampling for 10 to 360 million parameters.
 
 train, sample, chat and scale take --json (the figures as one JSON object on stdout; the text goes to stderr) and --device. Weights and
 tokens are random. The share of the matrix product is what the model's weights need at least, 2 operations for each weight
@@ -338,7 +338,7 @@ def bench_shots(argv):
         spent += time.time() - began
         if (turn + 1) * a.evaluations // a.rounds > turn * a.evaluations // a.rounds:
             x = respond(policy, held, "evaluate", c.eval_responses)
-            m = train.compare(x.scores, x.logp - x.ref_logp, torch.full_like(x.logp, 1 / c.eval_responses), ref_eval)
+            m = mocan.compare(x.scores, x.logp - x.ref_logp, torch.full_like(x.logp, 1 / c.eval_responses), ref_eval)
             history.append((m["reward_gain"], m["constraint_gain"][0], m["kl"], lam.item(), spent, turn + 1))
             print(f"  round {turn + 1:3d}: lam {lam.item():.3f}  reward gain {m['reward_gain']:+.3f}  {names[1]} gain "
                   f"{m['constraint_gain'][0]:+.3f} (b {b:.3f})  KL {m['kl']:.3f}  {spent:.0f} s", flush=True)
@@ -997,9 +997,9 @@ def bench_exact(argv):
     ref = respond(reference, split.evaluation, c.eval_prompts, c.eval_responses, "evaluate_reference", "evaluate")
     ours = respond(policy, split.evaluation, c.eval_prompts, c.eval_responses, "evaluate_mocan", "evaluate")
     other = mocan.map_pool(policy, ref.pool)
-    frontier = train.optima(ours, ref, other, margin, c.beta)
+    frontier = mocan.optima(ours, ref, other, margin, c.beta)
     extra = {"margin": margin.tolist(), "seconds": trained - sampled, "lam": found.lam.tolist()}
-    rows = {"mocan": {**train.compare(ours.scores, ours.logp - ours.ref_logp, 1 / c.eval_responses, ref.scores), **extra}}
+    rows = {"mocan": {**mocan.compare(ours.scores, ours.logp - ours.ref_logp, 1 / c.eval_responses, ref.scores), **extra}}
     if frontier:
         rows["optimum"] = {**extra, **frontier[15]}
     train.print_table(["kindness"], rows)
@@ -1119,11 +1119,44 @@ def problem(size, device):
     return r, g, 0.5 * dual.reachable(g)
 
 
+MODELS = (Shape(6, 320, 5, 8192, 64, 64), Shape(8, 512, 8, 16384, 64, 64), Shape(12, 832, 13, 49152, 64, 64), Shape(24, 1024, 16, 49152, 64, 64))
+
+
+def size_case(a, shape, dtype):
+    """A step of train_mocan on 8 responses to one prompt, and sampling 8 responses: seconds, of the matrix product, peak memory."""
+    pool = shape.pool(1, 8)
+    tokens = shape.prompt + 8 * shape.response
+    scores, logp = torch.randn(2, 1, 8), torch.zeros(1, 8)
+    policy = shape.model(a.device, dtype)
+    parameters = sum(p.numel() for p in policy.parameters())
+    rate = max(product_rates(a.device, dtype, tokens, shape).values())
+    step = min(time_steps(policy, mocan.Sample(pool, logp, logp, scores), 8, 2) for _ in range(a.repeat))
+    policy.zero_grad()
+    prompts, uniforms = pool.tokens[:, 0, :shape.prompt].tolist(), torch.rand(1, 8, shape.response)
+    sampling = min(seconds(a.device, policy.generate, prompts, uniforms) for _ in range(a.repeat))
+    needed = 3 * shape.operations(tokens, 8 * shape.response) / rate
+    return {"parameters": parameters, "step": step, "share": needed / step, "tokens": 8 * shape.response / sampling,
+            "memory": peak_memory("ours", shape, 4, a.device, dtype)}
+
+
+def bench_sizes(a, figures):
+    for dtype in dtypes(a.device):
+        print(f"\na step of mocan.train_mocan on 8 responses of 64 tokens to a prompt of 64 (memory: to 4 prompts), and sampling as many; {dtype}\n"
+              f"{'parameters':>11s}{'step s':>9s}{'to the last':>12s}{'of mm':>7s}{'tokens/s':>10s}  above weights, gradients and moments")
+        rows = figures.setdefault("sizes", {}).setdefault(dtype, [])
+        for shape in MODELS[:a.sizes]:
+            rows.append(row := size_case(a, shape, dtype))
+            grown = f"{row['step'] / rows[-2]['step'] / (row['parameters'] / rows[-2]['parameters']):11.2f}x" if rows[1:] else " " * 12
+            print(f"{row['parameters'] / 1e6:9.1f} M{row['step']:9.2f}{grown}{row['share']:7.0%}{row['tokens']:10.0f}  "
+                  f"{gigabytes(row['memory'])}", flush=True)
+
+
 def bench_scale(argv):
     a = parse("scale", argv, n=(4, 1, "prompts at 1x"), k=(8, 2, "responses at 1x, even"), vocab=(4096, 2, "vocabulary at 1x"),
               width=(64, 2, "at 1x, even"), length=(32, 1, "tokens of a prompt, and of a response, at 1x"),
               dual_n=(1000, 1, "prompts of the dual at 1x"), dual_k=(128, 2, "its responses at 1x"),
-              repeat=(5, 1, "runs of each, interleaved, after one that does not count"))
+              repeat=(5, 1, "runs of each, interleaved, after one that does not count"),
+              sizes=(4, 0, "models of 10, 30, 135, 360 million parameters, the first so many"))
     base = Size(a.n, a.k, a.vocab, a.width, a.length)
     small = base._replace(N=a.dual_n, K=a.dual_k)
     cases = [("scoring", scoring, base, Size._fields), ("sampling", sampling, base, Size._fields),
@@ -1140,6 +1173,7 @@ def bench_scale(argv):
                 ratios = [medians[factor] / medians[1] for factor in FACTORS]
                 figures["ratios"].setdefault(name, {})[what] = {"seconds": medians[1], **dict(zip(FACTORS, ratios))}
                 print(f"{name:20s}{what:11s}{1e3 * medians[1]:9.2f}" + "".join(f"{x:8.2f}" for x in ratios[1:]), flush=True)
+        bench_sizes(a, figures)
 
 
 

@@ -1,7 +1,12 @@
-"""What several test files share: where things are, and a space small enough to enumerate."""
+"""What several test files share: where things are, a space small enough to enumerate, and the whole suite in two processes."""
 
+import hashlib
 import itertools
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,3 +69,48 @@ def space():
             ref=counts.double() / total, rows=rows, r=torch.randn(N, S, **normal), g=torch.randn(m, N, S, **normal),
             spread=lambda x: x.gather(-1, rows.expand(*x.shape[:-1], total)))
     return build
+
+
+# ---- `python -m pytest` without a choice of tests: one process takes the tests from the front, another from the back, until they meet
+CLAIMS = "TESTS_CLAIMED"  # a folder with a file for each test that one of the two has taken
+other = SimpleNamespace(process=None, output=None)
+
+
+def pytest_configure(config):
+    args = config.invocation_params.args
+    if set(args) - {"-q", "-v", "-x"} or CLAIMS in os.environ or (os.cpu_count() or 1) < 2:
+        return
+    os.environ[CLAIMS] = tempfile.mkdtemp()
+    os.environ["OMP_NUM_THREADS"] = "1"  # a core for each; tiny models gain little by a second one
+    torch.set_num_threads(1)
+    other.output = tempfile.TemporaryFile("w+")
+    other.process = subprocess.Popen([sys.executable, "-m", "pytest", "--color=no", *args], cwd=config.invocation_params.dir,
+                                     stdout=other.output, stderr=subprocess.STDOUT)
+
+
+def pytest_collection_modifyitems(items):
+    if CLAIMS in os.environ and not other.process:
+        items.reverse()
+
+
+def pytest_runtest_protocol(item):
+    """True: nothing is left to do for this test, since the other process has it."""
+    if CLAIMS in os.environ:
+        try:
+            os.close(os.open(Path(os.environ[CLAIMS], hashlib.sha256(item.nodeid.encode()).hexdigest()), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return True
+
+
+def pytest_sessionfinish(session):
+    if other.process and other.process.wait():
+        session.exitstatus = session.exitstatus or 1
+
+
+def pytest_terminal_summary(terminalreporter):
+    if other.process:
+        other.output.seek(0)
+        terminalreporter.section("the tests from the back, in the second process")
+        terminalreporter.write(other.output.read())
+        other.output.close()
+        shutil.rmtree(os.environ.pop(CLAIMS))

@@ -623,7 +623,7 @@ def test_in_the_first_shot_it_is_the_dual_itself(space):
 
 def compare(scores, ref_scores):
     even = torch.full(scores.shape[1:], 1 / scores.size(2), dtype=torch.float64)
-    return train.compare(scores, torch.zeros(scores.shape[1:]), even, ref_scores)
+    return mocan.compare(scores, torch.zeros(scores.shape[1:]), even, ref_scores)
 
 
 def test_an_interval_by_hand():
@@ -704,7 +704,7 @@ def test_the_optimum_row_is_the_closed_form_whatever_policy_the_responses_are_fr
     scores = torch.cat([s.r[None], s.g])
     ref = mocan.Sample(None, s.spread(s.ref.log()), s.spread(s.ref.log()), s.spread(scores), s.spread(scores))
     near = mocan.Sample(None, other.spread(other.ref.log()), other.spread(s.ref.log()), other.spread(scores), other.spread(scores))
-    rows = train.optima(near, ref, s.spread(other.ref.log()), margin, beta)
+    rows = mocan.optima(near, ref, s.spread(other.ref.log()), margin, beta)
     assert len(rows) == 31
     got, lam = rows[15], f64(*rows[15]["lam"])
     assert torch.allclose(lam, dual.solve(s.spread(s.r), s.spread(s.g), margin, beta).lam, atol=1e-8, rtol=0)
@@ -725,20 +725,20 @@ def test_the_optimum_row_is_the_closed_form_whatever_policy_the_responses_are_fr
 def test_where_the_margin_is_out_of_reach_there_is_no_optimum(space, capsys):
     s = space(1)
     ref = mocan.Sample(None, s.spread(s.ref.log()), s.spread(s.ref.log()), *2 * [s.spread(torch.cat([s.r[None], s.g]))])
-    assert train.optima(ref, ref, ref.logp, f64(99.0), 1.0) == []
+    assert mocan.optima(ref, ref, ref.logp, f64(99.0), 1.0) == []
     assert "no optimum by these responses: margin [99" in capsys.readouterr().out
 
 
 def test_kl_is_a_mean_over_prompts_with_its_interval():
     scores = torch.zeros(2, 2, 2, dtype=torch.float64)
-    row = train.compare(scores, f64(1, 2, 3, 5).view(2, 2), torch.full((2, 2), 0.5), scores)
+    row = mocan.compare(scores, f64(1, 2, 3, 5).view(2, 2), torch.full((2, 2), 0.5), scores)
     half = 1.96 * 2.5 / 2 ** 0.5 / 2 ** 0.5  # per prompt 1.5 and 4
     assert row["kl"] == pytest.approx(2.75) and row["kl_ci"] == pytest.approx([2.75 - half, 2.75 + half])
 
 
 def test_weights_of_responses_count(capsys):
     scores, ref = f64(1, 3, 0, 4).view(1, 2, 2), torch.zeros(1, 2, 2)
-    row = train.compare(scores, f64(1, 2, 3, 5).view(2, 2), f64(1, 0, 0.25, 0.75).view(2, 2), ref)
+    row = mocan.compare(scores, f64(1, 2, 3, 5).view(2, 2), f64(1, 0, 0.25, 0.75).view(2, 2), ref)
     assert row["reward_gain"] == pytest.approx((1 + 3) / 2) and row["kl"] == pytest.approx((1 + 0.75 + 3.75) / 2)
 
 

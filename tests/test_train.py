@@ -380,6 +380,43 @@ def test_pecan_alone_needs_no_score_but_is_judged(tmp_path):
     assert results["policies"]["pecan"]["predicted"]["lam"] == results["policies"]["pecan"]["lam"]
 
 
+def test_implicit_scores_are_what_second_judges_confirm_of_them(tmp_path, monkeypatch, capsys):
+    """PeCAN's policies learn from one half of the conversations; the judges of the other half say how much of their scores
+    holds. What mocan.confirm is given is worked out anew from the artifacts."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(200)))
+    trained, given = [], []
+    real_prealign, real_confirm = train.pecan.prealign, mocan.confirm
+
+    def confirm(said, judges, names):
+        units = real_confirm(said, judges, names)
+        given.append((said, [[some[name]["pairs"] for name in names] for some in judges], units))
+        return units
+    monkeypatch.setattr(train.pecan, "prealign", lambda policy, pool, *rest: (trained.append(pool), real_prealign(policy, pool, *rest))[1])
+    monkeypatch.setattr(mocan, "confirm", confirm)
+    out = tmp_path / "out"
+    job(*TINY, "--out", out, "--data", path, "--algo", "pecan", "--score_steps", 60, "--prealign_steps", 60)
+    assert "of what its judge says is confirmed by a second one" in capsys.readouterr().out
+    [(said, on_pairs, (M, U))] = given
+    kept = {name: load(out / f"{name}.pt", "") for name in ("reference", "dpo-helpful", "dpo-safe", "score_helpful_second", "score_safe_second",
+                                                            "offline", "prealign_scores", "tokenizer")}
+    tok = data.open_tokenizer(kept["tokenizer"]["pieces"], 40, 24)
+    split = data.split_pairs(data.load_preferences([str(path)]), 0.2, 0.1)
+    pool, pairs = Pool(kept["offline"]["tokens"], kept["offline"]["response_mask"]), data.pair_pool(tok, split.calibration, "")
+
+    def says(name, texts):
+        return mocan.map_pool(train.from_checkpoint(kept[name]), texts)
+    for j, name in enumerate(("helpful", "safe")):
+        tau = kept[f"dpo-{name}"]["tau"]
+        for texts, first, second in ((pool, said[0][j], said[1][j]), (pairs, on_pairs[0][j], on_pairs[1][j])):
+            assert torch.allclose(first, tau * (says(f"dpo-{name}", texts) - says("reference", texts)), atol=1e-4)
+            assert torch.allclose(second, says(f"score_{name}_second", texts), atol=1e-5)
+    assert torch.allclose(kept["prealign_scores"]["scores"], torch.tensordot(M, said[0], 1), atol=1e-5)
+    assert torch.allclose(kept["prealign_scores"]["second"], torch.tensordot(U, said[1], 1), atol=1e-5)
+    learned = sorted({data.conversation(pair.prompt) for pair in split.train})[::2]
+    assert all(len(p.tokens) == sum(data.conversation(pair.prompt) in learned for pair in split.train) for p in trained)
+
+
 def test_mocan_alone_needs_no_pre_alignment(tmp_path):
     job(*TINY, "--out", tmp_path, "--algo", "mocan")
     results = numbers(tmp_path)
