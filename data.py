@@ -278,7 +278,7 @@ def published_tokenizer(files, name, system, *limits):
     for file in ("generation_config.json", "config.json"):
         ids = json.loads(files.get(file, "{}")).get("eos_token_id")
         ends += ids if isinstance(ids, list) else [ids]
-    ends = [i for i in ends if i is not None]
+    ends = [i for i in ends if type(i) is int]
     text = chat_template(files)
     if name == "auto":
         name = next((name for name, marks in RECOGNISED.items() if re.match(marks, text, re.S)), "")

@@ -610,6 +610,8 @@ def check(parser, c):
                          f"{f'at least {least}' if name in LEAST else 'above 0'}")
     if c.judge and not c.data:
         parser.error("--judge needs --data: the built-in world has scores of its own")
+    if not c.init and (c.system or c.template != "auto"):
+        parser.error("--system and --template need --init: they are of a published model's chat")
     if c.held_out + c.calibration >= 1:
         parser.error(
             f"--held_out {c.held_out} and --calibration {c.calibration} must add up to less than 1")

@@ -843,8 +843,9 @@ def test_an_end_may_have_the_id_zero(tmp_path, ends):
     files = published_folder(tmp_path)
     files |= {"generation_config.json": json.dumps({"eos_token_id": ends}), "config.json": "{}"}
     assert data.published_tokenizer(files, "auto", "", 99, 99).ends == (ends if isinstance(ends, list) else [ends])
-    with pytest.raises(ValueError, match="no eos_token_id"):
-        data.published_tokenizer(files | {"generation_config.json": "{}"}, "auto", "", 99, 99)
+    for none in ("{}", '{"eos_token_id": "</s>"}'):
+        with pytest.raises(ValueError, match="no eos_token_id"):
+            data.published_tokenizer(files | {"generation_config.json": none}, "auto", "", 99, 99)
 
 
 @pytest.mark.parametrize("name, content", [("tokenizer_config.json", b"[]"), ("tokenizer_config.json", b"{bad"), ("config.json", b"\xff"),

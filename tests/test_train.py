@@ -398,6 +398,7 @@ def test_implicit_scores_are_what_second_judges_confirm_of_them(tmp_path, monkey
     job(*TINY, "--out", out, "--data", path, "--algo", "pecan", "--score_steps", 60, "--prealign_steps", 60)
     assert "of what its judge says is confirmed by a second one" in capsys.readouterr().out
     [(said, on_pairs, (M, U))] = given
+    assert not torch.equal(M, torch.eye(2))  # they agree
     kept = {name: load(out / f"{name}.pt", "") for name in ("reference", "dpo-helpful", "dpo-safe", "score_helpful_second", "score_safe_second",
                                                             "offline", "prealign_scores", "tokenizer")}
     tok = data.open_tokenizer(kept["tokenizer"]["pieces"], 40, 24)
@@ -964,6 +965,8 @@ BAD_FLAGS = {
     "no training data": (["--held_out", "1.5"], "--held_out 1.5"),
     "no room for a prompt": (["--max_new_tokens", "190"], "--block_size 192"),
     "score_steps below 0": (["--score_steps", "-3"], "--score_steps"),
+    "a system message of no chat": (["--system", "Be good."], "--init"),
+    "a template of no chat": (["--data", "pairs.jsonl", "--template", "chatml"], "--init"),
 }
 
 
