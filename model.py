@@ -53,7 +53,7 @@ class GPTConfig:
     family: str = "gpt2"  # or llama, qwen2, qwen3
     n_kv_head: int = 0  # heads of keys and values, each for several of queries; 0: n_head
     head_dim: int = 0  # 0: n_embd / n_head
-    n_inner: int = 0  # width of the MLP; 0: 4 n_embd
+    n_inner: int = None  # width of the MLP; None, as in config.json: 4 n_embd
     norm_eps: float = 1e-5
     tied: bool = True  # the embedding is the output layer
     lora: int = 0  # rank of adapters, see `add_adapters`
@@ -480,14 +480,14 @@ def frozen_weights(path, written, device):
 
 
 # ---- files: the published layout, a folder of config.json and weights
-SIZES = {  # config.json's names, GPT-2's and the Llama family's: ours
+GPT2_SIZES = {  # config.json's names: ours
     "model_type": "family", "vocab_size": "vocab_size", "tie_word_embeddings": "tied",
-    "n_positions": "block_size", "max_position_embeddings": "block_size",
-    "n_layer": "n_layer", "num_hidden_layers": "n_layer",
-    "n_head": "n_head", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
-    "n_embd": "n_embd", "hidden_size": "n_embd", "head_dim": "head_dim",
-    "n_inner": "n_inner", "intermediate_size": "n_inner",
-    "layer_norm_epsilon": "norm_eps", "rms_norm_eps": "norm_eps"}
+    "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
+    "n_inner": "n_inner", "layer_norm_epsilon": "norm_eps"}
+SIZES = GPT2_SIZES | {  # and the Llama family's
+    "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "head_dim": "head_dim",
+    "hidden_size": "n_embd", "intermediate_size": "n_inner", "rms_norm_eps": "norm_eps"}
 COVERED = {  # where config.json has these, nothing else
     "activation_function": ["gelu_new"], "scale_attn_weights": [True],
     "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
@@ -605,11 +605,9 @@ def export(model, folder, files={}):
     if not c.rope:
         prefix, names = "transformer.", {"score_head": "score"}
         config = {
-            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": c.n_layer,
-            "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
-            "n_inner": c.n_inner or None, "layer_norm_epsilon": c.norm_eps,
-            "vocab_size": c.vocab_size, "tie_word_embeddings": c.tied,
+            "architectures": ["GPT2LMHeadModel"],
             "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1,
+            **{theirs: getattr(c, ours) for theirs, ours in GPT2_SIZES.items()},
         } | config | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # else it has some
     for name, text in {**files, "config.json": json.dumps(config)}.items():
         replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
