@@ -138,25 +138,22 @@ def group_batches(lengths, responses, group, key):
             yield n, k[n]
 
 
-def to_device(x, device):
-    """Without waiting for the device; whole numbers as it indexes with them."""
+def take(x, n, k, device):
+    """Entries k (B, G) of prompts n (B,): x (N, K, …) -> (B, G, …), without waiting for the
+    device."""
+    x = x[n[:, None], k]
     if device.type == "cuda":
         x = x.pin_memory()
-    x = x.to(device, non_blocking=True)
-    return x if x.is_floating_point() else x.long()
-
-
-def take(x, n, k, device):
-    """Entries k (B, G) of prompts n (B,): x (N, K, …) -> (B, G, …)."""
-    return to_device(x[n[:, None], k], device)
+    return x.to(device, non_blocking=True)
 
 
 def take_text(pool, n, k, device):
     """Responses k (B, G) to prompts n (B,) -> tokens, response_mask (B·G, T), T of the longest.
     The mask stays on the CPU, so that no one waits for the device to know how many it picks."""
-    tokens, response_mask = [x[n[:, None], k].flatten(0, 1) for x in pool]
+    response_mask = pool.response_mask[n[:, None], k].flatten(0, 1)
     used = response_mask.any(0).nonzero().max() + 1
-    return to_device(tokens[:, :used], device), response_mask[:, :used]
+    tokens = take(pool.tokens[..., :used], n, k, device)  # (B, G, T)
+    return tokens.flatten(0, 1), response_mask[:, :used]
 
 
 # ---- 3. the tokenizer and the chat template
