@@ -436,8 +436,7 @@ def load_preferences(paths, judged=False):
             name, path = named.groups()
         rows = []
         skipped = {}  # why: where
-        for row, place in _rows(path):
-            pair = _pair(row, name, place, judged)
+        for pair, place in _pairs(path, name, judged):
             if isinstance(pair, Pair):
                 rows.append(pair)
             else:
@@ -452,43 +451,42 @@ def load_preferences(paths, judged=False):
     return pairs
 
 
-def _rows(path):
-    """What the file's lines hold but for null fields, each with FILE:NUMBER. Stops at MAX_LINE and
-    MAX_LINES: a small gzip file may hold terabytes."""
+def _pairs(path, name, judged):
+    """`_pair` of the file's lines, each with FILE:NUMBER. Stops at MAX_LINE and MAX_LINES: a small
+    gzip file may hold terabytes."""
+    number = 0
     try:
         with open(path, "rb") as file:
             if file.peek(2).startswith(b"\x1f\x8b"):
                 file = gzip.open(file)
-            number = 0
             while line := file.readline(MAX_LINE + 1):
                 number += 1
                 if len(line) > MAX_LINE or number > MAX_LINES:
-                    raise ValueError(f"{path}:{number}: more than {MAX_LINE} bytes in a line or "
-                                     f"{MAX_LINES} lines; shorten it, or split the file")
+                    raise ValueError(f"more than {MAX_LINE} bytes in a line or {MAX_LINES} lines; "
+                                     "shorten it, or split the file")
                 if line.strip():
-                    place = f"{path}:{number}"
-                    yield _row(line, place), place
+                    yield _pair(_row(line), name, judged), f"{path}:{number}"
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path}: cannot be read as JSONL or JSONL.gz ({error}); check --data") from None
+    except ValueError as error:
+        raise ValueError(f"{path}:{number}: {error}") from None
 
 
-def _row(line, place):
+def _row(line):
+    """What a line holds but for null fields."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not a JSON object ({error}); one object a line, not "
-                         "an array over the file, is expected, in UTF-8") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: a JSON {type(row).__name__} where a JSON object is expected; "
-                         "one object a line, not an array over the file")
-    return {field: x for field, x in row.items() if x is not None}
+        fields = json.loads(line.decode("utf-8-sig")).items()
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"not a JSON object ({error}); one object a line, not an array over the "
+                         "file, is expected, in UTF-8") from None
+    return {field: x for field, x in fields if x is not None}
 
 
 ROLES = {"user": "Human", "assistant": "Assistant"}
 
 
-def _talk(row, field, speaker, place):
+def _talk(row, field, speaker):
     """A field as [(Human or Assistant, their words), …]; text without speakers is `speaker`'s.
     Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
     x = row.get(field)
@@ -502,12 +500,12 @@ def _talk(row, field, speaker, place):
             talk = [(ROLES[message["role"]], message["content"].strip()) for message in x or [{}]]
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{place}: field {field!r} is missing or wrong ({error}); expected text or "
-                "messages, each of a role, user or assistant, and content, text") from None
+                f"field {field!r} is missing or wrong ({error}); expected text or messages, each "
+                "of a role, user or assistant, and content, text") from None
     return [(who, words.strip().encode(errors="replace").decode()) for who, words in talk]
 
 
-def _prefers(row, name, place):
+def _prefers(row, name):
     columns = {"helpful": "better_response_id", "safe": "safer_response_id"}
     if name:
         columns = {name: columns.get(name, "safer_response_id")}
@@ -516,43 +514,42 @@ def _prefers(row, name, place):
         if column in row:
             value = row[column]
             if isinstance(value, bool) or value not in (0, 1):
-                raise ValueError(f"{place}: {column} is {value!r}; expected 0 or 1")
+                raise ValueError(f"{column} is {value!r}; expected 0 or 1")
             prefers[preference] = int(value)
     if not prefers:
-        raise ValueError(
-            f"{place}: no preference here; expected {' or '.join(columns.values())}, 0 or 1")
+        raise ValueError(f"no preference here; expected {' or '.join(columns.values())}, 0 or 1")
     return prefers
 
 
-def _pair(row, name, place, judged):
+def _pair(row, name, judged):
     """A row's Pair, or in words why it is skipped; ValueError where it means nothing certain."""
     sides = ("response_0", "response_1")
     if "chosen" in row or "rejected" in row:
         sides = ("chosen", "rejected")
-    prompt = _talk(row, "prompt", "Human", place) if "prompt" in row else []
+    prompt = _talk(row, "prompt", "Human") if "prompt" in row else []
     if prompt[-1:] == [("Assistant", "")]:  # a transcript up to the reply
         prompt.pop()
     alone = judged and prompt and not row.keys() & {
         *sides, "better_response_id", "safer_response_id"}
     speakers, said = [], []
     for side in sides:
-        talk = [("Assistant", "")] if alone else _talk(row, side, "Assistant", place)
+        talk = [("Assistant", "")] if alone else _talk(row, side, "Assistant")
         if talk[0][0] != "Human":  # the reply alone, or words of no one, which the end refuses
             talk = prompt + talk
         if len(talk) == 1:
-            raise ValueError(f"{place}: field 'prompt' is missing, and {side} is no transcript; "
-                             "one of them must say what is replied to")
+            raise ValueError(f"field 'prompt' is missing, and {side} is no transcript; one of them "
+                             "must say what is replied to")
         if talk[:len(prompt)] != prompt:
-            raise ValueError(f"{place}: the conversation of {side} does not begin with the prompt; "
-                             "drop one of them")
+            raise ValueError(f"the conversation of {side} does not begin with the prompt; drop one "
+                             "of them")
         speakers.append([who for who, _ in talk])
         said.append([words for _, words in talk])
     prefers = {name: 0}
     if "chosen" not in row:
-        prefers = {} if alone else _prefers(row, name, place)
+        prefers = {} if alone else _prefers(row, name)
     elif not name:
-        raise ValueError(f"{place}: chosen/rejected rows do not say which preference they hold; "
-                         "name it: --data helpful=FILE or --data safe=FILE")
+        raise ValueError("chosen/rejected rows do not say which preference they hold; name it: "
+                         "--data helpful=FILE or --data safe=FILE")
     (*context, first), (*other, second) = said
     if context != other or speakers != 2 * [["Human", "Assistant"] * (len(talk) // 2)]:
         return "not one conversation up to the last reply, with Human and Assistant in turns"
