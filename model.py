@@ -29,7 +29,6 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -110,14 +109,15 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = norm(config, D)
 
     def forward(self, x, turn, packing, cache, visible):
-        """(B, T, C) -> (B, T, C), or with a Packing (M, C) -> (M, C). See GPT.forward; turn:
+        """(B, T, C) -> (B, T, C), or with a packing (M, C) -> (M, C). See GPT.forward; turn:
         `rotation` or nothing; the cache (B, 2, H', S, D) is this block's."""
         if self.family == "gpt2":
             qkv = self.c_attn(x)
         else:
             qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         if packing:
-            qkv = F.embedding(packing.where, qkv)  # (B, T, ·); qkv[where], faster backward
+            kept, where = packing
+            qkv = F.embedding(where, qkv)  # (B, T, ·); qkv[where], faster backward
         qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), twice (B, H', T, D)
         if self.family == "qwen3":
@@ -133,7 +133,7 @@ class CausalSelfAttention(nn.Module):
             q, k, v, visible, is_causal=visible is None, enable_gqa=len(k[0]) < len(q[0]))
         y = y.transpose(1, 2).flatten(2)  # (B, T, H·D)
         if packing:
-            y = F.embedding(packing.kept, y.flatten(0, 1))  # (M, H·D)
+            y = F.embedding(kept, y.flatten(0, 1))  # (M, H·D)
         return self.c_proj(y) if self.family == "gpt2" else self.o_proj(y)
 
 
@@ -212,7 +212,7 @@ class GPT(nn.Module):
         """Hidden states (B, T, C), float32, of text (B, T) that is whole; raises ValueError where
         it is longer than block_size. Besides:
 
-        packing: compute and return those of a Packing alone, (M, C); see `pack`.
+        packing: compute and return those of the kept positions alone, (M, C); see `pack`.
         cache (B, n_layer, 2, H', S, D): keys and values of S tokens; those of `tokens`, the last
         T, are written there. Where text goes on, position (B, T) says at which place each of
         `tokens` stands, and visible (B, 1, T, S) which of the S it may look at.
@@ -226,8 +226,9 @@ class GPT(nn.Module):
             position = torch.arange(T, device=tokens.device)
         turn = rotation(config, self.h[0].attn.head_dim, position) if config.rope else None
         if packing:
-            tokens = tokens.flatten()[packing.kept]  # (M,)
-            position = packing.kept % T
+            kept, _ = packing
+            tokens = tokens.flatten()[kept]  # (M,)
+            position = kept % T
         x = self.wte(tokens)
         if not turn:
             x = x + self.wpe(position)
@@ -247,9 +248,9 @@ class GPT(nn.Module):
     def hidden_at(self, tokens, response_mask, asked, group):
         """forward's hidden states (R, C) at the positions of `asked` (B, T) alone. Rows come in
         groups of `group` responses to one prompt, which is computed once."""
-        packing = Packing(*[x.to(self.device) for x in pack(response_mask, asked, group)])
-        hidden = self(tokens, packing)  # (M, C)
-        return F.embedding(packing.where[asked], hidden)
+        kept, where = [x.to(self.device) for x in pack(response_mask, asked, group)]
+        hidden = self(tokens, (kept, where))  # (M, C)
+        return F.embedding(where[asked], hidden)
 
     def score(self, tokens, response_mask, group=1):
         """(B, T), (B, T) -> (B,): the scalar at the last token of each response, which has one;
@@ -323,15 +324,13 @@ def sequence_logprob(model, tokens, response_mask, group=1):
 
 
 # ---- memory and speed of scoring: this section changes nothing of what is computed
-class Packing(NamedTuple):
-    """Which positions of a batch of text (B, T) are worth computing."""
-    kept: torch.Tensor   # (M,) their indices in the flattened batch (B·T)
-    where: torch.Tensor  # (B, T) which of the M holds a position's state; 0 where none is needed
-
-
 def pack(response_mask, asked, group):
-    """Packing of all that the states at `asked` (B, T) depend on, without padding, and with a
-    prompt, what is before the response, once in `group` rows. The masks are on the CPU.
+    """Which positions of a batch of text (B, T) are worth computing: all that the states at `asked`
+    (B, T) depend on, without padding, and with a prompt, what is before the response, once in
+    `group` rows. The masks are on the CPU. Returns
+
+    kept (M,): their indices in the flattened batch (B·T)
+    where (B, T): which of the M holds a position's state; 0 where none is needed
 
     Prompt p q, group 2, asked where a next token is predicted:
         p q c d      kept: p q c of the first row, d of neither, e f of the second row: 5 of 10
@@ -342,7 +341,7 @@ def pack(response_mask, asked, group):
     place = torch.where(response_mask.cumsum(1) > 0, here, in_lead)
     needed = asked.flip(1).cumsum(1).flip(1) > 0  # up to the last one asked
     # all others become position 0, which no needed one looks at there: they come later
-    return Packing(*torch.unique(place * needed, return_inverse=True))
+    return torch.unique(place * needed, return_inverse=True)
 
 
 LOGITS = 2 ** 23  # of a slice, which is all that exists of them at a time
