@@ -369,12 +369,11 @@ def frequent_pieces(pairs, vocab_size):
 
 def encode_prompts(tok, prompts, what="prompts"):
     """Prompts -> token ids in the chat template; says how many of them were too long."""
-    encoded = [encode_prompt(tok, prompt) for prompt in prompts]
-    cut = sum(cut for _, cut in encoded)
-    if cut:
-        print(f"  {what}: {cut} of {len(prompts)} prompts lost their beginning (longer than "
+    encoded, cut = zip(*[encode_prompt(tok, prompt) for prompt in prompts])
+    if any(cut):
+        print(f"  {what}: {sum(cut)} of {len(prompts)} prompts lost their beginning (longer than "
               f"{tok.prompt_limit} tokens)")
-    return [ids for ids, _ in encoded]
+    return list(encoded)
 
 
 def encode_prompt(tok, prompt):
@@ -542,8 +541,9 @@ def _pair(row, name, judged):
         if talk[:len(prompt)] != prompt:
             raise ValueError(f"the conversation of {side} does not begin with the prompt; drop one "
                              "of them")
-        speakers.append([who for who, _ in talk])
-        said.append([words for _, words in talk])
+        who, words = zip(*talk)
+        speakers.append(who)
+        said.append(words)
     prefers = {name: 0}
     if "chosen" not in row:
         prefers = {} if alone else _prefers(row, name)
@@ -551,7 +551,7 @@ def _pair(row, name, judged):
         raise ValueError("chosen/rejected rows do not say which preference they hold; name it: "
                          "--data helpful=FILE or --data safe=FILE")
     (*context, first), (*other, second) = said
-    if context != other or speakers != 2 * [["Human", "Assistant"] * (len(talk) // 2)]:
+    if context != other or speakers != 2 * [("Human", "Assistant") * (len(talk) // 2)]:
         return "not one conversation up to the last reply, with Human and Assistant in turns"
     if first == second and not alone:
         return "the two responses are the same"
