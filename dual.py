@@ -85,6 +85,8 @@ class Point(NamedTuple):
     value: float  # D(λ) − E_ref[r]
     grad: Array  # (m,) ∇D(λ)
     hessian: Array  # (m, m) ∇²D(λ)
+    gains: Tensor  # (1+m, N) E_π_λ[f|x] − mean_y f, for f = r and g_j: from its second row on ψ
+    squares: Tensor  # (N,) Σ_y π_λ(y|x)²
 
 
 def tilt(r, g, lam, beta):
@@ -101,23 +103,25 @@ def tilt(r, g, lam, beta):
 def evaluate(problem, lam):
     """The three equations at λ (m,), in one pass over the responses. As the scores are centred,
     E_ref[r] = 0 and h = g − b here."""
-    log_sums, gains = [], []
+    log_sums, gains, squares = [], [], []
     second = 0
     for part in problem.parts:
-        r, g = part[0], part[1:]
-        p, log_sum = tilt(r, g, lam, problem.beta)
-        weighted = g * p  # (m, n, K)
+        g = part[1:]
+        p, log_sum = tilt(part[0], g, lam, problem.beta)
+        weighted = part * p  # (1+m, n, K)
         log_sums.append(log_sum)
-        gains.append(weighted.sum(2))  # (m, n)
-        second += weighted.flatten(1) @ g.flatten(1).T  # Σ_x E_π_λ[g·gᵀ]
-    gain = torch.cat(gains, dim=1)
+        gains.append(weighted.sum(2))  # (1+m, n)
+        squares.append(p.square_().sum(1))  # (n,)
+        second += weighted[1:].flatten(1) @ g.flatten(1).T  # Σ_x E_π_λ[g·gᵀ]
+    gains = torch.cat(gains, dim=1)
+    gain = gains[1:]  # (m, N)
     covariance = (second - gain @ gain.T) / gain.size(1)  # (m, m)
 
     log_mean = torch.cat(log_sums).mean().item() - math.log(p.size(1))
     value = problem.beta * log_mean - lam @ problem.margin  # D(λ) − E_ref[r]
     grad = gain.mean(1).cpu().numpy() - problem.margin  # ∇D(λ) = E_π_λ[h]
     hessian = covariance.cpu().numpy() / problem.beta  # ∇²D(λ) = mean_x Cov/β
-    return Point(lam, value, grad, hessian)
+    return Point(lam, value, grad, hessian, gains, torch.cat(squares))
 
 
 def newton_step(point, damp):
@@ -280,16 +284,10 @@ class Dual(NamedTuple):
 
 def predict(problem, point, evaluations):
     """The Dual at the minimum; warns where K is too small for it."""
-    gains, squares = [], []
-    for part in problem.parts:
-        p, _ = tilt(part[0], part[1:], point.lam, problem.beta)
-        gains.append((part * p).sum(2))  # (1+m, n) E_π_λ[r|x] − mean_y r, and ψ
-        squares.append(p.square_().sum(1))  # (n,)
-    gains = torch.cat(gains, dim=1)  # (1+m, N)
-    gain, gain_se = clustered(gains)  # (1+m,)
+    gain, gain_se = clustered(point.gains)  # (1+m,)
     ref, ref_se = clustered(problem.mean)  # (1+m,) likewise
-    ess = 1 / torch.cat(squares)  # (N,)
-    few, K = ess.mean().item(), p.size(1)
+    ess = 1 / point.squares  # (N,)
+    few, K = ess.mean().item(), problem.parts[0].size(2)
     if few < FEW < K:  # which no error bar shows
         warnings.warn(
             f"effective sample size {few:.1f} of {K} responses per prompt: gains come out too "
@@ -305,7 +303,7 @@ def predict(problem, point, evaluations):
     lam = tensor(point.lam)
     active = point.lam > 0
     inverse = np.linalg.pinv(point.hessian * np.outer(active, active), hermitian=True)
-    _, lam_se = clustered(tensor(inverse) @ gains[1:])  # of H⁻¹ψ
+    _, lam_se = clustered(tensor(inverse) @ point.gains[1:])  # of H⁻¹ψ
     score_gain = gain[0].item()
     # D = E_π_λ[r] + ⟨λ,∇D⟩ − β·KL(π_λ‖π_ref), here both sides without E_ref[r]
     kl = (score_gain + point.lam @ point.grad - point.value) / problem.beta
