@@ -282,9 +282,9 @@ def published_tokenizer(files, name, system, *limits):
     if not name:
         raise ValueError("its chat template thinks, dates, or is neither ChatML nor Llama-3's; "
                          "--template chatml, llama3 or plain takes one of these instead")
-    if not ends:
-        raise ValueError("no eos_token_id in its config.json or generation_config.json")
     if name == "plain":
+        if not ends:
+            raise ValueError("no eos_token_id in its config.json or generation_config.json")
         print("  template: plain text")
         return plain_tokenizer(encoding, ends, known, normal, *limits)
     first, message, *parts = TEMPLATES[name]
@@ -294,7 +294,7 @@ def published_tokenizer(files, name, system, *limits):
     print(f"  template: {name}, system message: {system}")
     if system:
         first += message.format(system)
-    lacking = {*re.findall(r"<\|.*?\|>", "".join(parts))} - encoding.special_tokens_set
+    lacking = {*re.findall(r"<\|.*?\|>", "".join(TEMPLATES[name]))} - encoding.special_tokens_set
     if lacking:
         raise ValueError(f"it has no tokens {lacking}; --template may name another template")
     start, before, after, [end], after_end = [

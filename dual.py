@@ -89,27 +89,23 @@ class Point(NamedTuple):
     squares: Tensor  # (N,) Σ_y π_λ(y|x)²
 
 
-def tilt(r, g, lam, beta):
-    """π_λ(y|x) ∝ exp((r + ⟨λ,g⟩)/β) (n, K), and ln of its normaliser (n,)."""
-    z = r / beta
-    for slope, plane in zip((lam / beta).tolist(), g):
-        z.add_(plane, alpha=slope)  # (r + ⟨λ,g⟩)/β
-    top = z.amax(1, keepdim=True)  # (n, 1)
-    p = z.sub_(top).exp_()  # in place: fresh memory takes longer than a softmax
-    total = p.sum(1, keepdim=True)  # (n, 1)
-    return p.div_(total), (top + total.log())[:, 0]
-
-
 def evaluate(problem, lam):
     """The three equations at λ (m,), in one pass over the responses. As the scores are centred,
     E_ref[r] = 0 and h = g − b here."""
+    beta = problem.beta
     log_sums, gains, squares = [], [], []
     second = 0
     for part in problem.parts:
         g = part[1:]
-        p, log_sum = tilt(part[0], g, lam, problem.beta)
+        z = part[0] / beta
+        for slope, plane in zip((lam / beta).tolist(), g):
+            z.add_(plane, alpha=slope)  # (r + ⟨λ,g⟩)/β
+        top = z.amax(1, keepdim=True)  # (n, 1)
+        p = z.sub_(top).exp_()  # in place: fresh memory takes longer than a softmax
+        total = p.sum(1, keepdim=True)  # (n, 1)
+        p.div_(total)  # π_λ(y|x)
         weighted = part * p  # (1+m, n, K)
-        log_sums.append(log_sum)
+        log_sums.append(top + total.log())  # (n, 1) ln Σ_y exp((r + ⟨λ,g⟩)/β)
         gains.append(weighted.sum(2))  # (1+m, n)
         squares.append(p.square_().sum(1))  # (n,)
         second += weighted[1:].flatten(1) @ g.flatten(1).T  # Σ_x E_π_λ[g·gᵀ]
@@ -118,9 +114,9 @@ def evaluate(problem, lam):
     covariance = (second - gain @ gain.T) / gain.size(1)  # (m, m)
 
     log_mean = torch.cat(log_sums).mean().item() - math.log(p.size(1))
-    value = problem.beta * log_mean - lam @ problem.margin  # D(λ) − E_ref[r]
+    value = beta * log_mean - lam @ problem.margin  # D(λ) − E_ref[r]
     grad = gain.mean(1).cpu().numpy() - problem.margin  # ∇D(λ) = E_π_λ[h]
-    hessian = covariance.cpu().numpy() / problem.beta  # ∇²D(λ) = mean_x Cov/β
+    hessian = covariance.cpu().numpy() / beta  # ∇²D(λ) = mean_x Cov/β
     return Point(lam, value, grad, hessian, gains, torch.cat(squares))
 
 
@@ -218,6 +214,9 @@ class Infeasible(ValueError):
 
 def prepare(score, constraint, margin, beta):
     """The Problem of this input; ValueError in one line where it is not one."""
+    beta = float(beta)
+    if not TINY < beta < math.inf:
+        raise ValueError(f"beta is {beta}: it must be a finite number above {TINY}")
     score = torch.as_tensor(score).detach()
     constraint = torch.as_tensor(constraint).detach().to(score.device)
     if constraint.ndim == 2:
@@ -226,7 +225,10 @@ def prepare(score, constraint, margin, beta):
         raise ValueError(
             f"score has shape {tuple(score.shape)} and constraint {tuple(constraint.shape)}: they "
             "must be (N, K) and (N, K) or (m, N, K) with N, K, m >= 1")
-    scores = torch.cat([score[None], constraint]).double()  # (1+m, N, K)
+    shape = 1 + len(constraint), *score.shape
+    scores = score.new_empty(shape, dtype=torch.float64)  # (1+m, N, K), the only copy
+    scores[0] = score
+    scores[1:] = constraint
     low = scores.amin(2)  # (1+m, N)
     high = scores.amax(2)
     mean = scores.mean(2).clamp(low, high)  # exact where all are equal
@@ -234,9 +236,6 @@ def prepare(score, constraint, margin, beta):
     if len(bad):
         row, prompt = bad[0].tolist()
         raise ValueError(f"{name_of(row)}: NaN or inf at prompt {prompt}; drop or repair it")
-    beta = float(beta)
-    if not TINY < beta < math.inf:
-        raise ValueError(f"beta is {beta}: it must be a finite number above {TINY}")
     margin = one_each(margin, len(constraint))
     spread, *width = (high - low).mean(1).tolist()
     reach = (high - mean)[1:].mean(1).cpu().numpy()
@@ -390,7 +389,8 @@ def report(args):
     """Everything the command line prints."""
     beta = args.beta
     data, score, constraint = read_npz(args.scores, beta)
-    margin = parse_margin(args.margin, reachable(torch.from_numpy(constraint)))
+    problem = prepare(score, constraint, 0.0, beta)  # what is wrong with these is said first
+    margin = parse_margin(args.margin, torch.from_numpy(problem.reach))
     d = solve(score, constraint, margin, beta)
     if args.write:
         data["s"] = score + np.tensordot(d.lam.numpy(), constraint, 1)  # (N, K) r + ⟨λ*,g⟩

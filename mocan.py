@@ -133,7 +133,7 @@ def score_pool(judges, names, prompts, pool, tok, device):
 
 # ---- 3. the dual, asked from any policy
 def solve_from(sample, ref_mean, margin, beta):
-    """dual.Dual of the problem, asked from π₁; margin (m,); ref_mean (m,) is E_ref[g].
+    """dual.Dual of the problem, asked from π₁; margin (m,), a tensor; ref_mean (m,) is E_ref[g].
 
     For any π₁:  E_π[r] − β·KL(π‖π_ref) = E_π[r − β·ln(π₁/π_ref)] − β·KL(π‖π₁), so it is the same
     dual with r → r − β·ln(π₁/π_ref) and b → b less what π₁ has gained; in the first shot both
@@ -142,7 +142,6 @@ def solve_from(sample, ref_mean, margin, beta):
     """
     score = sample.scores[0] - beta * (sample.logp - sample.ref_logp)  # (N, K)
     gained = sample.mean_g - ref_mean  # (m,)
-    margin = torch.as_tensor(margin, dtype=torch.float64)
     return dual.solve(score, sample.scores[1:], margin - gained, beta)
 
 

@@ -20,6 +20,7 @@ The stages, and the artifact that each leaves in --out:
 
 With --data each preference has two judges, from different halves of the training conversations: the
 first labels, the second (score_*_second.pt) only measures, in confirm's units, and has a table.
+PeCAN's policies learn from the half of the first, and the second confirm their scores likewise.
 With --lora reference.pt also holds all frozen weights, and the other files only adapters (and a
 score model's head), which are read with the reference.pt beside them.
 `main` is the story, MoCAN's and PeCAN's shots written out in it; below it stand the stages, the
@@ -169,7 +170,7 @@ def main():
     offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
     for algorithm in c.algo.replace("all", "mocan pecan").split():
         if algorithm == "pecan":  # no judge: policies that DPO made from one preference each
-            dpo = prealign(c, reference, split, pools, names)
+            dpo = prealign(c, reference, split, pools, names, judges)
             policies = {f"dpo-{name}": dpo[name] for name in names} | policies
             scorers = [dpo, *judges[1:]]
         policy = reference
@@ -179,7 +180,7 @@ def main():
                 c, f"{label} responses", c.shot_responses, policy, reference, tok, prompts)
             scored, samples = score(  # 2. score
                 c, label, sampled, scorers, names, prompts, tok, units.get(algorithm))
-            units[algorithm] = scored.get("units")
+            units[algorithm] = scored["units"]
             if shot == 1:
                 ref_mean = samples.mean_g  # (m,) E_ref[g]
             if margin is None:  # PeCAN gets MoCAN's, where both run
@@ -194,7 +195,7 @@ def main():
             policies[label] = policy = update(  # 4. update
                 c, label, policy, scored, samples, margin, found)
 
-    evaluate(c, reference, policies, judges, units.get("mocan"), names, margin, split, tok)
+    evaluate(c, reference, policies, judges, units, names, margin, split, tok)
     export_policies(c, policies, tokenizer)
 
 
@@ -241,6 +242,8 @@ def open_tokenizer(c, split):
         tok = data.read_tokenizer(c.init, files, c.template, c.system, *limits)
     else:
         tok = data.open_tokenizer(saved["pieces"], *limits)
+    if c.system and not tok.start:
+        raise ValueError("--system: the text has no chat template with a place for it")
     return tok, saved
 
 
@@ -290,6 +293,9 @@ def train_judges(c, reference, split, pools, names):
     if not c.data or judges[0].keys() != judges[1].keys():
         judges.pop()
     for which, some in enumerate(judges):
+        mine = split
+        if judges[1:]:
+            mine = split._replace(train=data.half(split.train, which))
         for name in [name for name in names if c.data and name not in some]:
             label = f"score {name}{' second' * which}"
             some[name] = saved = artifact(c, "scores", f"{label}.pt", reference=reference)
@@ -298,8 +304,7 @@ def train_judges(c, reference, split, pools, names):
                 start["config"]["score_head"] = True
                 start["weights"]["score_head.weight"] = torch.zeros(1, start["config"]["n_embd"])
                 model = from_checkpoint({**reference, **start}, c.device)  # all scores are 0
-                halved = split._replace(train=data.half(split.train, which))
-                parts = [data.preferences(getattr(halved, part), name, pool)
+                parts = [data.preferences(getattr(mine, part), name, pool)
                          for part, pool in pools.items()]
                 mocan.learn_score(model, label, *parts,
                                   recipe(c, label, c.score_steps, c.score_lr))
@@ -308,11 +313,11 @@ def train_judges(c, reference, split, pools, names):
     return judges
 
 
-def prealign(c, reference, split, pools, names):
-    """PeCAN: {preference: artifact of a policy and of its τ}. With --data from the half of the
-    conversations that no second judge has seen."""
+def prealign(c, reference, split, pools, names, judges):
+    """PeCAN: {preference: artifact of a policy and of its τ}. Where there are second judges, from
+    the half of the conversations that these have not seen."""
     dpo = {}
-    if c.data:
+    if judges[1:]:
         split = split._replace(train=data.half(split.train, 0))
     for name in names:
         label = f"dpo-{name}"
@@ -351,17 +356,17 @@ def score(c, label, sampled, scorers, names, prompts, tok, units):
     saved = artifact(c, name.split()[0], f"{name}_scores.pt", samples=sampled,
                      scorers=[scorer["run"] for some in scorers for scorer in some.values()])
     if "began" in saved:
-        first, *second = scorers
-        how = names, prompts, pool, tok, c.device
-        if label.startswith("mocan"):
-            said = [mocan.score_pool(first, *how)]
-        else:
-            said = [pecan.implicit_scores(first, pool, sampled["ref_logp"], c.beta, c.device)]
-        said += [mocan.score_pool(some, *how) for some in second]
+        said, judges = [], scorers
+        if label.startswith("pecan"):
+            dpo, *judges = scorers
+            said = [pecan.implicit_scores(dpo, pool, sampled["ref_logp"], c.beta, c.device)]
+        for some in judges:
+            said.append(mocan.score_pool(some, names, prompts, pool, tok, c.device))
         if units is None:
             units = mocan.confirm(said, scorers, names)
         scores = mocan.in_units(units, said)
         finish(saved, scores=scores[0], second=scores[-1], units=units)
+    saved.setdefault("units", len(scorers) * [torch.eye(len(names))])  # of scores of one's own
     return saved, mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], saved["scores"],
                                saved.get("second", saved["scores"]))
 
@@ -377,7 +382,7 @@ def update(c, label, policy, scored, samples, margin, found):
               f"{numbers(found.constraint_gain)}, score {found.score_gain:.3f}, KL {found.kl:.3f}; "
               f"effective sample size {found.ess:.1f} a prompt, 5th percentile {found.ess_p5:.1f}; "
               f"{found.iterations} evaluations")
-        if len(scored.get("units", [])) == 2:
+        if len(scored["units"]) == 2:
             gains = mocan.second_gain(samples, found.lam, c.beta)
             print(f"  by the second judges: gains {numbers(gains[1:])}, score {gains[0]:.3f}")
         model = from_checkpoint(policy, c.device)
@@ -402,6 +407,9 @@ def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
     """Fresh responses of every policy to evaluation prompts -> results.json, samples.jsonl and the
     table. Gains are over the reference's responses to the same prompts."""
     remember(c)
+    if c.algo == "pecan":  # no judge labels: the second ones measure, in the units of its scores
+        judges = judges[-1:]
+    units = units[c.algo.replace("all", "mocan")][-len(judges):]
     prompts = data.spread([pair.prompt for pair in split.evaluation], c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} evaluation prompts")
@@ -413,8 +421,7 @@ def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
             policy, tok, prompts, c.eval_responses,
             recipe(c, "evaluate")._replace(stage=f"evaluate {name}"))  # the same noise for all
         said = [mocan.score_pool(some, names, prompts, pool, tok, c.device) for some in judges]
-        if units:
-            said = mocan.in_units(units, said)
+        said = mocan.in_units(units, said)
         samples = mocan.Sample(pool, logp, mocan.map_pool(model, pool), said[0], said[-1])
         if not rows:
             ref = samples
@@ -610,8 +617,8 @@ def check(parser, c):
                          f"{f'at least {least}' if name in LEAST else 'above 0'}")
     if c.judge and not c.data:
         parser.error("--judge needs --data: the built-in world has scores of its own")
-    if not c.init and (c.system or c.template != "auto"):
-        parser.error("--system and --template need --init: they are of a published model's chat")
+    if c.template != "auto" and not c.init:
+        parser.error("--template needs --init: it is of a published model's chat")
     if c.held_out + c.calibration >= 1:
         parser.error(
             f"--held_out {c.held_out} and --calibration {c.calibration} must add up to less than 1")

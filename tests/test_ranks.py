@@ -55,7 +55,7 @@ losses = dict(
     mocan=mocan.train_mocan(aligned, sample, lam, 0.5, 3, recipe("mocan", 5, 2)),
     adapters=mocan.train_mocan(adapted(), sample, lam, 0.5, 3, recipe("adapters", 5, 2)),
     pecan=pecan.train_pecan(fresh(), sample, lam, 0.5, 3, recipe("pecan", 1)))
-solved = mocan.solve_from(sample, scores[1:].double().mean(dim=(1, 2)), [0.1], 0.5).lam
+solved = mocan.solve_from(sample, scores[1:].double().mean(dim=(1, 2)), torch.tensor([0.1], dtype=torch.float64), 0.5).lam
 found = dict(lam=solved, tokens=pool.tokens, mask=pool.response_mask, logp=logp, ref=mocan.map_pool(reference, preferences), losses=losses,
              scored=mocan.map_pool(judge, pool), weights=aligned.state_dict())
 if mocan.rank()[0] == 0:

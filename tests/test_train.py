@@ -394,9 +394,12 @@ def test_implicit_scores_are_what_second_judges_confirm_of_them(tmp_path, monkey
         return units
     monkeypatch.setattr(train.pecan, "prealign", lambda policy, pool, *rest: (trained.append(pool), real_prealign(policy, pool, *rest))[1])
     monkeypatch.setattr(mocan, "confirm", confirm)
+    real_units, used = mocan.in_units, []
+    monkeypatch.setattr(mocan, "in_units", lambda units, said: (used.append(units), real_units(units, said))[1])
     out = tmp_path / "out"
     job(*TINY, "--out", out, "--data", path, "--algo", "pecan", "--score_steps", 60, "--prealign_steps", 60)
-    assert "of what its judge says is confirmed by a second one" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of what its judge says is confirmed by a second one" in printed
     [(said, on_pairs, (M, U))] = given
     assert not torch.equal(M, torch.eye(2))  # they agree
     kept = {name: load(out / f"{name}.pt", "") for name in ("reference", "dpo-helpful", "dpo-safe", "score_helpful_second", "score_safe_second",
@@ -416,6 +419,10 @@ def test_implicit_scores_are_what_second_judges_confirm_of_them(tmp_path, monkey
     assert torch.allclose(kept["prealign_scores"]["second"], torch.tensordot(U, said[1], 1), atol=1e-5)
     learned = sorted({data.conversation(pair.prompt) for pair in split.train})[::2]
     assert all(len(p.tokens) == sum(data.conversation(pair.prompt) in learned for pair in split.train) for p in trained)
+    # no judge labels here: the table is by those that confirm, in the units of b
+    assert all(len(units) == 1 and torch.equal(units[0], U) for units in used[1:]) and "by the second judges, which" not in printed
+    rows_found = json.loads((out / "results.json").read_text())["policies"]
+    assert rows_found["pecan"]["second"]["reward_gain"] == rows_found["pecan"]["reward_gain"]
 
 
 def test_mocan_alone_needs_no_pre_alignment(tmp_path):
@@ -772,6 +779,17 @@ def test_a_second_published_judge_measures_and_scores_are_what_it_confirms(tmp_p
     assert means[0] - means[1] == pytest.approx(rows["mocan"]["second"]["reward_gain"], abs=1e-4)
 
 
+def test_beside_a_published_judge_without_a_second_all_pairs_are_learned_from(tmp_path, capsys, monkeypatch):
+    folder, _ = chat_folder(tmp_path / "chat")
+    one, _ = chat_folder(tmp_path / "one", "LlamaForSequenceClassification", seed=1)
+    learned, real = [], mocan.train_score
+    monkeypatch.setattr(mocan, "train_score", lambda model, pool, *rest: (learned.append(len(pool.tokens)), real(model, pool, *rest)))
+    job(*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--judge", f"helpful={one}", "--algo", "mocan", "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "nothing confirms these scores" in said
+    assert learned == [int(re.search(r"(\d+) training", said)[1])]
+
+
 def test_prompts_alone_serve_judges_that_are_there(tmp_path, capsys):
     folder, _ = chat_folder(tmp_path / "chat")
     one, _ = chat_folder(tmp_path / "one", "LlamaForSequenceClassification", seed=1)
@@ -802,7 +820,8 @@ def test_prompts_alone_serve_judges_that_are_there(tmp_path, capsys):
     (["--judge", *3 * ["safe=JUDGED"]], "one or two for each NAME"), (["--judge", "helpful"], "expected NAME=FOLDER"), (["--judge", "kind=JUDGE"], "for each NAME of helpful, safe"),
     (["--judge", "safe=CHAT"], "no ...ForSequenceClassification"), (["--judge", "safe=nowhere"], "nowhere: not a model as published"),
     (["--init", "JUDGED"], "is a score model, for --judge"), (["--init", "nowhere"], "nowhere/config.json: no JSON object"),
-    (["--system", "be good " * 200], "template alone takes"), (["--template", "llama3"], None)])
+    (["--system", "be good " * 200], "template alone takes"), (["--template", "llama3"], None),
+    (["--system", "Be good.", "--template", "plain"], "--system: the text has no chat template")])
 def test_a_chat_job_that_cannot_be_is_one_line(tmp_path, flags, said):
     folder, _ = chat_folder(tmp_path / "chat")
     chat_folder(tmp_path / "judge", "LlamaForSequenceClassification")
@@ -965,7 +984,6 @@ BAD_FLAGS = {
     "no training data": (["--held_out", "1.5"], "--held_out 1.5"),
     "no room for a prompt": (["--max_new_tokens", "190"], "--block_size 192"),
     "score_steps below 0": (["--score_steps", "-3"], "--score_steps"),
-    "a system message of no chat": (["--system", "Be good."], "--init"),
     "a template of no chat": (["--data", "pairs.jsonl", "--template", "chatml"], "--init"),
 }
 
