@@ -131,7 +131,7 @@ def test_the_job_under_torchrun_is_the_job(tmp_path):
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on_with_another_number(tmp_path):
     out = tmp_path / "out"
-    settings = [*TINY, "--out", str(out), "--steps", "4000", "--checkpoint_every", "0.2", "--algo", "mocan", "--shots", "1"]
+    settings = [*TINY, "--out", str(out), "--steps", "1500", "--checkpoint_every", "0.2", "--algo", "mocan", "--shots", "1"]
     process = launch(2, "train.py", *settings, start_new_session=True)
     deadline = time.time() + 120
     while not ((out / "run.json").exists() and (out / "checkpoint.pt").exists() and (out / "offline_scores.pt").exists()):
