@@ -750,14 +750,14 @@ def test_evaluation_compares_every_policy_with_the_reference_on_its_own_response
     prompts, plan, margin = ["1", "23", "4", "51"], mocan.Recipe("evaluate", key="0/evaluate", batch=100), f64(0.001)
     saved = {"reference": {**to_checkpoint(reference), "seconds": 2.0},
              "other": {**to_checkpoint(other), "lam": [0.4], "seconds": 3.0}}
-    c = SimpleNamespace(device="cpu", seed=0, beta=beta, eval_prompts=4, eval_responses=64, batch=16, accumulate=1, sample_batch=100,
+    c = SimpleNamespace(device="cpu", seed=0, algo="mocan", beta=beta, eval_prompts=4, eval_responses=64, batch=16, accumulate=1, sample_batch=100,
                         out=str(tmp_path), run="a run", resume=False, checkpoint_every=60.0)
     split = SimpleNamespace(evaluation=[Pair(prompt, ("", ""), {}) for prompt in prompts])
     results = []
     monkeypatch.setattr(train, "write_results", lambda *args: results.append(args))
     monkeypatch.setattr(train, "print_table", lambda *args: results.append(args))
     train.evaluate(c, saved["reference"], {"other": saved["other"]},
-                   [{name: to_checkpoint(judge) for name, judge in judges.items()}], None, names, margin, split, tok)
+                   [{name: to_checkpoint(judge) for name, judge in judges.items()}], {"mocan": [torch.eye(2)]}, names, margin, split, tok)
     (_, rows, frontier, asked, texts), table = results
     prompts = data.spread([pair.prompt for pair in split.evaluation], 4)
     assert asked == prompts and table == (["harmless"], rows)
