@@ -1,6 +1,6 @@
 """
 pecan.py: PeCAN, preference-based one-shot constrained alignment (arXiv 2405.19544v3). No score
-model anywhere.
+model labels a pair.
 
 mocan.py needs r and g as numbers. PeCAN needs only preferences: which of two responses is more
 helpful, which is safer.
