@@ -471,8 +471,10 @@ def regression(first, second):
 
 def confirm(said, judges, names):
     """What of the first scores, of judges or of PeCAN's policies, other judges confirm, who learned
-    the same preferences from other conversations -> units M, U (1+m, 1+m): M·A is the best linear
-    guess of the truth T from the first's scores A, U·B what the second say in the same units.
+    the same preferences from other conversations -> "units" M, U (1+m, 1+m): M·A is the best linear
+    guess of the truth T from the first's scores A, U·B what the second say in the same units;
+    "draws" of M (D, 1+m, 1+m), with other prompts and pairs, and "error", the standard deviation;
+    "agree" (1+m,), the correlation of A and B within prompts.
     said: A, B (1+m, N, K) of some responses; judges: [{preference: with "pairs", its scores (P, 2)
     of calibration pairs}]. Without a second judge [1]: nothing confirms what the first say.
 
@@ -485,7 +487,7 @@ def confirm(said, judges, names):
     if len(said) == 1:
         if judges[0]:
             print("  nothing confirms these scores: no second judges")
-        return [torch.eye(len(names))]
+        return unconfirmed(said, names)
     pairs = [torch.stack([some[name]["pairs"] for name in names]) for some in judges]  # (1+m, P, 2)
     N, P = said[0].size(1), pairs[0].size(1)
 
@@ -510,10 +512,17 @@ def confirm(said, judges, names):
     if not torch.cat([agree, own]).min() > 0:
         warnings.warn("two judges do not agree: all scores stay as they are, unconfirmed, and what "
                       "they promise need not come; more pairs or more --score_steps are needed")
-        return 2 * [torch.eye(len(names))]
+        return unconfirmed(said, names)
     if M.det() < 2 * draws.det().std():
         warnings.warn("what the judges say is confirmed within its error only")
-    return [M.float(), (1 / own).diag().float()]
+    return {"units": [M.float(), (1 / own).diag().float()], "draws": draws.float(),
+            "error": error, "agree": agree}
+
+
+def unconfirmed(judges, names):
+    """As `confirm`, which leaves the scores as they are."""
+    one = torch.eye(len(names))
+    return {"units": [one] * len(judges), "draws": torch.stack([one, one])}
 
 
 def in_units(units, said):
@@ -521,11 +530,22 @@ def in_units(units, said):
     return [torch.einsum("ij,jnk->ink", unit, x) for unit, x in zip(units, said)]
 
 
+def with_error_of(confirmed, found):
+    """The Dual `found` by scores M·A, its gains' standard errors with what M's own adds to them."""
+    gain = torch.cat([torch.tensor([found.score_gain]), found.constraint_gain]).float()
+    unit = torch.linalg.pinv(confirmed["units"][0])
+    reward, *safety = (confirmed["draws"] @ unit @ gain).std(0).tolist()
+    return found._replace(
+        score_gain_se=math.hypot(found.score_gain_se, reward),
+        constraint_gain_se=found.constraint_gain_se.hypot(torch.tensor(safety)))
+
+
 def second_gain(sample, lam, beta):
-    """Gains (1+m,) of π_λ by the second scores: what λ* buys by judges that had no part in it."""
+    """Gains of π_λ by the second scores, and their standard errors, (1+m,), (1+m,): what λ* buys by
+    judges that had no part in it."""
     s = total_score(sample.scores, lam)
     weight = (s / beta - sample.logp + sample.ref_logp).softmax(1)  # (N, K) of π_λ
-    return (weight * sample.second).sum(2).mean(1) - sample.second.mean(dim=(1, 2))
+    return dual.clustered((weight * sample.second).sum(2) - sample.second.mean(2))
 
 
 # ---- calibration: scores in log-odds of the preference

@@ -27,6 +27,7 @@ import functools
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -592,10 +593,11 @@ def read_tensors(path):
     return tensors
 
 
-def export(model, folder, files={}):
+def export(model, folder, files={}, **changes):
     """Write a model so that `from_pretrained`, ours and Transformers', loads it, in float32, and
-    files {name: text} with it, such as its tokenizer's. Of a GPT-2 policy config.json follows from
-    the model; of others it must be among the files. Adapters are merged, also in the model."""
+    files {name: text} with it, such as its tokenizer's. Of a GPT-2 config.json follows from the
+    model; of others a policy's must be among the files; changes: of its entries. Adapters are
+    merged, also in the model."""
     open_export(folder, files)
     c = model.config
     config = json.loads(files.get("config.json", "{}"))
@@ -608,7 +610,11 @@ def export(model, folder, files={}):
             "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1,
             **{theirs: getattr(c, ours) for theirs, ours in GPT2_SIZES.items()},
         } | config | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # else it has some
-    for name, text in {**files, "config.json": json.dumps(config)}.items():
+    if c.score_head:
+        kind = config["architectures"][0]
+        kind = re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", kind)
+        config |= {"architectures": [kind], "num_labels": 1}
+    for name, text in {**files, "config.json": json.dumps(config | changes)}.items():
         replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
     tensors = {}
     for name, tensor in merge(model).items():

@@ -86,7 +86,7 @@ class Config(argparse.Namespace):  # a comment is what --help says of a setting
     init = ""  # folder of published weights for the reference; it sets the sizes
     lora = 0  # rank of adapters on weights that stay as they are; 0: all weights are trained
     checkpoint_activations = False  # less memory: blocks are computed again in backward
-    export = ""  # folder for the policies in the published layout
+    export = ""  # folder for the policies and learned score models in the published layout
     # training
     batch = 16  # pairs per micro-batch; a policy update: 2·batch responses
     accumulate = 1  # micro-batches per step
@@ -141,8 +141,9 @@ QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts
          "--responses 16 --steps 200 --prealign_steps 100 --prealign_lr 3e-4 --lr 4e-4 "
          "--eval_prompts 64 --eval_responses 8 ")
 DATA = "--accumulate 4 --prompts 2048 --responses 128 --shot_responses 128 --margin 25% "
-INIT = ("--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 1e-5 "
-        "--shot_lr 1e-5 ")
+INIT = (  # at β = 1 what honest judges promise is too little to see
+    "--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 1.25e-5 "
+    "--shot_lr 1e-5 --beta 0.5 --margin 50% ")
 INIT_SIZES = (  # without --quick: for some 100 million parameters on two CPU cores. Every response
     # is seen once, since what a step learns by heart is too much at a second visit
     "--accumulate 1 --max_new_tokens 32 --sft_steps 70 --score_steps 36 --prealign_steps 70 "
@@ -163,7 +164,7 @@ def main():
              for part in split._fields}
     reference = train_reference(c, tok, tokenizer, pools)
     prompts = data.spread([pair.prompt for pair in split.train], c.prompts)
-    policies, units = {}, {}
+    policies, confirmed = {}, {}
     margin = None
 
     scorers = judges = train_judges(c, reference, split, pools, names)  # PeCAN: for the table
@@ -179,8 +180,8 @@ def main():
             sampled = offline if shot == 1 else sample(  # 1. sample
                 c, f"{label} responses", c.shot_responses, policy, reference, tok, prompts)
             scored, samples = score(  # 2. score
-                c, label, sampled, scorers, names, prompts, tok, units.get(algorithm))
-            units[algorithm] = scored["units"]
+                c, label, sampled, scorers, names, prompts, tok, confirmed.get(algorithm))
+            confirmed[algorithm] = scored["confirmed"]
             if shot == 1:
                 ref_mean = samples.mean_g  # (m,) E_ref[g]
             if margin is None:  # PeCAN gets MoCAN's, where both run
@@ -195,8 +196,8 @@ def main():
             policies[label] = policy = update(  # 4. update
                 c, label, policy, scored, samples, margin, found)
 
-    evaluate(c, reference, policies, judges, units, names, margin, split, tok)
-    export_policies(c, policies, tokenizer)
+    evaluate(c, reference, policies, judges, confirmed, names, margin, split, tok)
+    export_models(c, policies, judges, tokenizer, tok)
 
 
 def enter(c):
@@ -214,7 +215,7 @@ def enter(c):
             sys.stdout = open(os.devnull, "w")  # the first process speaks, and locks the folder
             return sys.stdout
     os.makedirs(c.out, exist_ok=True)
-    for name in ("mocan", "pecan") if c.export else ():
+    for name in c.algo.replace("all", "mocan pecan").split() if c.export else ():
         open_export(f"{c.export}/{name}", data.FILES)  # now, not after the last minute
     print("settings:", json.dumps(vars(c)))
     lock = open(f"{c.out}/lock", "a")
@@ -347,10 +348,10 @@ def sample(c, name, K, policy, reference, tok, prompts):
     return saved
 
 
-def score(c, label, sampled, scorers, names, prompts, tok, units):
+def score(c, label, sampled, scorers, names, prompts, tok, confirmed):
     """Their scores, by [{preference: artifact}] of MoCAN's judges or of PeCAN's policies, then of
-    the second judges, in the units that mocan.confirm finds in the first shot -> the artifact, and
-    all of it as a mocan.Sample."""
+    the second judges, in the units of what mocan.confirm says, which is asked in the first shot ->
+    the artifact, and all of it as a mocan.Sample."""
     pool = data.Pool(sampled["tokens"], sampled["response_mask"])  # (N, K, T)
     name = {"mocan": "offline", "pecan": "prealign"}.get(label, label)  # the first shots'
     saved = artifact(c, name.split()[0], f"{name}_scores.pt", samples=sampled,
@@ -362,11 +363,10 @@ def score(c, label, sampled, scorers, names, prompts, tok, units):
             said = [pecan.implicit_scores(dpo, pool, sampled["ref_logp"], c.beta, c.device)]
         for some in judges:
             said.append(mocan.score_pool(some, names, prompts, pool, tok, c.device))
-        if units is None:
-            units = mocan.confirm(said, scorers, names)
-        scores = mocan.in_units(units, said)
-        finish(saved, scores=scores[0], second=scores[-1], units=units)
-    saved.setdefault("units", len(scorers) * [torch.eye(len(names))])  # of scores of one's own
+        confirmed = confirmed or mocan.confirm(said, scorers, names)
+        scores = mocan.in_units(confirmed["units"], said)
+        finish(saved, scores=scores[0], second=scores[-1], confirmed=confirmed)
+    saved.setdefault("confirmed", mocan.unconfirmed(scorers, names))  # scores of one's own
     return saved, mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], saved["scores"],
                                saved.get("second", saved["scores"]))
 
@@ -377,14 +377,17 @@ def update(c, label, policy, scored, samples, margin, found):
     stage, *shot = label.split()
     saved = artifact(c, stage, f"{label}.pt", policy=policy, scores=scored, b=margin.tolist())
     if "began" in saved:
+        found = mocan.with_error_of(scored["confirmed"], found)
         print(f"dual: λ* = {numbers(found.lam)} ± {numbers(1.96 * found.lam_se)} at a margin of "
               f"{numbers(margin)}; predicted from the responses it was solved on: gains "
-              f"{numbers(found.constraint_gain)}, score {found.score_gain:.3f}, KL {found.kl:.3f}; "
-              f"effective sample size {found.ess:.1f} a prompt, 5th percentile {found.ess_p5:.1f}; "
-              f"{found.iterations} evaluations")
-        if len(scored["units"]) == 2:
-            gains = mocan.second_gain(samples, found.lam, c.beta)
-            print(f"  by the second judges: gains {numbers(gains[1:])}, score {gains[0]:.3f}")
+              f"{numbers(found.constraint_gain)} ± {numbers(1.96 * found.constraint_gain_se)}, "
+              f"score {found.score_gain:.3f} ± {1.96 * found.score_gain_se:.3f}, "
+              f"KL {found.kl:.3f}; effective sample size {found.ess:.1f} a prompt, 5th percentile "
+              f"{found.ess_p5:.1f}; {found.iterations} evaluations")
+        if "agree" in scored["confirmed"]:
+            gain, error = mocan.second_gain(samples, found.lam, c.beta)
+            print(f"  by the second judges: score and gains {numbers(gain)} ± "
+                  f"{numbers(1.96 * error)}")
         model = from_checkpoint(policy, c.device)
         steps, lr = (c.shot_steps, c.shot_lr) if shot else (c.steps, c.lr)
         plan = recipe(c, label, steps, lr)._replace(key=f"{c.seed}/{stage}")  # all shots draw alike
@@ -403,13 +406,14 @@ def recipe(c, stage, steps=0, lr=0.0):
 
 
 # ---- what came of it
-def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
+def evaluate(c, reference, policies, judges, confirmed, names, margin, split, tok):
     """Fresh responses of every policy to evaluation prompts -> results.json, samples.jsonl and the
     table. Gains are over the reference's responses to the same prompts."""
     remember(c)
     if c.algo == "pecan":  # no judge labels: the second ones measure, in the units of its scores
         judges = judges[-1:]
-    units = units[c.algo.replace("all", "mocan")][-len(judges):]
+    confirmed = confirmed[c.algo.replace("all", "mocan")]
+    units = confirmed["units"][-len(judges):]
     prompts = data.spread([pair.prompt for pair in split.evaluation], c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
           f"{len(prompts)} evaluation prompts")
@@ -435,19 +439,19 @@ def evaluate(c, reference, policies, judges, units, names, margin, split, tok):
     frontier = mocan.optima(samples, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
     if frontier:
         rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}
-    write_results(c, rows, frontier, [data.transcript(prompt) for prompt in prompts], texts)
+    write_results(c, rows, frontier, confirmed, list(map(data.transcript, prompts)), texts)
     print_table(names[1:], rows)
     if len(judges) == 2:
         print("\nby the second judges, which label nothing:")
         print_table(names[1:], {name: row | row["second"] for name, row in rows.items()})
 
 
-def write_results(c, rows, frontier, prompts, texts):
+def write_results(c, rows, frontier, confirmed, prompts, texts):
     """results.json, samples.jsonl, and three samples on the screen; texts {policy: N·K of them, and
     what the second judges say, r, g_1 … of each}."""
     K = c.eval_responses
     write(c, "results.json", json.dumps(
-        {"config": vars(c), "policies": rows, "frontier": frontier},
+        {"config": vars(c), "policies": rows, "frontier": frontier, "confirmed": confirmed},
         default=torch.Tensor.tolist, indent=1))
     samples = [{"instruction": prompts[i // K], "output": text, "generator": name, "scores": scores}
                for name in texts for i, (text, scores) in enumerate(zip(*texts[name]))]
@@ -486,10 +490,15 @@ def holds(gain, ci, b):
     return "within error" if ci[1] >= b else "no"
 
 
-def export_policies(c, policies, tokenizer):
-    for name, saved in policies.items() if c.export else ():
-        folder = f"{c.export}/{name.replace(' ', '_')}"
-        export(from_checkpoint(saved), folder, tokenizer["files"])
+def export_models(c, policies, judges, tokenizer, tok):
+    """The policies, and the score models that were learned here."""
+    learned = [saved for some in judges for saved in some.values() if "weights" in saved]
+    for saved in [*policies.values(), *learned] if c.export else ():
+        folder = f"{c.export}/{Path(saved['path']).stem}"
+        changes = {}
+        if saved["config"]["score_head"]:  # it is read at the last token that is no padding
+            changes["pad_token_id"] = (tok.next or tok.before)[-1]
+        export(from_checkpoint(saved), folder, tokenizer["files"], **changes)
         print(f"exported {folder}")
     Path(f"{c.out}/checkpoint.pt").unlink(missing_ok=True)  # the end
 

@@ -808,7 +808,7 @@ def test_the_regression_is_least_squares_within_prompts():
 
 def test_exact_scores_pass_untouched(capsys):
     scores = torch.randn(3, 20, 4)
-    units = mocan.confirm([scores], [{}], ["helpful", "harmless", "polite"])
+    units = mocan.confirm([scores], [{}], ["helpful", "harmless", "polite"])["units"]
     assert torch.equal(mocan.in_units(units, [scores])[0], scores) and capsys.readouterr().out == ""
 
 
@@ -854,7 +854,8 @@ def test_what_a_second_judge_confirms_is_nearer_to_the_truth(names, noise, capsy
     truth = data.world_scores(names, prompts, texts)
     pairs = data.world_scores(names, [pair.prompt for pair in world[:3000]], [y for pair in world[:3000] for y in pair.responses])
     said, on_pairs = noisy_judges(truth, pairs, noise, generator)
-    units = mocan.confirm(said, judged(on_pairs, names), names)
+    confirmed = mocan.confirm(said, judged(on_pairs, names), names)
+    units = confirmed["units"]
     scores, second = mocan.in_units(units, said)
     logp = torch.zeros(truth.shape[1:])
     margin = 0.25 * dual.reachable(truth[1:])
@@ -862,13 +863,21 @@ def test_what_a_second_judge_confirms_is_nearer_to_the_truth(names, noise, capsy
     for way, some in (("as they are", said[0]), ("regressed", scores)):
         sample = mocan.Sample(None, logp, logp, some, second)
         found = mocan.solve_from(sample, some[1:].double().mean(dim=(1, 2)), margin, 1.0)
-        true = mocan.second_gain(sample._replace(second=truth), found.lam, 1.0)
+        true, _ = mocan.second_gain(sample._replace(second=truth), found.lam, 1.0)
         predicted = torch.tensor([found.score_gain, *found.constraint_gain])
         off[way] = (predicted - true).norm().item()
         weight = (some[0] + torch.einsum("m,mnk->nk", found.lam.float(), some[1:])).softmax(1)
         each = (weight * (second - truth)).sum(2) - (second - truth).mean(2)  # (1+m, N) what the second judge gets wrong
-        assert torch.allclose(mocan.second_gain(sample, found.lam, 1.0), true + each.mean(1), atol=1e-4)
+        gain, error = mocan.second_gain(sample, found.lam, 1.0)
+        assert torch.allclose(gain, true + each.mean(1), atol=1e-4)
     interval = 1.96 * ((weight * second).sum(2) - second.mean(2)).std(1) / len(prompts) ** 0.5
+    assert torch.allclose(1.96 * error, interval, rtol=1e-3)
+    # M's error adds to that of the prompts what the gains of π_λ vary by, were M another one of its draws
+    unsure = mocan.with_error_of(confirmed, found)
+    others = torch.stack([(weight * torch.einsum("ij,jnk->ink", M, said[0])).sum(2).mean(1) - (M @ said[0].mean(dim=(1, 2)))
+                          for M in confirmed["draws"]]).var(0)  # (1+m,)
+    assert unsure.constraint_gain_se ** 2 == pytest.approx(found.constraint_gain_se ** 2 + others[1:], rel=1e-3)
+    assert unsure.score_gain_se == pytest.approx((found.score_gain_se ** 2 + others[0].item()) ** 0.5, rel=1e-3)
     assert off["regressed"] < 0.25 * off["as they are"]  # measured 0.07 to 0.18
     # the second judge overstates nothing; it understates where errors are large, since log-odds of a preference are
     # flatter than the scores behind them by what a judge leaves open: by 1, 15 and 39 % of b for noise 0.5, 1, 2
@@ -882,7 +891,7 @@ def test_judges_that_do_not_agree_leave_the_scores_as_they_are(sign, where):
     other = torch.tensor([1.0, sign]).view(2, 1, 1)
     second, on_pairs = (scores * other, pairs) if where == "responses" else (scores, pairs * other)
     with pytest.warns(UserWarning, match="two judges do not agree: all scores stay as they are"):
-        units = mocan.confirm([scores, second], judged([pairs, on_pairs], ["helpful", "safe"]), ["helpful", "safe"])
+        units = mocan.confirm([scores, second], judged([pairs, on_pairs], ["helpful", "safe"]), ["helpful", "safe"])["units"]
     assert len(units) == 2 and all(torch.equal(unit, torch.eye(2)) for unit in units)
 
 
@@ -902,7 +911,7 @@ def test_the_errors_of_what_is_confirmed_are_those_of_repetition(capsys):
         truth, pairs = torch.randn(2, 200, 8), torch.randn(2, 150, 2)
         said = [truth + torch.randn(2, 200, 8) for _ in range(2)]
         on_pairs = [pairs + torch.randn(2, 150, 2) for _ in range(2)]
-        M, _ = mocan.confirm(said, judged(on_pairs, ["helpful", "safe"]), ["helpful", "safe"])
+        M, _ = mocan.confirm(said, judged(on_pairs, ["helpful", "safe"]), ["helpful", "safe"])["units"]
         found.append(M[0, 0].item())
         errors.append(float(capsys.readouterr().out.split("±")[1].split()[0]))
     assert torch.tensor(errors).mean() / 1.96 == pytest.approx(torch.tensor(found).std().item(), rel=0.25)

@@ -389,9 +389,9 @@ def test_implicit_scores_are_what_second_judges_confirm_of_them(tmp_path, monkey
     real_prealign, real_confirm = train.pecan.prealign, mocan.confirm
 
     def confirm(said, judges, names):
-        units = real_confirm(said, judges, names)
-        given.append((said, [[some[name]["pairs"] for name in names] for some in judges], units))
-        return units
+        confirmed = real_confirm(said, judges, names)
+        given.append((said, [[some[name]["pairs"] for name in names] for some in judges], confirmed["units"]))
+        return confirmed
     monkeypatch.setattr(train.pecan, "prealign", lambda policy, pool, *rest: (trained.append(pool), real_prealign(policy, pool, *rest))[1])
     monkeypatch.setattr(mocan, "confirm", confirm)
     real_units, used = mocan.in_units, []
@@ -421,7 +421,9 @@ def test_implicit_scores_are_what_second_judges_confirm_of_them(tmp_path, monkey
     assert all(len(p.tokens) == sum(data.conversation(pair.prompt) in learned for pair in split.train) for p in trained)
     # no judge labels here: the table is by those that confirm, in the units of b
     assert all(len(units) == 1 and torch.equal(units[0], U) for units in used[1:]) and "by the second judges, which" not in printed
-    rows_found = json.loads((out / "results.json").read_text())["policies"]
+    results = json.loads((out / "results.json").read_text())
+    assert torch.allclose(torch.tensor(results["confirmed"]["units"][0]), M) and 0 < results["confirmed"]["error"][0][0] < 1
+    rows_found = results["policies"]
     assert rows_found["pecan"]["second"]["reward_gain"] == rows_found["pecan"]["reward_gain"]
 
 
@@ -608,12 +610,12 @@ def test_defaults_of_published_weights_give_way_to_the_command_line(tmp_path, mo
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text("{}")
     c = train.settings(["--init", "folder"])
-    assert (c.tokenizer, c.sft_lr, c.score_lr, c.prealign_lr, c.lr, c.shot_lr, c.margin) == (
-        "gpt2", 5e-5, 5e-5, 2e-5, 1e-5, 1e-5, "50%")
+    assert (c.tokenizer, c.sft_lr, c.score_lr, c.prealign_lr, c.lr, c.shot_lr, c.beta, c.margin) == (
+        "gpt2", 5e-5, 5e-5, 2e-5, 1.25e-5, 1e-5, 0.5, "50%")
     c = train.settings(["--init", "folder", "--data", "x.jsonl", "--lr", "1e-3"])
-    assert (c.tokenizer, c.lr, c.shot_lr, c.margin, c.prompts) == ("gpt2", 1e-3, 1e-5, "25%", 512)  # data's margin, not its sizes
+    assert (c.tokenizer, c.lr, c.shot_lr, c.margin, c.prompts) == ("gpt2", 1e-3, 1e-5, "50%", 512)  # not the data's margin and sizes
     c = train.settings(["--init", "folder", "--quick"])
-    assert (c.tokenizer, c.lr, c.sft_lr, c.prompts) == ("gpt2", 1e-5, 5e-5, 128)
+    assert (c.tokenizer, c.lr, c.sft_lr, c.prompts) == ("gpt2", 1.25e-5, 5e-5, 128)
 
 
 def test_adapters_on_16_bit_weights(tmp_path):
@@ -748,6 +750,37 @@ def test_the_whole_job_from_a_chat_model_with_published_judges(tmp_path, capsys)
     assert not any(info.values()) and transformers.AutoTokenizer.from_pretrained(out).chat_template == CHATML
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_score_model_is_exported_and_read_back(family, small_gpt2, tmp_path, capsys):
+    """What --judge makes of the exported folders is what the score models say; of a chat model Transformers says the same."""
+    folder = chat_folder(tmp_path / "chat")[0] if family == "llama" else small_gpt2[0]
+    flags = [*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--algo", "mocan", "--sft_steps", 0,
+             "--score_lr", 1e-2, *(("--max_new_tokens", 128, "--block_size", 256) if family == "llama" else ("--block_size", 96))]  # texts are cut as by --judge
+    job(*flags, "--out", tmp_path / "out", "--export", tmp_path / "export")
+    assert sorted(os.listdir(tmp_path / "export")) == [
+        "mocan", "score_helpful", "score_helpful_second", "score_safe", "score_safe_second"]
+    kept = load(tmp_path / "out" / "score_safe.pt", "")
+    assert kept["pairs"].std() > 1e-3
+    exported = tmp_path / "export" / "score_safe"
+    model = GPT.from_pretrained(str(exported))
+    assert all(torch.equal(x, kept["weights"][name]) for name, x in model.state_dict().items()) and model.config.score_head
+    pairs = load_pairs([str(tmp_path / "pairs.jsonl")], 0, 0.2, 0.1, "")[0].calibration
+    if family == "llama":  # the other has no tokenizer.json
+        judges = mocan.ready_judges([f"safe={exported}"], ["helpful", "safe"], pairs, "cpu")
+        assert torch.allclose(judges[0]["safe"]["pairs"], kept["pairs"], atol=1e-5)
+    transformers = pytest.importorskip("transformers")
+    theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()) and theirs.config.num_labels == 1
+    if family == "llama":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+        for pair, expected in zip(pairs, kept["pairs"].tolist()):
+            for y, score in zip(pair.responses, expected):
+                ids = tokenizer.apply_chat_template([{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": y}],
+                                                    return_tensors="pt", return_dict=False)
+                if ids.size(1) < 128:
+                    assert theirs(ids).logits.item() == pytest.approx(score, abs=1e-4)
+
+
 def test_a_second_published_judge_measures_and_scores_are_what_it_confirms(tmp_path, capsys):
     folder, _ = chat_folder(tmp_path / "chat")
     one, first = chat_folder(tmp_path / "one", "LlamaForSequenceClassification", seed=1)
@@ -767,8 +800,8 @@ def test_a_second_published_judge_measures_and_scores_are_what_it_confirms(tmp_p
         tmp_path / "first")
     assert "nothing confirms these scores" in capsys.readouterr().out
     alone = load(tmp_path / "first" / "offline_scores.pt", "")
-    assert torch.equal(alone["scores"], alone["second"]) and torch.equal(alone["units"][0], torch.eye(2))
-    M, U = kept["units"]
+    assert torch.equal(alone["scores"], alone["second"]) and torch.equal(alone["confirmed"]["units"][0], torch.eye(2))
+    M, U = kept["confirmed"]["units"]
     assert torch.allclose(kept["scores"], torch.tensordot(M, alone["scores"], 1), atol=1e-4)
     assert torch.equal(U, U.diag().diag()) and not torch.allclose(kept["second"], kept["scores"], atol=1e-2)
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["policies"]
