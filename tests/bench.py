@@ -16,6 +16,8 @@ lora FOLDER: a policy update of a published model by all its weights, and by ada
       process, size of the artifact.
 exact FOLDER --data FILE: MoCAN on a published chat model where the scores are exact, so that the update alone is measured: its
       words "you" against its kind and unkind words. Fresh responses to fresh prompts, beside the optimum.
+update: the MoCAN update of a finished run against trl.DPOTrainer's, from the same reference, responses and scores, with the same
+      optimizer, schedule and number of responses seen, on labels drawn by Bradley-Terry; gains, KL and seconds of both.
 texts: what a finished run's table does not show, from its samples.jsonl: length, variety, gains at equal length, and whose prompts
       pay for the others; with --perplexity what the policies make of the data's own responses.
 picture: an SVG of a finished run: its policies with their intervals, and the optima from lam 0 to 2 lam* on the evaluation
@@ -542,8 +544,8 @@ def our_loss(policy, pool, ref_logp):
     return mocan.preference_loss(chosen, rejected, *ref_logp.T, BETA).mean().item()
 
 
-def trl_trainer(policy, reference, pool, steps, folder):
-    """trl.DPOTrainer with the same weights, tokens, optimizer and schedule; the pool is every step's batch."""
+def trl_trainer(model, reference, rows, batch, plan, beta, folder, bf16=False):
+    """trl.DPOTrainer of two of Transformers' models, with mocan's optimizer and schedule, rows in their order; and its clock."""
     import datasets
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -557,30 +559,34 @@ def trl_trainer(policy, reference, pool, steps, folder):
             return dataset  # token ids already
 
     class Ends(TrainerCallback):
-        clock = Clock(policy.device.type, steps)
+        clock = Clock(model.device.type, plan.steps)
 
         def on_step_end(self, *_, **__):
             self.clock.tick()
 
-    begin = int(pool.response_mask[0, 0].int().argmax())
-    rows = [{"prompt_ids": y[:begin], "chosen_ids": y[begin:], "rejected_ids": z[begin:]} for y, z in pool.tokens.tolist()]
-    model = transformers_gpt2(policy)
-    plan = recipe(steps, len(rows))
     optimizer = mocan.adamw(model)
     optimizer.param_groups[0]["lr"] = 1.0  # the schedule's is a factor of it
     args = DPOConfig(
-        folder, max_steps=steps, per_device_train_batch_size=len(rows), train_sampling_strategy="sequential", beta=BETA,
-        max_grad_norm=1.0, precompute_ref_log_probs=True, max_length=None, gradient_checkpointing=False,
-        bf16=policy.config.dtype == "bfloat16", use_cpu=policy.device.type == "cpu", disable_tqdm=True,
-        dataloader_pin_memory=policy.device.type == "cuda", logging_strategy="no", save_strategy="no", report_to="none")
+        folder, max_steps=plan.steps, per_device_train_batch_size=batch, gradient_accumulation_steps=plan.accumulate,
+        train_sampling_strategy="sequential", beta=beta, max_grad_norm=1.0, precompute_ref_log_probs=True, max_length=None,
+        gradient_checkpointing=False, bf16=bf16, use_cpu=model.device.type == "cpu", disable_tqdm=True,
+        dataloader_pin_memory=model.device.type == "cuda", logging_strategy="no", save_strategy="no", report_to="none")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"end": 0}, unk_token="end")), eos_token="end")
     trainer = Trainer(
-        model, transformers_gpt2(reference), args, train_dataset=datasets.Dataset.from_list(rows * steps),
+        model, reference, args, train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer, callbacks=[Ends()],
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: mocan.lr_at(step, plan))))
     trainer.remove_callback(PrinterCallback)
     trainer.ref_model = None  # its log-probabilities are there
     return trainer, Ends.clock
+
+
+def trl_on_a_batch(policy, reference, pool, steps, folder):
+    """`trl_trainer` on a pool that is every step's batch."""
+    begin = int(pool.response_mask[0, 0].int().argmax())
+    rows = [{"prompt_ids": y[:begin], "chosen_ids": y[begin:], "rejected_ids": z[begin:]} for y, z in pool.tokens.tolist()]
+    return trl_trainer(transformers_gpt2(policy), transformers_gpt2(reference), rows * steps, len(rows), recipe(steps, len(rows)),
+                       BETA, folder, policy.config.dtype == "bfloat16")
 
 
 @torch.no_grad()
@@ -605,7 +611,7 @@ def train_case(a, shape, pairs, dtype, peer):
 
     def trl():
         with tempfile.TemporaryDirectory() as folder:
-            trainer, clock = trl_trainer(policy, reference, pool, a.steps, folder)
+            trainer, clock = trl_on_a_batch(policy, reference, pool, a.steps, folder)
             before = trl_loss(trainer)
             trainer.train()
             losses["trl"] = [before, trl_loss(trainer)]
@@ -662,7 +668,7 @@ def growth(what, shape, pairs, device, dtype):
         return memory_peak(device) - before
     if what == "trl":
         with tempfile.TemporaryDirectory() as folder:
-            trainer, _ = trl_trainer(policy, policy, pool, 2, folder)
+            trainer, _ = trl_on_a_batch(policy, policy, pool, 2, folder)
             before = memory_now(device)
             trainer.train()
     else:
@@ -1014,6 +1020,73 @@ def bench_exact(argv):
             print(f"  {name:>10}: {x.pool.texts(tok)[n * c.eval_responses]!r}")
 
 
+# ---- the update of a finished run, by another trainer
+def bench_update(argv):
+    parser = argparse.ArgumentParser(prog="bench.py update", allow_abbrev=False)
+    parser.add_argument("--out", default="out", help="folder of a finished run of `python train.py`, with MoCAN")
+    parser.add_argument("--lr", type=float, help="the other trainer's learning rate (default: the run's)")
+    args = parser.parse_args(argv)
+    if not importlib.util.find_spec("trl"):
+        sys.exit("error: trl is not installed: no comparison")
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    like_train()
+    kept = json.loads((Path(args.out) / "run.json").read_text())["config"]
+    c = train.Config(**{**train.SETTINGS, **kept, "out": args.out, "start": "evaluate"})
+    with silent:
+        split, names = data.load_pairs(c.data, c.world_pairs, c.held_out, c.calibration, c.constraints, c.judge)
+        tok, tokenizer = train.open_tokenizer(c, split)
+        pools = {part: data.pair_pool(tok, getattr(split, part), "") for part in split._fields}
+        reference = train.train_reference(c, tok, tokenizer, pools)
+        judges = train.train_judges(c, reference, split, pools, names)
+        prompts = data.spread([pair.prompt for pair in split.train], c.prompts)
+        offline = train.sample(c, "offline", c.responses, reference, reference, tok, prompts)
+        scored, sample = train.score(c, "mocan", offline, judges, names, prompts, tok, None)
+    ours = load(f"{c.out}/mocan.pt", "run train.py first")
+    s = mocan.total_score(sample.scores, torch.tensor(ours["lam"]))
+    rows = drawn_pairs(sample.pool, s, c.steps * c.batch * c.accumulate, c.seed)
+    plan = train.recipe(c, "mocan", c.steps, args.lr or c.lr)
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        export(from_checkpoint(reference), f"{folder}/reference", tokenizer["files"])
+        model, ref = (transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/reference", dtype=torch.float32).to(c.device)
+                      for _ in range(2))
+        trainer, clock = trl_trainer(model, ref, rows, c.batch, plan, c.beta, folder, c.dtype == "bfloat16")
+        trainer.train()
+        model.save_pretrained(f"{folder}/policy")
+        theirs = GPT.from_pretrained(f"{folder}/policy")
+    spent = time.time() - began
+    theirs.config = GPTConfig(**reference["config"])
+    print(f"{len(rows)} pairs by trl.DPOTrainer: {spent:.0f} s, of which {clock.seconds * plan.steps:.0f} s are steps")
+    c.out = f"{c.out}/update"
+    os.makedirs(c.out, exist_ok=True)
+    policies = {"mocan": ours, "trl": {**to_checkpoint(theirs), "lam": ours["lam"], "seconds": spent}}
+    train.evaluate(c, reference, policies, judges, {"mocan": scored["confirmed"]}, names, torch.tensor(ours["made_from"]["input b"]),
+                   split, tok)
+
+
+def drawn_pairs(pool, s, count, seed):
+    """That many pairs of a prompt's responses, every response once an epoch, in another order each time, with labels drawn by
+    Bradley-Terry from s (N, K), as trl.DPOTrainer takes them."""
+    rows = []
+    begin = pool.response_mask.int().argmax(2)
+    texts = [[row[:length] for row, length in zip(*some)] for some in zip(pool.tokens.tolist(), pool.lengths.tolist())]
+    draw = random.Random(seed)
+    while len(rows) < count:
+        epoch = []
+        for n, some in enumerate(texts):
+            order = draw.sample(range(len(some)), len(some))
+            for i, j in zip(order[::2], order[1::2]):
+                if draw.random() > 1 / (1 + math.exp(s[n, j] - s[n, i])):
+                    i, j = j, i
+                x = begin[n, i]
+                epoch.append({"prompt_ids": some[i][:x], "chosen_ids": some[i][x:], "rejected_ids": some[j][x:]})
+        draw.shuffle(epoch)
+        rows += epoch
+    return rows[:count]
+
+
 # ---- the texts of a finished run
 def bench_texts(argv):
     parser = argparse.ArgumentParser(prog="bench.py texts")
@@ -1260,7 +1333,8 @@ def place_label(x, y, text, taken):
 
 
 def main():
-    commands = {"dual": bench_dual, "shots": bench_shots, "train": bench_train, "sample": bench_sample, "chat": bench_chat, "lora": bench_lora, "exact": bench_exact, "texts": bench_texts,
+    commands = {"dual": bench_dual, "shots": bench_shots, "train": bench_train, "sample": bench_sample, "chat": bench_chat, "lora": bench_lora, "exact": bench_exact,
+                "update": bench_update, "texts": bench_texts,
                 "scale": bench_scale, "picture": bench_picture}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(f"{__doc__}\nusage: python tests/bench.py {{{','.join(commands)}}} [--help]")

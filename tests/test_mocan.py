@@ -1045,3 +1045,25 @@ def test_a_calibration_loss_that_is_not_finite_leaves_weights_to_end_with(losses
         progress.consider(loss)
     finite = [loss for loss in losses if math.isfinite(loss)]
     assert progress.best["weights"]["wte.weight"][0, 0] == (losses.index(min(finite)) if finite else 0)
+
+
+# ---- what a benchmark gives another trainer
+def test_pairs_for_another_trainer_are_drawn_by_bradley_terry():
+    from bench import drawn_pairs
+    vocab, N, K = 1000, 40, 6
+    tokens = torch.arange(N * K * 3).view(N, K, 3) + 1  # every token is one response's
+    tokens[:, :, 0] = torch.arange(N)[:, None] + vocab
+    pool = Pool(tokens.int(), torch.tensor([False, True, True]).expand(N, K, 3))
+    s = torch.randn(N, K)
+    rows = drawn_pairs(pool, s, 100 * N * K // 2, seed=0)
+    place = {int(tokens[n, k, 1]): (n, k) for n in range(N) for k in range(K)}
+    won = torch.zeros(N, K, K)
+    for row in rows:
+        (n, i), (other, j) = place[row["chosen_ids"][0]], place[row["rejected_ids"][0]]
+        assert n == other and row["prompt_ids"] == [vocab + n] and i != j
+        won[n, i, j] += 1
+    assert (won.sum((1, 2)) == 100 * K // 2).all() and (won.sum(2) + won.sum(1) == 100).all()  # once an epoch
+    n, i, j = (won + won.transpose(1, 2)).triu(1).nonzero(as_tuple=True)
+    p, met = torch.sigmoid(s[n, i] - s[n, j]), won[n, i, j] + won[n, j, i]
+    z = (won[n, i, j] - met * p) / (met * p * (1 - p)).sqrt()  # 600 of them, of variance 1
+    assert len(z) == N * K * (K - 1) // 2 and abs(z.mean()) < 0.13 and 0.8 < z.std() < 1.2
