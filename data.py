@@ -97,8 +97,7 @@ def preferences(pairs, name, pool):
 
 
 def half(pairs, which):
-    """The pairs, of which those of every other conversation alone keep their preferences; which:
-    0 or 1, the other half."""
+    """All pairs; those outside this half of the conversations, 0 or 1, lose their preferences."""
     kept = {*sorted({conversation(pair.prompt) for pair in pairs})[which::2]}
     return [pair if conversation(pair.prompt) in kept else pair._replace(prefers={})
             for pair in pairs]
@@ -535,7 +534,7 @@ def _pair(row, name, judged):
         talk = [("Assistant", "")] if alone else _talk(row, side, "Assistant")
         if talk[0][0] != "Human":  # the reply alone, or words of no one, which the end refuses
             talk = prompt + talk
-        if len(talk) == 1:
+        if len(talk) == 1 and not prompt:
             raise ValueError(f"field 'prompt' is missing, and {side} is no transcript; one of them "
                              "must say what is replied to")
         if talk[:len(prompt)] != prompt:

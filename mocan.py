@@ -49,7 +49,7 @@ import dual
 from data import (Pool, encode_prompts, group_batches, load, pad, pair_pool, preferences,
                   published_files, read_tokenizer, save, take, take_text, text_pool, uniforms,
                   world_scores)
-from model import GPT, from_checkpoint, sequence_logprob, weight_files
+from model import GPT, from_checkpoint, sequence_logprob
 
 
 # ---- the losses: tensors in, tensors out
@@ -78,7 +78,7 @@ class Sample(NamedTuple):
     logp: torch.Tensor      # (N, K) ln π₁(y|x)
     ref_logp: torch.Tensor  # (N, K) ln π_ref(y|x)
     scores: torch.Tensor    # (1+m, N, K) r, g_1 … g_m
-    second: torch.Tensor = None  # (1+m, N, K) what judges say that nothing is trained on
+    second: torch.Tensor = None  # (1+m, N, K) by judges that label nothing, or the same
 
     @property
     def mean_g(self):
@@ -216,12 +216,12 @@ def schedule(pool, group, recipe, progress):
     nothing to a loop that considers it. batches: (n, k, whole) of each micro-batch, this rank's
     prompts n (B,), groups k (B, G) of their responses, and the prompts of all ranks (W,); where
     those are too few, a rank has none. ends_epoch: whether as many pairs have been seen as the pool
-    has (group 2), or it is the last step."""
+    has (group 2), to within a step, or it is the last one."""
     me, ranks = rank()
     batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
     epoch = max(1, len(pool.tokens) // (recipe.batch * recipe.accumulate))  # steps
     for step in range(recipe.steps):
-        found = [next(batches) for _ in range(recipe.accumulate)]
+        found = [next(batches) for _ in range(recipe.accumulate)]  # also for steps already done
         if progress.best["worse"] == 2:
             return
         if step >= len(progress.done):  # none that a killed run has done
@@ -238,6 +238,7 @@ class Progress:
         self.recipe = recipe
         self.parts = parts
         self.done = []  # the loss of each step, or the samples of each batch
+        self.before = 0  # of these, by a run that was killed
         self.best = {"loss": math.inf, "worse": 0}  # see `consider`
         self.loss = 0.0  # of the step's micro-batches so far
         self.began = self.due = time.monotonic()
@@ -246,6 +247,7 @@ class Progress:
             saved = load(f"{run.out}/checkpoint.pt", "remove it, which begins the last stage anew")
             if saved["loop"] == [run.run, recipe.stage]:
                 self.done = saved["done"]
+                self.before = len(self.done)
                 self.best = saved["best"]
                 for name, part in parts.items():
                     part.load_state_dict(saved[name])
@@ -270,9 +272,9 @@ class Progress:
             return
         loss = f"  loss {self.losses()[-1]:.4f}" if self.parts else ""
         seconds = now - self.began + 1e-9
-        print(f"  {self.recipe.stage} {step}/{steps}{loss}  {step / seconds:.1f}/s  "
-              f"{seconds:.0f} s elapsed, {(steps - step) * seconds / step:.0f} s left",
-              flush=True)  # a resumed run counts what it found done
+        rate = (step - self.before) / seconds
+        print(f"  {self.recipe.stage} {step}/{steps}{loss}  {rate:.1f}/s  "
+              f"{seconds:.0f} s elapsed, {(steps - step) / rate:.0f} s left", flush=True)
         self.due = now + 10
         if run:
             states = {name: part.state_dict() for name, part in self.parts.items()}
@@ -450,9 +452,11 @@ def ready_judges(specs, names, pairs, device):
         if any(name in pair.prefers for pair in pairs):
             say_agreement(f"{name} judge, calibration",
                           sign * map_pool(model, preferences(pairs, name, pool)))
-        stamps = [os.path.getmtime(file) for file in weight_files(folder)]
-        free[0][name] = {"run": f"{spec} {stamps}", "folder": folder, "sign": sign, "tok": tok,
+        changed = max(file.stat().st_mtime for file in os.scandir(folder))
+        free[0][name] = {"run": f"{spec} {changed}", "folder": folder, "sign": sign, "tok": tok,
                          "pairs": sign * map_pool(model, pool)}
+    if judges[1] and judges[1].keys() != judges[0].keys():
+        raise ValueError("--judge: a second one for each NAME that has a first, or for none")
     return judges
 
 
@@ -470,19 +474,21 @@ def regression(first, second):
 
 
 def confirm(said, judges, names):
-    """What of the first scores, of judges or of PeCAN's policies, other judges confirm, who learned
-    the same preferences from other conversations -> "units" M, U (1+m, 1+m): M·A is the best linear
-    guess of the truth T from the first's scores A, U·B what the second say in the same units;
-    "draws" of M (D, 1+m, 1+m), with other prompts and pairs, and "error", the standard deviation;
-    "agree" (1+m,), the correlation of A and B within prompts.
-    said: A, B (1+m, N, K) of some responses; judges: [{preference: with "pairs", its scores (P, 2)
-    of calibration pairs}]. Without a second judge [1]: nothing confirms what the first say.
+    """What of the first scores A, of judges or of PeCAN's policies, is confirmed by those of other
+    judges, B, who learned the same preferences from other conversations.
 
     A judge's errors look like preferences to whoever maximises its scores; A and B differ in them.
-    M = U·Cov(B,A)·Cov(A)⁻¹ on the responses. U undoes what B's calibration took: on the pairs,
-    where E[T_j|A_j] = A_j, B_j rises with A_j by the share of T_j that is left in B_j, and U is the
-    inverse of it, diagonal. What both judges have from the same kind of text stays. Where two of
-    them do not agree at all, M = U = 1, with a warning; where the data has prompts alone, U = 1.
+    On the responses Cov(B,A)·Cov(A)⁻¹·A is the best linear guess of B, and of the truth T once the
+    calibration of B is undone: on the calibration pairs, where E[T_j|A_j] = A_j, B_j rises with A_j
+    by the share of T_j that B_j has `kept`. So M·A is the guess of T, M = U·Cov(B,A)·Cov(A)⁻¹, and
+    U·B what the second say in the same units, U = 1/kept, diagonal. What both judges have from the
+    same kind of text stays. Where two of them do not agree at all, M = U = 1, with a warning; where
+    the data has prompts alone, U = 1.
+
+    said: A, B (1+m, N, K) of some responses; judges: [{preference: with "pairs", its scores (P, 2)
+    of calibration pairs}]. Without a second judge [1]: nothing confirms what the first say.
+    -> "units" M, U (1+m, 1+m); "draws" of M (D, 1+m, 1+m), with other prompts and pairs, and their
+    standard deviation, "error"; "agree" (1+m,), the correlation of A and B within prompts.
     """
     if len(said) == 1:
         if judges[0]:
@@ -493,10 +499,11 @@ def confirm(said, judges, names):
 
     def slopes(n, p):
         a, b = [within(x[:, p]) for x in pairs]
-        own = ((a * b).sum(1) / (a * a).sum(1)).nan_to_num(1)  # (1+m,); 1 where no pair says
-        return own, regression(*[x[:, n] for x in said]) / own[:, None]
+        square = (a * a).sum(1)  # (1+m,)
+        kept = torch.where(square > 1e-9, (a * b).sum(1) / square, 1)  # 1 where no pair says
+        return kept, regression(*[x[:, n] for x in said]) / kept[:, None]
 
-    own, M = slopes(torch.arange(N), torch.arange(P))
+    kept, M = slopes(torch.arange(N), torch.arange(P))
     generator = torch.Generator().manual_seed(0)
     draws = []
     for _ in range(100):  # the bootstrap over prompts and pairs
@@ -509,13 +516,13 @@ def confirm(said, judges, names):
     for j, name in enumerate(names):
         print(f"  {name}: {M[j, j]:.3f} ± {1.96 * error[j, j]:.3f} of what its judge says is "
               f"confirmed by a second one; within prompts they correlate at {agree[j]:.2f}")
-    if not torch.cat([agree, own]).min() > 0:
+    if not torch.cat([agree, kept]).min() > 0:
         warnings.warn("two judges do not agree: all scores stay as they are, unconfirmed, and what "
                       "they promise need not come; more pairs or more --score_steps are needed")
         return unconfirmed(said, names)
     if M.det() < 2 * draws.det().std():
         warnings.warn("what the judges say is confirmed within its error only")
-    return {"units": [M.float(), (1 / own).diag().float()], "draws": draws.float(),
+    return {"units": [M.float(), (1 / kept).diag().float()], "draws": draws.float(),
             "error": error, "agree": agree}
 
 
@@ -530,22 +537,18 @@ def in_units(units, said):
     return [torch.einsum("ij,jnk->ink", unit, x) for unit, x in zip(units, said)]
 
 
-def with_error_of(confirmed, found):
-    """The Dual `found` by scores M·A, its gains' standard errors with what M's own adds to them."""
-    gain = torch.cat([torch.tensor([found.score_gain]), found.constraint_gain]).float()
-    unit = torch.linalg.pinv(confirmed["units"][0])
-    reward, *safety = (confirmed["draws"] @ unit @ gain).std(0).tolist()
-    return found._replace(
-        score_gain_se=math.hypot(found.score_gain_se, reward),
-        constraint_gain_se=found.constraint_gain_se.hypot(torch.tensor(safety)))
-
-
-def second_gain(sample, lam, beta):
-    """Gains of π_λ by the second scores, and their standard errors, (1+m,), (1+m,): what λ* buys by
-    judges that had no part in it."""
+def gains(sample, scores, lam, beta):
+    """What π_λ gains over π₁ by scores (1+m, N, K), the sample's own or its second ones, and the
+    standard errors over prompts: (1+m,), (1+m,)."""
     s = total_score(sample.scores, lam)
     weight = (s / beta - sample.logp + sample.ref_logp).softmax(1)  # (N, K) of π_λ
-    return dual.clustered((weight * sample.second).sum(2) - sample.second.mean(2))
+    return dual.clustered((weight * scores).sum(2) - scores.mean(2))
+
+
+def error_of_units(confirmed, gain):
+    """The standard error (1+m,) that M's own adds to gains (1+m,) by scores M·A."""
+    raw = torch.linalg.pinv(confirmed["units"][0]) @ gain  # by A
+    return (confirmed["draws"] @ raw).std(0)
 
 
 # ---- calibration: scores in log-odds of the preference

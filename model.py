@@ -27,7 +27,6 @@ import functools
 import json
 import math
 import os
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -462,14 +461,14 @@ def from_checkpoint(saved, device="cpu"):
             with torch.device("meta"):
                 add_adapters(model)
         model.load_state_dict(saved["weights"], assign=True)
-        for parameter in model.parameters():
-            parameter.data = parameter.to(device, copy=True)
-        return model
     except Exception as error:  # a damaged file raises half a dozen kinds
         raise ValueError(
             f"{saved.get('path', 'checkpoint')}: not a model that this program saved "
             f"({in_one_line(error)}); make it again with --from its stage, and leave adapters "
             "beside their reference.pt") from None
+    for parameter in model.parameters():
+        parameter.data = parameter.to(device, copy=True)
+    return model
 
 
 @functools.lru_cache(1)
@@ -611,8 +610,7 @@ def export(model, folder, files={}, **changes):
             **{theirs: getattr(c, ours) for theirs, ours in GPT2_SIZES.items()},
         } | config | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # else it has some
     if c.score_head:
-        kind = config["architectures"][0]
-        kind = re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", kind)
+        kind = c.family.title().replace("Gpt", "GPT") + "ForSequenceClassification"
         config |= {"architectures": [kind], "num_labels": 1}
     for name, text in {**files, "config.json": json.dumps(config | changes)}.items():
         replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))

@@ -19,7 +19,7 @@ The stages, and the artifact that each leaves in --out:
     evaluate    fresh responses on evaluation prompts      results.json, samples.jsonl
 
 With --data each preference has two judges, from different halves of the training conversations: the
-first labels, the second (score_*_second.pt) only measures, in confirm's units, and has a table.
+first labels, the second (score_*_second.pt) measures, in confirm's units, and has a table.
 PeCAN's policies learn from the half of the first, and the second confirm their scores likewise.
 With --lora reference.pt also holds all frozen weights, and the other files only adapters (and a
 score model's head), which are read with the reference.pt beside them.
@@ -167,7 +167,8 @@ def main():
     policies, confirmed = {}, {}
     margin = None
 
-    scorers = judges = train_judges(c, reference, split, pools, names)  # PeCAN: for the table
+    # they label MoCAN's pairs; of PeCAN's scores the second ones alone are asked
+    scorers = judges = train_judges(c, reference, split, pools, names)
     offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
     for algorithm in c.algo.replace("all", "mocan pecan").split():
         if algorithm == "pecan":  # no judge: policies that DPO made from one preference each
@@ -176,7 +177,7 @@ def main():
             scorers = [dpo, *judges[1:]]
         policy = reference
         for shot in range(1, c.shots + 1):
-            label = f"{algorithm} shot {shot}" if shot > 1 else algorithm
+            label = f"{algorithm} shot {shot}".removesuffix(" shot 1")
             sampled = offline if shot == 1 else sample(  # 1. sample
                 c, f"{label} responses", c.shot_responses, policy, reference, tok, prompts)
             scored, samples = score(  # 2. score
@@ -188,10 +189,10 @@ def main():
                 margin = dual.parse_margin(c.margin, dual.reachable(samples.scores[1:]))  # (m,) b
             try:
                 found = mocan.solve_from(samples, ref_mean, margin, c.beta)  # 3. dual
-            except dual.Infeasible as error:
+            except (ValueError, FloatingPointError) as error:  # dual.Infeasible among them
                 if label in ("mocan", c.algo):  # the very first
                     raise
-                print(f"  no policy {label}, by its scores: {error}")
+                print(f"  no policy {label}, by its scores, from where it stands: {error}")
                 break
             policies[label] = policy = update(  # 4. update
                 c, label, policy, scored, samples, margin, found)
@@ -216,7 +217,7 @@ def enter(c):
             return sys.stdout
     os.makedirs(c.out, exist_ok=True)
     for name in c.algo.replace("all", "mocan pecan").split() if c.export else ():
-        open_export(f"{c.export}/{name}", data.FILES)  # now, not after the last minute
+        open_export(f"{c.export}/{name}", data.FILES)  # now, of the folder what is known by now
     print("settings:", json.dumps(vars(c)))
     lock = open(f"{c.out}/lock", "a")
     try:
@@ -302,7 +303,8 @@ def train_judges(c, reference, split, pools, names):
             some[name] = saved = artifact(c, "scores", f"{label}.pt", reference=reference)
             if "began" in saved:
                 start = to_checkpoint(from_checkpoint(reference, c.device))
-                start["config"]["score_head"] = True
+                start["config"] |= {"score_head": True, "tied": True}  # no other output layer
+                start["weights"].pop("lm_head.weight", None)
                 start["weights"]["score_head.weight"] = torch.zeros(1, start["config"]["n_embd"])
                 model = from_checkpoint({**reference, **start}, c.device)  # all scores are 0
                 parts = [data.preferences(getattr(mine, part), name, pool)
@@ -318,6 +320,9 @@ def prealign(c, reference, split, pools, names, judges):
     """PeCAN: {preference: artifact of a policy and of its τ}. Where there are second judges, from
     the half of the conversations that these have not seen."""
     dpo = {}
+    if c.judge:
+        warnings.warn("PeCAN's scores are log-odds, those of --judge have their own units: one b is "
+                      "not the same gain in both")
     if judges[1:]:
         split = split._replace(train=data.half(split.train, 0))
     for name in names:
@@ -377,17 +382,17 @@ def update(c, label, policy, scored, samples, margin, found):
     stage, *shot = label.split()
     saved = artifact(c, stage, f"{label}.pt", policy=policy, scores=scored, b=margin.tolist())
     if "began" in saved:
-        found = mocan.with_error_of(scored["confirmed"], found)
+        gain, error = mocan.gains(samples, samples.scores, found.lam, c.beta)  # (1+m,) r's first
+        error = error.hypot(mocan.error_of_units(scored["confirmed"], gain))
         print(f"dual: λ* = {numbers(found.lam)} ± {numbers(1.96 * found.lam_se)} at a margin of "
-              f"{numbers(margin)}; predicted from the responses it was solved on: gains "
-              f"{numbers(found.constraint_gain)} ± {numbers(1.96 * found.constraint_gain_se)}, "
-              f"score {found.score_gain:.3f} ± {1.96 * found.score_gain_se:.3f}, "
-              f"KL {found.kl:.3f}; effective sample size {found.ess:.1f} a prompt, 5th percentile "
-              f"{found.ess_p5:.1f}; {found.iterations} evaluations")
+              f"{numbers(margin)}; predicted from the responses it was solved on: reward and gains "
+              f"{numbers(gain)} ± {numbers(1.96 * error)}, KL {found.kl:.3f}; effective sample "
+              f"size {found.ess:.1f} a prompt, 5th percentile {found.ess_p5:.1f}; "
+              f"{found.iterations} evaluations")
         if "agree" in scored["confirmed"]:
-            gain, error = mocan.second_gain(samples, found.lam, c.beta)
-            print(f"  by the second judges: score and gains {numbers(gain)} ± "
-                  f"{numbers(1.96 * error)}")
+            second, its_error = mocan.gains(samples, samples.second, found.lam, c.beta)
+            print(f"  by the second judges: reward and gains {numbers(second)} ± "
+                  f"{numbers(1.96 * its_error)}")
         model = from_checkpoint(policy, c.device)
         steps, lr = (c.shot_steps, c.shot_lr) if shot else (c.steps, c.lr)
         plan = recipe(c, label, steps, lr)._replace(key=f"{c.seed}/{stage}")  # all shots draw alike
@@ -395,7 +400,8 @@ def update(c, label, policy, scored, samples, margin, found):
             mocan.train_mocan(model, samples, found.lam, c.beta, c.group, plan)
         else:
             pecan.train_pecan(model, samples, found.lam, c.beta, c.group, plan)
-        finish(saved, **to_checkpoint(model), lam=found.lam.tolist(), predicted=found._asdict())
+        predicted = {**found._asdict(), "gain": gain, "gain_se": error}
+        finish(saved, **to_checkpoint(model), lam=found.lam.tolist(), predicted=predicted)
     return saved
 
 

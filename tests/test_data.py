@@ -281,6 +281,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, case):
 
 BAD_HH = {
     "no reply": ({"chosen": "Hi", "rejected": "Ho"}, "'prompt' is missing, and chosen is no transcript"),
+    "a reply of the user's": ({"prompt": "Hi", "chosen": "Human: Ho", "rejected": "He"}, "does not begin with the prompt"),
     "missing rejected": (without(HH, "rejected"), "'rejected' is missing or wrong"),
     "chosen of the wrong type": ({**HH, "chosen": 3}, "'chosen' is missing or wrong"),
 }

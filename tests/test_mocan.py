@@ -863,21 +863,22 @@ def test_what_a_second_judge_confirms_is_nearer_to_the_truth(names, noise, capsy
     for way, some in (("as they are", said[0]), ("regressed", scores)):
         sample = mocan.Sample(None, logp, logp, some, second)
         found = mocan.solve_from(sample, some[1:].double().mean(dim=(1, 2)), margin, 1.0)
-        true, _ = mocan.second_gain(sample._replace(second=truth), found.lam, 1.0)
+        true, _ = mocan.gains(sample, truth, found.lam, 1.0)
         predicted = torch.tensor([found.score_gain, *found.constraint_gain])
         off[way] = (predicted - true).norm().item()
         weight = (some[0] + torch.einsum("m,mnk->nk", found.lam.float(), some[1:])).softmax(1)
         each = (weight * (second - truth)).sum(2) - (second - truth).mean(2)  # (1+m, N) what the second judge gets wrong
-        gain, error = mocan.second_gain(sample, found.lam, 1.0)
+        gain, error = mocan.gains(sample, second, found.lam, 1.0)
         assert torch.allclose(gain, true + each.mean(1), atol=1e-4)
     interval = 1.96 * ((weight * second).sum(2) - second.mean(2)).std(1) / len(prompts) ** 0.5
     assert torch.allclose(1.96 * error, interval, rtol=1e-3)
-    # M's error adds to that of the prompts what the gains of π_λ vary by, were M another one of its draws
-    unsure = mocan.with_error_of(confirmed, found)
+    # M's error is what the gains of π_λ vary by, were M another one of its draws
+    gain, error = mocan.gains(sample, scores, found.lam, 1.0)
+    assert gain.tolist() == pytest.approx([found.score_gain, *found.constraint_gain.tolist()], abs=1e-4)
+    assert error.tolist() == pytest.approx([found.score_gain_se, *found.constraint_gain_se.tolist()], rel=1e-3)
     others = torch.stack([(weight * torch.einsum("ij,jnk->ink", M, said[0])).sum(2).mean(1) - (M @ said[0].mean(dim=(1, 2)))
-                          for M in confirmed["draws"]]).var(0)  # (1+m,)
-    assert unsure.constraint_gain_se ** 2 == pytest.approx(found.constraint_gain_se ** 2 + others[1:], rel=1e-3)
-    assert unsure.score_gain_se == pytest.approx((found.score_gain_se ** 2 + others[0].item()) ** 0.5, rel=1e-3)
+                          for M in confirmed["draws"]])  # (D, 1+m)
+    assert mocan.error_of_units(confirmed, gain).tolist() == pytest.approx(others.std(0).tolist(), rel=1e-3)
     assert off["regressed"] < 0.25 * off["as they are"]  # measured 0.07 to 0.18
     # the second judge overstates nothing; it understates where errors are large, since log-odds of a preference are
     # flatter than the scores behind them by what a judge leaves open: by 1, 15 and 39 % of b for noise 0.5, 1, 2
@@ -893,6 +894,16 @@ def test_judges_that_do_not_agree_leave_the_scores_as_they_are(sign, where):
     with pytest.warns(UserWarning, match="two judges do not agree: all scores stay as they are"):
         units = mocan.confirm([scores, second], judged([pairs, on_pairs], ["helpful", "safe"]), ["helpful", "safe"])["units"]
     assert len(units) == 2 and all(torch.equal(unit, torch.eye(2)) for unit in units)
+
+
+def test_pairs_that_say_nothing_but_rounding_leave_the_units():
+    """Prompts alone: both responses of a pair are empty, and may differ in the last bit."""
+    scores, pairs = torch.randn(2, 60, 8), torch.ones(2, 60, 2)
+    second = pairs.clone()
+    pairs[:, 7, 1] += 5e-7
+    second[:, 7, 0] += 1e-6
+    found = mocan.confirm([scores, scores.clone()], judged([pairs, second], ["helpful", "safe"]), ["helpful", "safe"])
+    assert all(torch.allclose(unit, torch.eye(2), atol=1e-6) for unit in found["units"])
 
 
 def test_what_is_hardly_confirmed_is_warned_of():

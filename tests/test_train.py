@@ -1,3 +1,4 @@
+import argparse
 import ast
 import gzip
 import json
@@ -372,6 +373,29 @@ def test_progress_has_a_line_at_once_every_ten_seconds_and_at_the_end(capsys, mo
         "  stage 250/250  8.0/s  31 s elapsed, 0 s left"]
 
 
+def test_a_resumed_loop_reckons_from_where_it_goes_on(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(mocan.time, "monotonic", lambda: now[0])
+    recipe = mocan.Recipe("stage", 250, run=argparse.Namespace(out=str(tmp_path), run="x", resume=True, checkpoint_every=10))
+    data.save({"loop": ["x", "stage"], "done": [None] * 200, "best": {}}, tmp_path / "checkpoint.pt")
+    progress = mocan.Progress(recipe)
+    now[0] = 11.0
+    progress.report(None)
+    assert capsys.readouterr().out.splitlines()[-1] == "  stage 201/250  0.1/s  11 s elapsed, 539 s left"
+
+
+def test_what_a_published_judge_says_is_asked_again_when_its_folder_changes(tmp_path):
+    folder, _ = chat_folder(tmp_path / "judge", "LlamaForSequenceClassification")
+    pairs = data.world_preferences(4)
+
+    def run():
+        return mocan.ready_judges([f"helpful={folder}"], ["helpful"], pairs, "cpu")[0]["helpful"]["run"]
+    before = run()
+    assert run() == before
+    os.utime(folder / "tokenizer_config.json", (2e9, 2e9))
+    assert run() != before
+
+
 def test_pecan_alone_needs_no_score_but_is_judged(tmp_path):
     job(*TINY, "--out", tmp_path, "--algo", "pecan")
     assert list(numbers(tmp_path)["policies"]) == ["reference", "dpo-helpful", "dpo-harmless", "pecan", "optimum"]
@@ -687,7 +711,8 @@ def chat_folder(folder, architecture="LlamaForCausalLM", seed=0, **changes):
     vocab = tokenizer_json()
     size = max(vocab["model"]["vocab"].values()) + 4  # rounded up
     head = architecture.endswith("SequenceClassification")
-    model = GPT(GPTConfig(size, 256, 2, 4, 32, score_head=head, family="llama", n_kv_head=2, n_inner=48, tied=True, rope={"rope_theta": 1e4}))
+    tied = changes.get("tie_word_embeddings", True)
+    model = GPT(GPTConfig(size, 256, 2, 4, 32, score_head=head, family="llama", n_kv_head=2, n_inner=48, tied=tied, rope={"rope_theta": 1e4}))
     with torch.no_grad():
         for p in model.parameters():
             p *= 8 if p.dim() == 2 else 1
@@ -750,12 +775,12 @@ def test_the_whole_job_from_a_chat_model_with_published_judges(tmp_path, capsys)
     assert not any(info.values()) and transformers.AutoTokenizer.from_pretrained(out).chat_template == CHATML
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "untied", "gpt2"])
 def test_a_score_model_is_exported_and_read_back(family, small_gpt2, tmp_path, capsys):
     """What --judge makes of the exported folders is what the score models say; of a chat model Transformers says the same."""
-    folder = chat_folder(tmp_path / "chat")[0] if family == "llama" else small_gpt2[0]
+    folder = chat_folder(tmp_path / "chat", tie_word_embeddings=family == "llama")[0] if family != "gpt2" else small_gpt2[0]
     flags = [*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--algo", "mocan", "--sft_steps", 0,
-             "--score_lr", 1e-2, *(("--max_new_tokens", 128, "--block_size", 256) if family == "llama" else ("--block_size", 96))]  # texts are cut as by --judge
+             "--score_lr", 1e-2, *(("--max_new_tokens", 128, "--block_size", 256) if family != "gpt2" else ("--block_size", 96))]  # texts are cut as by --judge
     job(*flags, "--out", tmp_path / "out", "--export", tmp_path / "export")
     assert sorted(os.listdir(tmp_path / "export")) == [
         "mocan", "score_helpful", "score_helpful_second", "score_safe", "score_safe_second"]
@@ -765,13 +790,13 @@ def test_a_score_model_is_exported_and_read_back(family, small_gpt2, tmp_path, c
     model = GPT.from_pretrained(str(exported))
     assert all(torch.equal(x, kept["weights"][name]) for name, x in model.state_dict().items()) and model.config.score_head
     pairs = load_pairs([str(tmp_path / "pairs.jsonl")], 0, 0.2, 0.1, "")[0].calibration
-    if family == "llama":  # the other has no tokenizer.json
+    if family != "gpt2":  # which has no tokenizer.json
         judges = mocan.ready_judges([f"safe={exported}"], ["helpful", "safe"], pairs, "cpu")
         assert torch.allclose(judges[0]["safe"]["pairs"], kept["pairs"], atol=1e-5)
     transformers = pytest.importorskip("transformers")
     theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(exported, output_loading_info=True)
     assert not any(info.values()) and theirs.config.num_labels == 1
-    if family == "llama":
+    if family != "gpt2":
         tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
         for pair, expected in zip(pairs, kept["pairs"].tolist()):
             for y, score in zip(pair.responses, expected):
@@ -851,6 +876,7 @@ def test_prompts_alone_serve_judges_that_are_there(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, said", [
     (["--judge", *3 * ["safe=JUDGED"]], "one or two for each NAME"), (["--judge", "helpful"], "expected NAME=FOLDER"), (["--judge", "kind=JUDGE"], "for each NAME of helpful, safe"),
+    (["--judge", "safe=JUDGED", "helpful=JUDGED", "safe=JUDGED"], "a second one for each NAME"),
     (["--judge", "safe=CHAT"], "no ...ForSequenceClassification"), (["--judge", "safe=nowhere"], "nowhere: not a model as published"),
     (["--init", "JUDGED"], "is a score model, for --judge"), (["--init", "nowhere"], "nowhere/config.json: no JSON object"),
     (["--system", "be good " * 200], "template alone takes"), (["--template", "llama3"], None),
