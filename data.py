@@ -398,7 +398,7 @@ def encode_responses(tok, responses, what="responses"):
     At most response_limit ids each: a longer response loses its tail and its `end`, as in sampling.
     """
     close = [tok.end] if tok.close is None else tok.close
-    ids = [encode(tok, response) + close or [tok.end] for response in responses]
+    ids = [(encode(tok, response) + close) or [tok.end] for response in responses]  # never empty
     cut = sum(len(x) > tok.response_limit for x in ids)
     if cut:
         print(f"  {what}: {cut} of {len(ids)} responses lost their end (longer than "
@@ -532,7 +532,7 @@ def _pair(row, name, judged):
     speakers, said = [], []
     for side in sides:
         talk = [("Assistant", "")] if alone else _talk(row, side, "Assistant")
-        if talk[0][0] != "Human":  # the reply alone, or words of no one, which the end refuses
+        if talk[0][0] != "Human":  # the reply alone, or words of speaker "", refused at the end
             talk = prompt + talk
         if len(talk) == 1 and not prompt:
             raise ValueError(f"field 'prompt' is missing, and {side} is no transcript; one of them "

@@ -94,7 +94,8 @@ def sample_pool(policy, tok, prompts, K, recipe):
     me, ranks = rank()
     for first in range(len(progress.done), len(batches), ranks):
         sampled = []
-        for n in batches[first + me:][:1]:  # one for each rank, none where none is left
+        if first + me < len(batches):  # one for each rank, while some are left
+            n = batches[first + me]
             chance = uniforms(recipe.key, n.tolist(), K, tok.response_limit)
             rows = policy.generate([ids[i] for i in n], chance, eos=tok.ends)
             sampled = [x.cpu() for x in rows]

@@ -608,7 +608,7 @@ def export(model, folder, files={}, **changes):
             "architectures": ["GPT2LMHeadModel"],
             "bos_token_id": c.vocab_size - 1, "eos_token_id": c.vocab_size - 1,
             **{theirs: getattr(c, ours) for theirs, ours in GPT2_SIZES.items()},
-        } | config | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # else it has some
+        } | config | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # no dropout
     if c.score_head:
         kind = c.family.title().replace("Gpt", "GPT") + "ForSequenceClassification"
         config |= {"architectures": [kind], "num_labels": 1}

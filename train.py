@@ -116,8 +116,8 @@ class Config(argparse.Namespace):  # a comment is what --help says of a setting
     eval_responses = 24  # fresh responses to each
 
 
-# what the artifacts of a stage and of all later ones remember; others change nothing in them, or,
-# as --batch, --accumulate and --device, may differ from those that made an artifact
+# What the artifacts of a stage and of all later ones remember. The other settings change nothing in
+# them, but for --batch, --accumulate and --device, which may differ from run to run.
 REMEMBERED = {
     "reference": "quick seed dtype data world_pairs held_out calibration tokenizer template "
                  "system vocab_size max_new_tokens n_layer n_head n_embd block_size init lora "
@@ -321,8 +321,8 @@ def prealign(c, reference, split, pools, names, judges):
     the half of the conversations that these have not seen."""
     dpo = {}
     if c.judge:
-        warnings.warn("PeCAN's scores are log-odds, those of --judge have their own units: one b is "
-                      "not the same gain in both")
+        warnings.warn("PeCAN's scores are log-odds, those of --judge have their own units: one b "
+                      "is not the same gain in both")
     if judges[1:]:
         split = split._replace(train=data.half(split.train, 0))
     for name in names:
@@ -441,10 +441,10 @@ def evaluate(c, reference, policies, judges, confirmed, names, margin, split, to
                       "second": mocan.compare(samples.second, *how, ref.second),
                       "margin": margin.tolist(), "lam": saved.get("lam", []),
                       "predicted": saved.get("predicted"), "seconds": saved.get("seconds", 0.0)}
-    # the last policy, the nearest to the optimum
+    # samples, policy: of the last one, the nearest to the optimum
     frontier = mocan.optima(samples, ref, mocan.map_pool(policy, ref.pool), margin, c.beta)
     if frontier:
-        rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}
+        rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}  # at λ*
     write_results(c, rows, frontier, confirmed, list(map(data.transcript, prompts)), texts)
     print_table(names[1:], rows)
     if len(judges) == 2:
