@@ -192,7 +192,7 @@ def main():
             except (ValueError, FloatingPointError) as error:  # dual.Infeasible among them
                 if label in ("mocan", c.algo):  # the very first
                     raise
-                print(f"  no policy {label}, by its scores, from where it stands: {error}")
+                print(f"  no policy {label}, by its scores: {error}")
                 break
             policies[label] = policy = update(  # 4. update
                 c, label, policy, scored, samples, margin, found)

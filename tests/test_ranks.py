@@ -92,9 +92,9 @@ def worker(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("ranks, prompts", [(2, 8), (4, 5)])
+@pytest.mark.parametrize("ranks, prompts", [(2, 8), (3, 3)])
 def test_processes_find_what_one_finds(worker, ranks, prompts):
-    """Also with less work than processes: 5 prompts in batches of 2 for 4 of them, one prompt a step, 5 pairs a step."""
+    """Also with less work than processes: 3 prompts in batches of 2 for 3 of them, one prompt a step, 5 pairs a step."""
     one, many = worker(1, prompts), worker(ranks, prompts)
     for name in ("tokens", "mask", "logp", "ref"):
         assert torch.equal(one[name], many[name]), name
@@ -131,13 +131,12 @@ def test_the_job_under_torchrun_is_the_job(tmp_path):
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on_with_another_number(tmp_path):
     out = tmp_path / "out"
-    settings = [*TINY, "--out", str(out), "--steps", "1500", "--checkpoint_every", "0.2", "--algo", "mocan", "--shots", "1"]
+    settings = [*TINY, "--out", str(out), "--steps", "600", "--checkpoint_every", "0.2", "--algo", "mocan", "--shots", "1"]
     process = launch(2, "train.py", *settings, start_new_session=True)
     deadline = time.time() + 120
-    while not ((out / "run.json").exists() and (out / "checkpoint.pt").exists() and (out / "offline_scores.pt").exists()):
+    while not ((out / "checkpoint.pt").exists() and torch.load(out / "checkpoint.pt", weights_only=True)["loop"][1] == "mocan"):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.1)
-    time.sleep(3)  # into the training loop
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert len(children) == 2
     os.kill(int(children[1]), signal.SIGKILL)

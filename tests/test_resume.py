@@ -144,8 +144,10 @@ def test_resume_continues_a_training_loop_bit_for_bit_wherever_it_stopped(tmp_pa
     job(*flags, "--out", tmp_path / "whole")
     real = mocan.Progress.add
     monkeypatch.setattr(mocan.Progress, "report", due_always)
-    for stop, said in ((1, None), (7, "reference: goes on after 3 of 20"), (12, "reference: goes on after 5 of 20"),
-                       (36, "reference: goes on after 17 of 20"), (43, "mocan: goes on after 1 of 6")):
+    stops = {1: None, 7: "reference: goes on after 3 of 20", 12: "reference: goes on after 5 of 20",
+             36: "reference: goes on after 17 of 20", 43: "mocan: goes on after 1 of 6"}
+    for stop in stops if not lora else (12, 43):
+        said = stops[stop]
         calls = []
 
         def add(self, loss):
@@ -252,8 +254,8 @@ def writes_of(out, *flags):
     return len(count)
 
 
-@pytest.mark.parametrize("when", ["in the middle", "at the end"])
-def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
+def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch):
+    """It fills in the middle of every other write, and when the file is complete, of the others."""
     flags = [*SMALL, "--checkpoint_every", 1e6]  # however slow: after a loop's first step and its last
     total = writes_of(tmp_path / "whole", *flags)
     real, hit = data.replace_file, set()
@@ -277,7 +279,7 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, when):
             if len(calls) != failing:
                 return real(path, put)
             hit.add(Path(path).name)
-            if when == "in the middle":
+            if failing % 2:
                 return real(path, lambda file: put(Full(file)))
             with monkeypatch.context() as patch:
                 patch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))

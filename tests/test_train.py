@@ -95,7 +95,7 @@ def test_the_quick_run_succeeds(quick):
 
 def test_results_hold_what_readers_rely_on(quick):
     results = json.loads((quick[1] / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"config", "policies", "frontier"}
+    assert set(results) == {"config", "policies", "frontier", "confirmed"}
     assert set(results["config"]) == {*train.SETTINGS, "run"} and results["config"]["quick"] is True
     b = results["policies"]["mocan"]["margin"]
     assert len(b) == 1
@@ -601,7 +601,8 @@ def test_the_whole_job_from_published_weights_to_exported_ones(small_gpt2, tmp_p
         "--margin", 0, "--shot_steps", 2, "--shot_responses", 4, "--out", tmp_path / "out", "--export", tmp_path / "export")
     policies = ["dpo-helpful", "dpo-safe", "mocan", "mocan shot 2", "pecan", "pecan shot 2"]
     assert list(numbers(tmp_path / "out")["policies"]) == ["reference", *policies, "optimum"]
-    assert sorted(os.listdir(tmp_path / "export")) == [name.replace(" ", "_") for name in policies]
+    assert sorted(os.listdir(tmp_path / "export")) == [
+        *(name.replace(" ", "_") for name in policies), "score_helpful", "score_helpful_second", "score_safe", "score_safe_second"]
     for name in policies:
         exported = GPT.from_pretrained(str(tmp_path / "export" / name.replace(" ", "_")))
         sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")  # the folder's: --n_embd etc. count for nothing
