@@ -413,10 +413,20 @@ def train_score(model, pool, calibration, recipe):
     return progress.losses()
 
 
-def learn_score(model, name, training, calibration, evaluation, recipe):
-    """Train a score model on pools (P, 2, T) of chosen and rejected and multiply the inverse
-    temperature τ in, so that r or g is in log-odds of the preference."""
-    train_score(model, training, calibration, recipe)
+def learn_score(model, name, training, calibration, evaluation, recipe, runs):
+    """Train a score model on pools (P, 2, T) of chosen and rejected: the weights of several runs
+    from one start, in different orders, are averaged (WARM, arXiv 2401.12187), and the inverse
+    temperature τ is multiplied in, so that r or g is in log-odds of the preference."""
+    start = copy.deepcopy(model.state_dict())
+    mean = {}
+    for run in range(runs):
+        again = " again" * run
+        model.load_state_dict(start)
+        train_score(model, training, calibration, recipe._replace(
+            stage=recipe.stage + again, key=recipe.key + again))
+        for what, weight in model.state_dict().items():
+            mean[what] = mean.get(what, 0) + weight / runs
+    model.load_state_dict(mean)
     tau = temperature(name, map_pool(model, calibration))
     model.score_head.weight.data *= tau
     print(f"  {name}: multiplied by the inverse temperature τ = {tau:.3f}")

@@ -94,6 +94,7 @@ class Config(argparse.Namespace):  # a comment is what --help says of a setting
     sft_lr = 3e-3  # its learning rate
     score_steps = 1000  # gradient steps of each score model, at most
     score_lr = 1e-3  # its learning rate
+    judge_runs = 1  # trainings of each score model, whose weights are averaged
     # offline samples and the dual
     prompts = 512  # N, training prompts that the reference answers
     responses = 32  # K, responses to each
@@ -122,7 +123,7 @@ REMEMBERED = {
     "reference": "quick seed dtype data world_pairs held_out calibration tokenizer template "
                  "system vocab_size max_new_tokens n_layer n_head n_embd block_size init lora "
                  "checkpoint_activations sft_steps sft_lr",
-    "scores": "score_steps score_lr constraints judge",
+    "scores": "score_steps score_lr judge_runs constraints judge",
     "offline": "prompts responses",
     "prealign": "beta prealign_steps prealign_lr",
     "dual": "margin",
@@ -140,10 +141,11 @@ LEAST = dict(seed=0, sft_steps=0, lora=0, vocab_size=300, prompts=2, responses=2
 QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts 128 "
          "--responses 16 --steps 200 --prealign_steps 100 --prealign_lr 3e-4 --lr 4e-4 "
          "--eval_prompts 64 --eval_responses 8 ")
-DATA = "--accumulate 4 --prompts 2048 --responses 128 --shot_responses 128 --margin 25% "
+DATA = ("--accumulate 4 --prompts 2048 --responses 128 --shot_responses 128 --margin 25% "
+        "--judge_runs 4 ")
 INIT = (  # at β = 1 what honest judges promise is too little to see
     "--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 1.25e-5 "
-    "--shot_lr 1e-5 --beta 0.5 --margin 50% ")
+    "--shot_lr 1e-5 --beta 0.5 --margin 50% --judge_runs 1 ")
 INIT_SIZES = (  # without --quick: for some 100 million parameters on two CPU cores. Every response
     # is seen once, since what a step learns by heart is too much at a second visit
     "--accumulate 1 --max_new_tokens 32 --sft_steps 70 --score_steps 36 --prealign_steps 70 "
@@ -309,8 +311,8 @@ def train_judges(c, reference, split, pools, names):
                 model = from_checkpoint({**reference, **start}, c.device)  # all scores are 0
                 parts = [data.preferences(getattr(mine, part), name, pool)
                          for part, pool in pools.items()]
-                mocan.learn_score(model, label, *parts,
-                                  recipe(c, label, c.score_steps, c.score_lr))
+                plan = recipe(c, label, c.score_steps, c.score_lr)
+                mocan.learn_score(model, label, *parts, plan, c.judge_runs)
                 finish(saved, **to_checkpoint(model),
                        pairs=mocan.map_pool(model, pools["calibration"]))
     return judges

@@ -1,3 +1,4 @@
+import copy
 import inspect
 import itertools
 import math
@@ -988,7 +989,7 @@ def learned(monkeypatch, seen):
         monkeypatch.setattr(mocan, name, lambda a, b, name=name, real=real: seen.append((name, len(a))) or real(a, b))
     model = tiny(score_head=True)
     torch.nn.init.normal_(model.score_head.weight)
-    mocan.learn_score(model, "safe", group(40), group(15), group(22), recipe(steps=12, batch=8))
+    mocan.learn_score(model, "safe", group(40), group(15), group(22), recipe(steps=12, batch=8), 2)
     return model, group(15)
 
 
@@ -1005,6 +1006,27 @@ def test_a_judge_is_in_the_units_of_its_preference_on_the_calibration_pairs(monk
     model, calibration = learned(monkeypatch, [])
     score = mocan.map_pool(model, calibration)
     assert mocan.calibrate(*score.T).item() == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_a_judge_is_the_average_of_its_runs_from_one_start(monkeypatch, runs):
+    model, seen, ends = tiny(score_head=True), [], []
+    start = copy.deepcopy(model.state_dict())
+
+    def train_score(learner, training, calibration, recipe):
+        assert all(torch.equal(x, start[what]) for what, x in learner.state_dict().items())
+        seen.append((recipe.stage, recipe.key))
+        with torch.no_grad():
+            for p in learner.parameters():
+                p += torch.randn_like(p)
+        ends.append(copy.deepcopy(learner.state_dict()))
+    monkeypatch.setattr(mocan, "train_score", train_score)
+    monkeypatch.setattr(mocan, "temperature", lambda *_: 1.0)
+    pool = some_pool(K=2)
+    mocan.learn_score(model, "safe", pool, pool, pool, recipe("score safe"), runs)
+    assert len({*seen}) == runs and seen[0] == ("score safe", "0")  # orders of their own; the first as if it were alone
+    for what, x in model.state_dict().items():
+        assert torch.allclose(x, torch.stack([end[what] for end in ends]).mean(0), atol=1e-6)
 
 
 @pytest.mark.parametrize("tau", [0.0, 100.0])

@@ -28,7 +28,7 @@ ROOT = Path(train.__file__).resolve().parent
 MODULES = ("model", "data", "dual", "mocan", "pecan", "train")
 POLICIES = ["reference", "dpo-helpful", "dpo-harmless", "mocan", "pecan"]
 TINY = ("--device cpu --dtype float32 --n_layer 1 --n_embd 32 --n_head 2 --world_pairs 300 --vocab_size 600 "
-        "--max_new_tokens 24 --block_size 64 --sft_steps 80 --sft_lr 1e-2 --score_steps 4 --prompts 16 --responses 8 "
+        "--max_new_tokens 24 --block_size 64 --sft_steps 80 --sft_lr 1e-2 --score_steps 4 --judge_runs 1 --prompts 16 --responses 8 "
         "--batch 32 --steps 6 --prealign_steps 12 --prealign_lr 3e-3 --margin 10% --eval_prompts 8 "
         "--eval_responses 4").split()  # its λ* is positive, else there would be little to test
 
