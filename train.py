@@ -591,8 +591,8 @@ def build_parser():
     parser = argparse.ArgumentParser(
         usage="python train.py [--SETTING VALUE ...]   (--help lists them)",
         description="One-shot safety alignment: a dual, then one policy update.",
-        epilog=(f"--quick stands for {QUICK}too, --data for {DATA}, --init for {INIT}and, without "
-                f"--quick, {INIT_SIZES}").replace("%", "%%"),
+        epilog=f"--quick stands for {QUICK}too, --data for {DATA}and --init for {INIT}and, without "
+               f"--quick, {INIT_SIZES}",
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser._negative_number_matcher = dual.NEGATIVE
     comments = dict(re.findall(r"^    (\w+) = .*  # (.*)$", inspect.getsource(Config), re.M))

@@ -758,8 +758,9 @@ def test_evaluation_compares_every_policy_with_the_reference_on_its_own_response
     monkeypatch.setattr(train, "write_results", lambda *args: results.append(args))
     monkeypatch.setattr(train, "print_table", lambda *args: results.append(args))
     train.evaluate(c, saved["reference"], {"other": saved["other"]},
-                   [{name: to_checkpoint(judge) for name, judge in judges.items()}], {"mocan": [torch.eye(2)]}, names, margin, split, tok)
-    (_, rows, frontier, asked, texts), table = results
+                   [{name: to_checkpoint(judge) for name, judge in judges.items()}], {"mocan": {"units": [torch.eye(2)]}}, names, margin, split, tok)
+    (_, rows, frontier, confirmed, asked, texts), table = results
+    assert torch.equal(confirmed["units"][0], torch.eye(2))
     prompts = data.spread([pair.prompt for pair in split.evaluation], 4)
     assert asked == prompts and table == (["harmless"], rows)
     assert list(rows) == ["reference", "other", "optimum"] and list(texts) == ["reference", "other"]
