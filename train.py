@@ -219,7 +219,7 @@ def enter(c):
             return sys.stdout
     os.makedirs(c.out, exist_ok=True)
     for name in c.algo.replace("all", "mocan pecan").split() if c.export else ():
-        open_export(f"{c.export}/{name}", data.FILES)  # now, of the folder what is known by now
+        open_export(f"{c.export}/{name}", data.FILES)  # now; other names follow from the data
     print("settings:", json.dumps(vars(c)))
     lock = open(f"{c.out}/lock", "a")
     try:
