@@ -129,9 +129,12 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache[..., -k.size(2):, :] = torch.stack([k, v], dim=1)
             k, v = cache.to(v.dtype).unbind(1)  # (B, H', S, D)
+        shape = q.shape
+        if visible is not None:  # one token: queries of the same keys are like places (B, H', ·, D)
+            q = q.reshape(*k.shape[:2], -1, self.head_dim)
         y = F.scaled_dot_product_attention(
             q, k, v, visible, is_causal=visible is None, enable_gqa=len(k[0]) < len(q[0]))
-        y = y.transpose(1, 2).flatten(2)  # (B, T, H·D)
+        y = y.reshape(shape).transpose(1, 2).flatten(2)  # (B, T, H·D)
         if packing:
             y = F.embedding(kept, y.flatten(0, 1))  # (M, H·D)
         return self.c_proj(y) if self.family == "gpt2" else self.o_proj(y)
@@ -245,11 +248,11 @@ class GPT(nn.Module):
                     x = block(*given)
         return self.ln_f(x)
 
-    def hidden_at(self, tokens, response_mask, asked, group):
+    def hidden_at(self, tokens, response_mask, asked, group, cache=None):
         """forward's hidden states (R, C) at the positions of `asked` (B, T) alone. Rows come in
         groups of `group` responses to one prompt, which is computed once."""
         kept, where = [x.to(self.device) for x in pack(response_mask, asked, group)]
-        hidden = self(tokens, (kept, where))  # (M, C)
+        hidden = self(tokens, (kept, where), cache=cache)  # (M, C)
         return F.embedding(where[asked], hidden)
 
     def score(self, tokens, response_mask, group=1):
@@ -396,8 +399,7 @@ def sample_responses(model, prompts, uniforms, eos):
             if left < 0.75 * len(active):  # ended responses leave the cache
                 index, position, visible, cache, new, active = [
                     x[active[:, 0]] for x in (index, position, visible, cache, new, active)]
-    used = int(response_mask.any(0).nonzero().max()) + 1
-    return tokens[:, :used], response_mask[:, :used], logp
+    return tokens, response_mask, logp
 
 
 def prefill(model, prompts, K, max_new_tokens):
@@ -424,8 +426,9 @@ def prefill(model, prompts, K, max_new_tokens):
     attn = model.h[0].attn
     shape = N, config.n_layer, 2, attn.heads[1], T, attn.head_dim
     cache = torch.zeros(shape, dtype=getattr(torch, config.dtype), device=model.device)
-    hidden = model(tokens[:, :longest].to(model.device), cache=cache[..., :longest, :])
-    hidden = hidden[torch.arange(N), lengths[:, 0] - 1]  # (N, C)
+    last = slot[:longest] == lengths - 1  # (N, ·) of the prompt
+    hidden = model.hidden_at(
+        tokens[:, :longest].to(model.device), last, last, 1, cache[..., :longest, :])  # (N, C)
     rows = tokens, lengths, visible[:, None, None], hidden, cache
     return [x.to(model.device).repeat_interleave(K, dim=0) for x in rows]
 

@@ -69,12 +69,20 @@ def test_cached_batched_sampling_equals_uncached_one_by_one():
 def test_responses_that_end_free_their_rows_of_the_cache(monkeypatch):
     model = small()
     sizes, forward = [], GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, t, **how: sizes.append(len(t)) or forward(self, t, **how))
+    monkeypatch.setattr(GPT, "forward", lambda self, t, *how, **more: sizes.append(len(t)) or forward(self, t, *how, **more))
     model.generate(PROMPTS, uniforms(len(PROMPTS), 12), eos=0)
     assert sizes[0] == len(PROMPTS) and sizes[-1] < 0.75 * len(PROMPTS)
     assert sizes == sorted(sizes, reverse=True) and len(sizes) <= 12
     drops = [step for step in range(1, len(sizes)) if sizes[step] < sizes[step - 1]]
     assert drops and all((b - a) % 4 == 0 for a, b in zip(drops, drops[1:]))  # it seldom waits for the device
+
+
+def test_sampling_computes_no_padding_of_prompts():
+    model, rows = small(), []
+    model.h[0].mlp.register_forward_hook(lambda block, given, y: rows.append(y.shape[:-1].numel()))
+    model.generate(PROMPTS, uniforms(len(PROMPTS), 3))
+    assert len(set(map(len, PROMPTS))) > 1
+    assert rows == [sum(map(len, PROMPTS)), len(PROMPTS), len(PROMPTS)]
 
 
 @pytest.mark.parametrize("eos", [None, 0])
