@@ -325,6 +325,8 @@ def published_encoding(file):
     ranks = {bytes(letters[letter] for letter in piece): i
              for piece, i in vocab.items() if piece not in special}
     known = max(*vocab.values(), *special.values()) + 1
+    for i in {*range(known)} - {*vocab.values(), *special.values()}:
+        special[f"<unused {i}>"] = i  # a policy may sample it
     for byte in range(256):
         ranks.setdefault(bytes([byte]), known + byte)
     return tiktoken.Encoding(

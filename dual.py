@@ -338,7 +338,8 @@ def clustered(psi):
 
 def reachable(constraint):
     """(m,): the largest margin of each constraint (m, N, K) alone, mean_x max_y g − E_ref[g]."""
-    return (constraint.amax(-1) - constraint.mean(-1, dtype=torch.float64)).mean(-1)
+    problem = prepare(torch.zeros(constraint.shape[-2:]), constraint, 0.0, 1.0)
+    return torch.from_numpy(problem.reach)
 
 
 NEGATIVE = re.compile("-[0-9.]")  # for argparse: -5% and -0.1,0.5 are values too, not flags

@@ -316,7 +316,11 @@ def map_pool(model, pool):
     found = torch.zeros(N, K)
     me, ranks = rank()
     order = pool.lengths.amax(1).argsort(stable=True)
-    for n in order.split(max(1, SCORED // K))[me::ranks]:
+    due = time.monotonic() + 10
+    for done, n in enumerate(order.split(max(1, SCORED // K))[me::ranks]):
+        if time.monotonic() > due:
+            print(f"  scored {done * len(n) * ranks} of {N} prompts", flush=True)
+            due += 10
         tokens, response_mask = take_text(pool, n, torch.arange(K), model.device)  # (B·K, T) all
         if model.config.score_head:
             x = model.score(tokens, response_mask, K)  # (B·K,)

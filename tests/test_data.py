@@ -792,6 +792,19 @@ def test_a_published_tokenizer_gives_the_tokens_of_tokenizers(tmp_path, steps, n
         assert not {*ids} & {*range(len(SPECIAL))}
 
 
+def test_every_id_of_a_vocabulary_with_gaps_can_be_decoded(tmp_path):
+    """Some published vocabularies leave ids out; a policy gives them some chance all the same."""
+    files = published_folder(tmp_path)
+    file = json.loads(files["tokenizer.json"])
+    file["added_tokens"] += [{"id": 500, "content": "<|later|>"}]
+    tok = data.published_tokenizer({**files, "tokenizer.json": json.dumps(file)}, "plain", "", 99, 600)
+    tokens = torch.arange(505)[None, None]
+    assert tok.known == 501
+    text, = data.Pool(tokens, tokens >= 0).texts(tok)
+    assert "<|later|>" in text
+    assert 400 not in data.encode(tok, tok.encoding.decode([400]))
+
+
 @pytest.mark.parametrize("system", ["", "Speak  briefly."])
 @pytest.mark.parametrize("name, template", [("chatml", CHATML), ("llama3", LLAMA3)])
 @pytest.mark.parametrize("prompt", ["Hi there 12", ("Hi", "Hello!", "And then?")])

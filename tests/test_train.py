@@ -309,6 +309,15 @@ def test_a_reference_of_ones_own_is_taken(tiny, tiny_copy):
         job("--from", "mocan", "--out", tiny_copy)
 
 
+@pytest.mark.parametrize("row, message", [(0, "^score: NaN or inf at prompt 3;"), (1, "^constraint 0: NaN or inf at prompt 3;")])
+def test_scores_of_ones_own_that_are_not_finite_are_named(tiny, tiny_copy, row, message):
+    scores = torch.load(tiny / "offline_scores.pt", weights_only=True)["scores"]
+    scores[row, 3, 1] = float("nan")
+    torch.save({"scores": scores}, tiny_copy / "offline_scores.pt")
+    with pytest.raises(ValueError, match=message):
+        job("--from", "mocan", "--out", tiny_copy)
+
+
 # ---- other ways through the job
 
 def test_two_constraints(tmp_path, capsys):
