@@ -170,7 +170,7 @@ class Tokenizer(NamedTuple):
     known: int  # ids from here on are no tokens of this encoding's
     prompt_limit: int
     response_limit: int
-    start: list = []  # a system message
+    start: list = []  # of every text: a system message, or one token
     next: list = []
     close: list = None  # behind a response in training and scoring; None: its end
     lead: str = " "  # in front of every text
@@ -222,9 +222,10 @@ RECOGNISED = {  # by what a chat template has, and what it must not have
     "plain": r"\Z",
     "chatml": r"(?!.*(bos_token|im_sep|<think>|strftime)).*<\|im_start\|>",
     "llama3": r"(?!.*(Cutting Knowledge|strftime))(?=.*(bos_token|begin_of_text)).*<\|start_header"}
-OWN_SYSTEM = (  # as it stands in a string of the template, and no expression in it
-    r"system(?:<\|end_header_id\|>)?(?:\n|\\n)+((?:(?!\{\{|\}\}|\{%|['\"] *\+).)+?)"
-    r"<\|(?:im_end|eot_id)\|>")
+OWN_SYSTEM = (  # as it stands in a string of the template, or is set there, and no expression in it
+    r"(?:system(?:<\|end_header_id\|>)?(?:\n|\\n)+|set system_message = ['\"])"
+    r"((?:(?!\{\{|\}\}|\{%|['\"] *[+~]).)+?)(?:<\|(?:im_end|eot_id)\|>|['\"] -?%)")
+FIRST = r"'single': \[\{'SpecialToken': \{'id': '(.+?)'"  # with which every text begins
 TEMPLATES = {  # the text before all, a system message, then Tokenizer's before, after, end, next
     "chatml": ("", "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n",
                "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n"),
@@ -251,9 +252,16 @@ def published_files(folder):
 
 
 def chat_template(files):
-    """The chat template of `published_files`, "" of a base model, which has none."""
+    """The chat template of `published_files`, "" of a base model, which has none; of several the
+    one that they call default."""
     config = json.loads(files.get("tokenizer_config.json", "{}"))
-    return str(files.get("chat_template.jinja") or config.get("chat_template") or "")
+    text = files.get("chat_template.jinja") or config.get("chat_template") or ""
+    if isinstance(text, list):
+        try:
+            text = {some["name"]: some["template"] for some in text}["default"]
+        except (KeyError, TypeError):
+            raise ValueError("tokenizer_config.json: no chat template is the default") from None
+    return str(text)
 
 
 def read_tokenizer(folder, *how):
@@ -269,23 +277,26 @@ def published_tokenizer(files, name, system, *limits):
     """The byte-level BPE of `published_files`, with one of TEMPLATES or the plain one; "auto": its
     own. system: the system message, "" for what the model's own template has there; limits: of
     prompt and response. Raises ValueError for a template that is none of these."""
-    encoding, known, normal = published_encoding(json.loads(files["tokenizer.json"]))
+    file = json.loads(files["tokenizer.json"])
+    encoding, known, normal = published_encoding(file)
     ends = []
-    for file in ("generation_config.json", "config.json"):
-        ids = json.loads(files.get(file, "{}")).get("eos_token_id")
+    for where in ("generation_config.json", "config.json"):
+        ids = json.loads(files.get(where, "{}")).get("eos_token_id")
         ends += ids if isinstance(ids, list) else [ids]
     ends = [i for i in ends if type(i) is int]
     text = chat_template(files)
     if name == "auto":
         name = next((name for name, marks in RECOGNISED.items() if re.match(marks, text, re.S)), "")
     if not name:
-        raise ValueError("its chat template thinks, dates, or is neither ChatML nor Llama-3's; "
-                         "--template chatml, llama3 or plain takes one of these instead")
+        raise ValueError("its chat template thinks, dates, or is neither ChatML nor Llama-3's; of "
+                         "--init, --template chatml, llama3 or plain takes one of these instead")
     if name == "plain":
         if not ends:
             raise ValueError("no eos_token_id in its config.json or generation_config.json")
         print("  template: plain text")
-        return plain_tokenizer(encoding, ends, known, normal, *limits)
+        first = re.findall(FIRST, str(file.get("post_processor")))
+        start = encoding.encode("".join(first), allowed_special="all")
+        return plain_tokenizer(encoding, ends, known, normal, *limits)._replace(start=start)
     first, message, *parts = TEMPLATES[name]
     own = re.search(OWN_SYSTEM, text, re.S)
     if own and not system:
@@ -311,8 +322,9 @@ def published_encoding(file):
     ids from there on, which `encode` drops. ValueError for anything but byte-level BPE."""
     model = file["model"]
     normal = (file["normalizer"] or {"type": ""})["type"]
-    if model["type"] != "BPE" or model.get("byte_fallback") or normal not in ("", "NFC"):
-        raise ValueError(f"tokenizer.json: {model['type']} with {normal or 'no normalizer'}, "
+    kind = model.get("type", "BPE")  # GPT-2's own file does not say
+    if kind != "BPE" or model.get("byte_fallback") or normal not in ("", "NFC"):
+        raise ValueError(f"tokenizer.json: {kind} with {normal or 'no normalizer'}, "
                          "perhaps SentencePiece; byte-level BPE, with NFC at most, is expected")
     vocab = model["vocab"]
     order = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
@@ -688,9 +700,10 @@ def in_one_line(error):
 
 def load(path, remedy):
     """A dict of tensors and plain values, on the CPU, and its "path". Raises ValueError with the
-    remedy where the file is missing, damaged or no such dict."""
+    remedy where the file is missing, damaged or no such dict. Tensors stay on the disk until they
+    are used: a run has many models, and works with few of them at a time."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved["path"] = path  # for errors, and for what stands beside it
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None

@@ -514,7 +514,7 @@ def read_config(theirs):
     sizes = {ours: theirs[name] for name, ours in SIZES.items() if theirs.get(name) is not None}
     if theirs["model_type"] != "gpt2":
         rope.setdefault("rope_theta", theirs.get("rope_theta", 1e4))
-        sizes = {"tied": False, "norm_eps": 1e-6, "rope": rope, **sizes}
+        sizes = {"tied": False, "norm_eps": 1e-6, "n_head": 32, "rope": rope, **sizes}
     if "ForSequenceClassification" in str(theirs.get("architectures")):
         sizes |= {"score_head": True, "tied": True}  # it has no other output layer
     return GPTConfig(**sizes)

@@ -148,7 +148,7 @@ INIT = (  # at β = 1 what honest judges promise is too little to see
     "--shot_lr 1e-5 --beta 0.5 --margin 50% --judge_runs 1 ")
 INIT_SIZES = (  # without --quick: for some 100 million parameters on two CPU cores. Every response
     # is seen once, since what a step learns by heart is too much at a second visit
-    "--accumulate 1 --max_new_tokens 32 --sft_steps 70 --score_steps 36 --prealign_steps 70 "
+    "--accumulate 1 --max_new_tokens 32 --sft_steps 70 --score_steps 36 --prealign_steps 36 "
     "--prompts 512 --responses 8 --shot_responses 8 --steps 128 --shot_steps 64 "
     "--eval_prompts 64 --eval_responses 8 ")
 
@@ -244,9 +244,12 @@ def open_tokenizer(c, split):
     files = saved["files"]
     if "tokenizer.json" in files:
         tok = data.read_tokenizer(c.init, files, c.template, c.system, *limits)
+    elif files.keys() - {"config.json", "generation_config.json"}:
+        raise ValueError(f"{c.init} has a tokenizer, but no tokenizer.json; Transformers' "
+                         "AutoTokenizer reads it and its save_pretrained writes one")
     else:
         tok = data.open_tokenizer(saved["pieces"], *limits)
-    if c.system and not tok.start:
+    if c.system and tok.lead:  # as in plain text
         raise ValueError("--system: the text has no chat template with a place for it")
     return tok, saved
 
@@ -558,7 +561,8 @@ def finish(saved, **content):
     saved |= content
     saved["seconds"] = time.time() - saved.pop("began")
     data.save(saved, path)
-    saved["path"] = path
+    mocan.gather(path)  # no rank reads it before it is there
+    saved |= data.load(path, "is the disk full?")  # which frees the memory
 
 
 # ---- the command line

@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -830,6 +831,60 @@ def test_the_qwen_way_of_writing_a_system_message_is_found(tmp_path):
     assert tok.encoding.decode(tok.start) == "<|im_start|>system\nYou are Q, a helper.<|im_end|>\n"
 
 
+VARIABLE = ("{% set system_message = 'You are V.' %}{% if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content'] %}"
+            "{% endif %}{% if system_message is defined %}{{ '<|im_start|>system\n' + system_message + '<|im_end|>\n' }}{% endif %}"
+            "{% for message in messages %}{% set content = message['content'] %}{% if message['role'] == 'user' %}"
+            "{{ '<|im_start|>user\n' + content + '<|im_end|>\n<|im_start|>assistant\n' }}{% elif message['role'] == 'assistant' %}"
+            "{{ content + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}")
+OWN = CHATML.replace("\n", "\\n").replace("Be good.", "You are O.")
+
+
+@pytest.mark.parametrize("system", ["", "Speak briefly."])
+@pytest.mark.parametrize("template", [
+    VARIABLE, VARIABLE.replace(" + ", " ~ "), OWN, [{"name": "default", "template": OWN}, {"name": "tool_use", "template": "<think>"}],
+    [{"name": "tool_use", "template": OWN}, {"name": "default", "template": VARIABLE}]])
+def test_the_default_system_message_is_what_transformers_puts_there(tmp_path, template, system):
+    transformers = pytest.importorskip("transformers")
+    tok = data.published_tokenizer(published_folder(tmp_path, template, steps=STEPS["llama3"]), "auto", system, 300, 99)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    talk = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": "Hi there 12"}]
+    assert data.encode_prompt(tok, "Hi there 12")[0] == theirs.apply_chat_template(
+        talk, tokenize=True, return_dict=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("templates", [[], [{"name": "rag", "template": "x"}], [{"name": "default"}], ["default"], [1]])
+def test_several_chat_templates_without_a_default_are_refused(tmp_path, templates):
+    files = published_folder(tmp_path) | {"tokenizer_config.json": json.dumps({"chat_template": templates})}
+    if templates:
+        with pytest.raises(ValueError, match="tokenizer_config.json: no chat template is the default"):
+            data.chat_template(files)
+    else:
+        assert data.chat_template(files) == ""
+
+
+def test_a_tokenizer_file_of_the_oldest_kind_has_no_type(tmp_path):
+    """As GPT-2's own: `tokenizers` wrote none before its version 0.9."""
+    file = tokenizer_json()
+    encoding, *_ = data.published_encoding(file)
+    del file["model"]["type"]
+    assert data.published_encoding(file)[0].encode_ordinary(HARD[0]) == encoding.encode_ordinary(HARD[0])
+
+
+def test_plain_text_begins_as_the_tokenizer_begins_every_text(tmp_path):
+    """Llama-3's base model: its post_processor puts a token before each text."""
+    files = published_folder(tmp_path, steps=STEPS["llama3"])
+    file = json.loads(files["tokenizer.json"])
+    begin = "<|begin_of_text|>"
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [], "special_tokens": {begin: {"id": begin, "ids": [SPECIAL.index(begin)], "tokens": [begin]}}}
+    file["post_processor"] = {"type": "Sequence", "processors": [BYTE_LEVEL, template]}
+    tok = data.published_tokenizer(files | {"tokenizer.json": json.dumps(file)}, "auto", "", 99, 99)
+    assert tok.start == [SPECIAL.index(begin)]
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(file))
+    assert data.encode_prompt(tok, "Hi 12")[0] == theirs.encode("\n\nHuman: Hi 12\n\nAssistant:").ids
+
+
 def test_a_base_models_template_is_plain_text_and_its_end_is_its_own(tmp_path):
     tok = data.published_tokenizer(published_folder(tmp_path), "auto", "", 99, 99)
     assert tok.encoding.decode(data.encode_prompt(tok, "Hi")[0]) == "\n\nHuman: Hi\n\nAssistant:" and tok.end == 2 and tok.ends == [2, 0, 2]
@@ -901,3 +956,18 @@ def test_smollm2s_tokens_and_template_are_those_of_tokenizers(read_shared):
     assert all(data.encode(tok, text) == theirs.encode(text, add_special_tokens=False).ids for text in texts)
     assert tok.encoding.decode(tok.start) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n")
+
+
+def test_files_that_are_read_stay_on_the_disk_until_they_are_used(tmp_path):
+    """Many models of a run are held at once: what they weigh is not the process's own memory."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs Linux")
+    own = lambda: int(re.search(r"RssAnon:\s+(\d+) kB", status.read_text())[1])
+    data.save({"x": torch.ones(16 * 2**20)}, tmp_path / "x.pt")  # 64 MiB
+    data.load(tmp_path / "x.pt", "")
+    before = own()
+    kept = [data.load(tmp_path / "x.pt", "")["x"] for _ in range(5)]
+    assert own() - before < 2 * 65536 and all(x.sum() == 16 * 2**20 for x in kept)
+    kept[0].zero_()  # a copy of one's own
+    assert kept[1].sum() == data.load(tmp_path / "x.pt", "")["x"].sum() == 16 * 2**20

@@ -884,6 +884,18 @@ def test_prompts_alone_serve_judges_that_are_there(tmp_path, capsys):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("left", ["tokenizer_config.json", "vocab.json"])
+def test_a_folder_with_a_tokenizer_of_another_kind_is_refused(tmp_path, left):
+    """Else GPT-2's tokens would be taken for its own."""
+    folder, _ = chat_folder(tmp_path / "chat")
+    for path in [*folder.iterdir()]:
+        if path.name not in ("config.json", "model.safetensors", left):
+            path.unlink()
+    (folder / left).write_text('{"chat_template": "{{ messages[0].content }}"}')
+    with pytest.raises(ValueError, match="has a tokenizer, but no tokenizer.json"):
+        job(*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--out", tmp_path / "out", "--algo", "mocan")
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--judge", *3 * ["safe=JUDGED"]], "one or two for each NAME"), (["--judge", "helpful"], "expected NAME=FOLDER"), (["--judge", "kind=JUDGE"], "for each NAME of helpful, safe"),
     (["--judge", "safe=JUDGED", "helpful=JUDGED", "safe=JUDGED"], "a second one for each NAME"),
