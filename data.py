@@ -248,6 +248,9 @@ def published_files(folder):
                 json.loads(files[name]).keys()
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: no JSON object in UTF-8, or not there ({error})") from None
+    if files.keys() - {"config.json", "generation_config.json"} and "tokenizer.json" not in files:
+        raise ValueError(f"{folder} has a tokenizer, but no tokenizer.json; Transformers' "
+                         "AutoTokenizer reads it, and its save_pretrained writes one")
     return files
 
 
@@ -283,7 +286,7 @@ def published_tokenizer(files, name, system, *limits):
     for where in ("generation_config.json", "config.json"):
         ids = json.loads(files.get(where, "{}")).get("eos_token_id")
         ends += ids if isinstance(ids, list) else [ids]
-    ends = [i for i in ends if type(i) is int]
+    ends = [i for i in ends if type(i) is int and 0 <= i < known]
     text = chat_template(files)
     if name == "auto":
         name = next((name for name, marks in RECOGNISED.items() if re.match(marks, text, re.S)), "")
@@ -503,7 +506,7 @@ def _talk(row, field, speaker):
     Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
     x = row.get(field)
     if isinstance(x, str):
-        before, *parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", x)
+        before, *parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", x)
         talk = [*zip(parts[::2], parts[1::2])]
         if before.strip() or not parts:
             talk.insert(0, ("" if parts else speaker, before))
@@ -513,7 +516,8 @@ def _talk(row, field, speaker):
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"field {field!r} is missing or wrong ({error}); expected text or messages, each "
-                "of a role, user or assistant, and content, text") from None
+                f"of a role, user or assistant, and content, text; fields: {', '.join(row)}"
+            ) from None
     return [(who, words.strip().encode(errors="replace").decode()) for who, words in talk]
 
 
@@ -541,6 +545,9 @@ def _pair(row, name, judged):
     prompt = _talk(row, "prompt", "Human") if "prompt" in row else []
     if prompt[-1:] == [("Assistant", "")]:  # a transcript up to the reply
         prompt.pop()
+    if row.get("system") or row.get("system_prompt"):
+        raise ValueError("a system message, for which a row has no place here; train.py --system "
+                         "gives one to all, where a chat template has it")
     alone = judged and prompt and not row.keys() & {
         *sides, "better_response_id", "safer_response_id"}
     speakers, said = [], []
@@ -551,6 +558,8 @@ def _pair(row, name, judged):
         if len(talk) == 1 and not prompt:
             raise ValueError(f"field 'prompt' is missing, and {side} is no transcript; one of them "
                              "must say what is replied to")
+        if talk[0] == ("Human", str(row.get("prompt")).strip()):  # whatever it looks like
+            prompt = talk[:1]
         if talk[:len(prompt)] != prompt:
             raise ValueError(f"the conversation of {side} does not begin with the prompt; drop one "
                              "of them")

@@ -342,7 +342,7 @@ def reachable(constraint):
     return torch.from_numpy(problem.reach)
 
 
-NEGATIVE = re.compile("-[0-9.]")  # for argparse: -5% and -0.1,0.5 are values too, not flags
+NEGATIVE = re.compile("-[^-h]")  # for argparse: -5% and -0.1,0.5 are values too, not flags
 
 
 def parse_margin(text, reach):
@@ -379,7 +379,7 @@ def read_npz(path, beta):
             raise ValueError(
                 f"{path}: {name} is of {x.dtype} and {x.shape}, {names[0]} of {shape}; expected "
                 "finite real numbers (N, K), of the constraints also (m, N, K), m, N, K >= 1")
-    *ref, score, constraint = [1.0 * data[name] for name in names]
+    *ref, score, constraint = [np.float64(data[name]) for name in names]
     if ref:
         score = beta * (score - ref[0])
         constraint = beta * (constraint - ref[0])
@@ -404,11 +404,11 @@ def report(args):
     N, K = score.shape
     text = f"{N} prompts x {K} responses, beta {beta:g}; +-: 95% interval over prompts\n"
     for j, b in enumerate(margin.tolist()):
-        text += (f"constraint {j}: margin {b:.4f} of at most {d.reachable[j]:.4f}   "
-                 f"lam* {d.lam[j]:.4f} +- {1.96 * d.lam_se[j]:.4f}   "
-                 f"gain {d.constraint_gain[j]:.4f} +- {1.96 * d.constraint_gain_se[j]:.4f}\n")
-    text += (f"score gain {d.score_gain:.4f} +- {1.96 * d.score_gain_se:.4f}   "
-             f"KL {d.kl:.4f} nats   effective sample size {d.ess:.1f}, "
+        text += (f"constraint {j}: margin {b:.4g} of at most {d.reachable[j]:.4g}   "
+                 f"lam* {d.lam[j]:.4g} +- {1.96 * d.lam_se[j]:.4g}   "
+                 f"gain {d.constraint_gain[j]:.4g} +- {1.96 * d.constraint_gain_se[j]:.4g}\n")
+    text += (f"score gain {d.score_gain:.4g} +- {1.96 * d.score_gain_se:.4g}   "
+             f"KL {d.kl:.4g} nats   effective sample size {d.ess:.1f}, "
              f"5th percentile {d.ess_p5:.1f}")
     print(text.replace("nan", "unknown"))  # for one prompt
 
@@ -428,7 +428,7 @@ def main():
         "--write", help="npz to write, for a policy that is trained elsewhere: what it read, and s "
         "= r + lam* g (N, K); P(y_1 over y_0) is the sigmoid of s_1 - s_0")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    warnings.showwarning = lambda message, *_, **__: print(
+    warnings.showwarning = lambda message, *_, **__: sys.stderr and print(
         f"dual.py: warning: {message}", file=sys.stderr)
     try:
         report(parser.parse_args())

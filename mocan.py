@@ -576,7 +576,7 @@ def calibrate(chosen, rejected):
     curvature falls as τ grows. τ = 1: calibrated; τ > 1: the scores understate the preference;
     τ < 1: they overstate it, as those that were learned by heart do.
     """
-    lead = (chosen - rejected).double()
+    lead = chosen.double() - rejected.double()
     tau = 0.0
     for _ in range(50):
         p = torch.sigmoid(-tau * lead)  # probability of the choice that was not made

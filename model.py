@@ -97,13 +97,12 @@ class CausalSelfAttention(nn.Module):
         self.family = config.family
         if self.family == "gpt2":
             self.c_attn = nn.Linear(C, 3 * H * D)
-            self.c_proj = nn.Linear(H * D, C)
-            return
-        bias = self.family == "qwen2"
-        self.q_proj = nn.Linear(C, H * D, bias=bias)
-        self.k_proj = nn.Linear(C, shared * D, bias=bias)
-        self.v_proj = nn.Linear(C, shared * D, bias=bias)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        else:
+            bias = self.family == "qwen2"
+            self.q_proj = nn.Linear(C, H * D, bias=bias)
+            self.k_proj = nn.Linear(C, shared * D, bias=bias)
+            self.v_proj = nn.Linear(C, shared * D, bias=bias)
+        self.c_proj = nn.Linear(H * D, C, bias=self.family == "gpt2")
         if self.family == "qwen3":
             self.q_norm = norm(config, D)
             self.k_norm = norm(config, D)
@@ -137,7 +136,7 @@ class CausalSelfAttention(nn.Module):
         y = y.reshape(shape).transpose(1, 2).flatten(2)  # (B, T, H·D)
         if packing:
             y = F.embedding(kept, y.flatten(0, 1))  # (M, H·D)
-        return self.c_proj(y) if self.family == "gpt2" else self.o_proj(y)
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -242,7 +241,7 @@ class GPT(nn.Module):
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for block, past in zip(self.h, caches):
                 given = x, turn, packing, past, visible
-                if config.checkpoint_activations and torch.is_grad_enabled():
+                if config.checkpoint_activations:
                     x = torch.utils.checkpoint.checkpoint(block, *given, use_reentrant=False)
                 else:
                     x = block(*given)
@@ -261,7 +260,7 @@ class GPT(nn.Module):
         count = response_mask.cumsum(1)  # (B, T) response tokens up to here
         last = response_mask & (count == count[:, -1:])
         hidden = self.hidden_at(tokens, response_mask, last, group)  # (B, C)
-        return (hidden * self.score_head.weight).sum(1)
+        return self.score_head(hidden)[:, 0]
 
     def generate(self, prompts, uniforms, eos=None):
         """Sample K responses to each of N prompts, lists of token ids of any lengths. uniforms:
@@ -358,8 +357,10 @@ def token_logprob(hidden, weight, targets):
     """
     def slice_logprob(hidden, targets):
         with torch.autocast(hidden.device.type, enabled=False):
-            return -F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+            logits = hidden.to(wide) @ weight.to(wide).T
+            return -F.cross_entropy(logits, targets, reduction="none")
 
+    wide = torch.promote_types(weight.dtype, torch.float32)
     rows = max(1, LOGITS // len(weight))
     return torch.cat([
         torch.utils.checkpoint.checkpoint(
@@ -419,12 +420,12 @@ def prefill(model, prompts, K, max_new_tokens):
             f"prompts of 1 to {room} tokens leave room for max_new_tokens={max_new_tokens} in "
             f"block_size={config.block_size}; the longest here has {longest}, the shortest "
             f"{lengths.min()}")
-    N, T = len(prompts), longest + max_new_tokens
+    T = longest + max_new_tokens
     tokens = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts])  # (N, T)
     slot = torch.arange(T)
     visible = (slot < lengths) | (slot >= longest)  # (N, T) its prompt and its response
     attn = model.h[0].attn
-    shape = N, config.n_layer, 2, attn.heads[1], T, attn.head_dim
+    shape = len(prompts), config.n_layer, 2, attn.heads[1], T, attn.head_dim
     cache = torch.zeros(shape, dtype=getattr(torch, config.dtype), device=model.device)
     last = slot[:longest] == lengths - 1  # (N, ·) of the prompt
     hidden = model.hidden_at(
@@ -496,8 +497,9 @@ COVERED = {  # where config.json has these, nothing else
     "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
     "use_sliding_window": [False], "quantization_config": [None],
     "model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"]}
-NAMES = {"embed_tokens": "wte", "layers": "h", "input_layernorm": "ln_1", "self_attn": "attn",
-         "post_attention_layernorm": "ln_2", "norm": "ln_f", "score": "score_head"}  # theirs: ours
+NAMES = {  # theirs: ours
+    "embed_tokens": "wte", "layers": "h", "input_layernorm": "ln_1", "self_attn": "attn",
+    "o_proj": "c_proj", "post_attention_layernorm": "ln_2", "norm": "ln_f", "score": "score_head"}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in GPT-2's
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = FLOATS | {"U8": torch.uint8, "BOOL": torch.bool}  # these two of GPT-2's masks
@@ -567,7 +569,7 @@ def weight_files(folder):
         if os.path.exists(f"{folder}/{name}.index.json"):
             with open(f"{folder}/{name}.index.json", encoding="utf-8") as file:
                 shards = json.load(file)["weight_map"].values()
-            return [f"{folder}/{shard}" for shard in set(shards)]
+            return [f"{folder}/{shard}" for shard in sorted({*shards})]
     raise ValueError("no weights")
 
 
@@ -619,10 +621,11 @@ def export(model, folder, files={}, **changes):
         replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
     tensors = {}
     for name, tensor in merge(model).items():
-        if name.endswith(TRANSPOSED):
-            tensor = tensor.t()
         before = "" if "head" in name else prefix
-        tensors[before + renamed(name, names)] = tensor.contiguous()
+        theirs = before + renamed(name, names)
+        if theirs.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        tensors[theirs] = tensor.contiguous()
     replace_file(f"{folder}/model.safetensors", lambda file: write_tensors(tensors, file))
 
 

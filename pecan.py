@@ -46,7 +46,7 @@ def implicit_score(logp_r, logp_g, ref_logp, lam, beta):
     -> (…), in the units of the score that the preferences come from."""
     reward = logp_r - ref_logp  # (…)
     safety = logp_g - ref_logp  # (m, …)
-    return beta * (reward + torch.tensordot(lam.to(safety), safety, 1))
+    return beta * (reward + sum(l * x for l, x in zip(lam, safety, strict=True)))
 
 
 def implicit_scores(prealigned, pool, ref_logp, beta, device):

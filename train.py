@@ -219,7 +219,8 @@ def enter(c):
             return sys.stdout
     os.makedirs(c.out, exist_ok=True)
     for name in c.algo.replace("all", "mocan pecan").split() if c.export else ():
-        open_export(f"{c.export}/{name}", data.FILES)  # now; other names follow from the data
+        open_export(f"{c.export}/{name}",  # now; other names follow from the data
+                    data.published_files(c.init) if c.init else ())
     print("settings:", json.dumps(vars(c)))
     lock = open(f"{c.out}/lock", "a")
     try:
@@ -244,9 +245,6 @@ def open_tokenizer(c, split):
     files = saved["files"]
     if "tokenizer.json" in files:
         tok = data.read_tokenizer(c.init, files, c.template, c.system, *limits)
-    elif files.keys() - {"config.json", "generation_config.json"}:
-        raise ValueError(f"{c.init} has a tokenizer, but no tokenizer.json; Transformers' "
-                         "AutoTokenizer reads it and its save_pretrained writes one")
     else:
         tok = data.open_tokenizer(saved["pieces"], *limits)
     if c.system and tok.lead:  # as in plain text
@@ -377,8 +375,12 @@ def score(c, label, sampled, scorers, names, prompts, tok, confirmed):
         scores = mocan.in_units(confirmed["units"], said)
         finish(saved, scores=scores[0], second=scores[-1], confirmed=confirmed)
     saved.setdefault("confirmed", mocan.unconfirmed(scorers, names))  # scores of one's own
-    return saved, mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], saved["scores"],
-                               saved.get("second", saved["scores"]))
+    scores = torch.as_tensor(saved["scores"]).float()
+    if scores.shape != (len(names), *sampled["logp"].shape):
+        raise ValueError(f"{saved['path']}: scores of {len(scores)} kinds, {tuple(scores.shape)}; "
+                         f"expected {', '.join(names)}, of {tuple(sampled['logp'].shape)} each")
+    return saved, mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], scores,
+                               saved.get("second", scores))
 
 
 def update(c, label, policy, scored, samples, margin, found):
@@ -665,6 +667,9 @@ def run_as_command():
     except (ValueError, FloatingPointError, OSError) as error:  # what a user can mend
         sys.exit(f"error: {error}")
     except RuntimeError as error:
+        if "memory" in str(error):
+            sys.exit(f"error: {data.in_one_line(error)}; go on with --resume, or begin anew with "
+                     "smaller sizes, --batch and --sample_batch, or --checkpoint_activations")
         if not dist.is_initialized():
             raise
         sys.exit(f"error: another process of this run ended ({data.in_one_line(error)}); mend what "

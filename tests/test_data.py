@@ -85,6 +85,7 @@ def messages(*words):
 
 LONG = ("Hi", "Hello!", "How?"), ("Like this.", "Go away.")
 SHORT = "Say hi", ("Hello!", "No.")
+TRANSCRIPT = "Continue:\n\nHuman: a\n\nAssistant:"
 LAYOUTS = {
     "strings": ({"prompt": "Say hi", "chosen": " Hello!", "rejected": "No.\n"}, SHORT),
     "messages": ({"chosen": messages("Say hi", "Hello!"), "rejected": messages("Say hi", "No.")}, SHORT),
@@ -105,7 +106,18 @@ LAYOUTS = {
          "rejected": "Go away."}, LONG),
     "the whole and its first turn": ({"prompt": "Hi", **HH}, LONG),
     "no leading blank line": ({side: text.removeprefix("\n\n") for side, text in HH.items()}, LONG),
-    "nulls": ({**HH, "prompt": None, "response_0": None, "better_response_id": None}, LONG),
+    "CRLF": ({side: text.replace("\n", "\r\n") for side, text in HH.items()}, LONG),
+    "a blank first": ({side: " " + text.lstrip() for side, text in HH.items()}, LONG),
+    "a line feed first": ({side: text.removeprefix("\n") for side, text in HH.items()}, LONG),
+    "CRLF up to the reply": ({"prompt": "Human: Say hi\r\n\r\nAssistant:", "chosen": "Hello!", "rejected": "No."}, SHORT),
+    "nulls": ({**HH, "system": None, "prompt": None, "response_0": None, "better_response_id": None}, LONG),
+    "UltraFeedback, of a prompt that looks like a transcript": (
+        {"prompt": " " + TRANSCRIPT, "chosen": messages(TRANSCRIPT, "Hello!"), "rejected": messages(TRANSCRIPT, "No.")},
+        (TRANSCRIPT, ("Hello!", "No."))),
+    "the same of one speaker": (
+        {"prompt": "Assistant: who?", "chosen": messages("Assistant: who?", "Hello!"), "rejected": messages("Assistant: who?", "No.")},
+        ("Assistant: who?", ("Hello!", "No."))),
+    "an empty system message": ({"system": "", "prompt": "Say hi", "chosen": "Hello!", "rejected": "No."}, SHORT),
     "one empty reply": ({"prompt": "Say hi", "chosen": "Hello!", "rejected": ""}, ("Say hi", ("Hello!", ""))),
 }
 
@@ -124,6 +136,10 @@ def test_nulls_beside_pku_fields_are_no_transcript(tmp_path):
 NOT_CERTAIN = {
     "a system message": ({"chosen": [{"role": "system", "content": "Be kind."}, *messages("Say hi", "Hello!")],
                           "rejected": messages("Say hi", "No.")}, "system"),
+    "a system message beside the prompt": ({"system": "Be kind.", "prompt": "Say hi", "chosen": "Hello!", "rejected": "No."}, "system"),
+    "the same by another name": ({"system_prompt": "Be kind.", "prompt": "Say hi", "chosen": "Hello!", "rejected": "No."}, "system"),
+    "another project's layout": ({"input": messages("Say hi"), "preferred_output": messages("a"), "non_preferred_output": messages("b")},
+                                 "fields: input, preferred_output, non_preferred_output"),
     "another role": ({"prompt": "Say hi", "chosen": [{"role": "tool", "content": "3"}], "rejected": "No."}, "tool"),
     "no role": ({"prompt": "Say hi", "chosen": [{"from": "gpt", "value": "3"}], "rejected": "No."}, "role"),
     "no message": ({"prompt": [], "chosen": "Hello!", "rejected": "No."}, "prompt"),
@@ -912,7 +928,7 @@ def test_an_end_may_have_the_id_zero(tmp_path, ends):
     files = published_folder(tmp_path)
     files |= {"generation_config.json": json.dumps({"eos_token_id": ends}), "config.json": "{}"}
     assert data.published_tokenizer(files, "auto", "", 99, 99).ends == (ends if isinstance(ends, list) else [ends])
-    for none in ("{}", '{"eos_token_id": "</s>"}'):
+    for none in ("{}", '{"eos_token_id": "</s>"}', '{"eos_token_id": -1}', '{"eos_token_id": [99999, true]}'):
         with pytest.raises(ValueError, match="no eos_token_id"):
             data.published_tokenizer(files | {"generation_config.json": none}, "auto", "", 99, 99)
 

@@ -619,7 +619,33 @@ def test_a_margin_below_zero_is_a_value(tmp_path, cli, margin):
     np.savez(tmp_path / "a.npz", score=rand(0, 40, 8).numpy(), constraint=rand(1, 2, 40, 8).numpy())
     assert cli(tmp_path / "a.npz", "--margin", margin, "--beta", 1)[0] == 0
     assert cli(tmp_path / "a.npz", "--margin", f"{margin},0.1", "--beta", 1)[0] == 0
-    assert "expected a number in g's units" in cli(tmp_path / "a.npz", "--margin", "-5x", "--beta", 1)[2]
+    for other in ("-5x", "-inf%,x", "-,5"):
+        assert "expected a number in g's units" in cli(tmp_path / "a.npz", "--margin", other, "--beta", 1)[2]
+    assert "give one finite number" in cli(tmp_path / "a.npz", "--margin", "-inf", "--beta", 1)[2]
+    assert "expected one argument" in cli(tmp_path / "a.npz", "--margin", "--beta", 1)[2]
+
+
+def test_small_scales_are_not_printed_as_nothing(tmp_path, cli):
+    np.savez(tmp_path / "a.npz", score=1e-20 * rand(0, 40, 8).numpy(), constraint=1e-20 * rand(1, 40, 8).numpy())
+    out = cli(tmp_path / "a.npz", "--margin", "50%", "--beta", 1e-20)[1]
+    assert out.count("e-20") + out.count("e-21") >= 6
+
+
+def test_narrow_and_wide_floats_are_read_alike(tmp_path, cli):
+    logps = {name: -40 * rand(i, 40, 8).abs().half().numpy() for i, name in enumerate(("ref_logp", "logp_r", "logp_g"))}
+    said = []
+    for dtype in (np.float16, np.float32, np.float64, np.longdouble):
+        np.savez(tmp_path / "a.npz", **{name: x.astype(dtype) for name, x in logps.items()})
+        said.append(json.loads(cli(tmp_path / "a.npz", "--margin", "10%", "--beta", 1e-4, "--json")[1])["lam"])
+    assert said == 4 * said[:1]
+
+
+def test_json_stays_json_where_there_is_no_place_for_warnings(tmp_path):
+    np.savez(tmp_path / "a.npz", score=40 * rand(0, 40, 8).numpy(), constraint=rand(1, 40, 8).numpy())
+    line = f"{sys.executable} dual.py {tmp_path}/a.npz --margin 50% --beta 1 --json"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert "warning: effective sample size" in done.stderr
+    assert subprocess.run(["bash", "-c", line + " 2>&-"], cwd=ROOT, capture_output=True, text=True).stdout == done.stdout
 
 
 def test_json_is_json_for_one_prompt_and_for_constants(tmp_path, cli):

@@ -1112,3 +1112,9 @@ def test_pairs_for_another_trainer_are_drawn_by_bradley_terry():
     p, met = torch.sigmoid(s[n, i] - s[n, j]), won[n, i, j] + won[n, j, i]
     z = (won[n, i, j] - met * p) / (met * p * (1 - p)).sqrt()  # 600 of them, of variance 1
     assert len(z) == N * K * (K - 1) // 2 and abs(z.mean()) < 0.13 and 0.8 < z.std() < 1.2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16])
+def test_calibrate_takes_ratings_of_any_type(dtype):
+    chosen, rejected = torch.tensor([3, 1, 2, 5]), torch.tensor([1, 2, 0, 1])
+    assert mocan.calibrate(chosen.to(dtype), rejected.to(dtype)).item() == mocan.calibrate(chosen.double(), rejected.double()).item()

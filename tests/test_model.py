@@ -309,6 +309,23 @@ def test_a_pasted_log_probability_is_right_under_the_callers_autocast():
         assert torch.allclose(a.grad.double(), b.grad, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16),
+                                    (torch.float16, torch.float32), (torch.float64, torch.float64)])
+def test_a_pasted_log_probability_takes_what_others_have(dtypes):
+    """Under autocast hidden states come in 16 bits; so do whole models."""
+    leaves = [x.to(dtype).requires_grad_() for x, dtype in zip((torch.randn(9, 64), torch.randn(300, 64)), dtypes)]
+    targets = torch.randint(300, (9,))
+    right = [x.detach().double().requires_grad_() for x in leaves]
+    expected = (right[0] @ right[1].T).log_softmax(dim=1)[torch.arange(9), targets]
+    expected.sum().backward()
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logp = pasted()(*leaves, targets)
+        assert logp.dtype in (torch.float32, torch.float64) and torch.allclose(logp.double(), expected, atol=1e-4, rtol=0)
+        for a, b in zip(torch.autograd.grad(logp.sum(), leaves), right):
+            assert torch.allclose(a.double(), b.grad, atol=0.02 * b.grad.abs().max(), rtol=0.01)
+
+
 def test_a_pasted_log_probability_has_a_right_second_derivative():
     hidden, weight, targets = torch.randn(3, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64), torch.tensor([1, 2, 3])
     assert torch.autograd.gradgradcheck(lambda h, w: pasted()(h, w, targets), (hidden.requires_grad_(), weight.requires_grad_()))

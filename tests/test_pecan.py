@@ -354,3 +354,13 @@ def test_pecan_never_looks_at_a_score(monkeypatch, tmp_path, source):
         "--prompts 8 --responses 8 --steps 2 --prealign_steps 3").split()])
     with pytest.raises(SystemExit, match="evaluation"):
         train.main()
+
+
+def test_an_implicit_score_is_right_under_the_callers_autocast():
+    logp_r, logp_g, ref = -100 * torch.rand(5, 8), -100 * torch.rand(2, 5, 8), -100 * torch.rand(5, 8)
+    lam = torch.tensor([0.7, 1.3], dtype=torch.float64)
+    right = pecan.implicit_score(logp_r.double(), logp_g.double(), ref.double(), lam, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(pecan.implicit_score(logp_r, logp_g, ref, lam, 0.1).double(), right, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError):  # a multiplier for each constraint
+        pecan.implicit_score(logp_r, logp_g, ref, lam[:1], 0.1)

@@ -318,6 +318,27 @@ def test_scores_of_ones_own_that_are_not_finite_are_named(tiny, tiny_copy, row, 
         job("--from", "mocan", "--out", tiny_copy)
 
 
+@pytest.mark.parametrize("change", [lambda s: s.double(), lambda s: s.tolist()])
+def test_scores_of_ones_own_may_be_of_any_kind(tiny, tiny_copy, change):
+    scores = torch.load(tiny / "offline_scores.pt", weights_only=True)["scores"]
+    torch.save({"scores": change(scores)}, tiny_copy / "offline_scores.pt")
+    job("--from", "mocan", "--out", tiny_copy, "--algo", "mocan")
+    assert same_weights(tiny, tiny_copy, "mocan.pt")
+
+
+@pytest.mark.parametrize("change", [lambda s: s[:, 1:], lambda s: s[..., 1:], lambda s: s.mT, lambda s: torch.cat([s, s[:1]]), lambda s: s[0, 0]])
+def test_scores_of_ones_own_of_another_shape_are_refused(tiny, tiny_copy, change):
+    scores = torch.load(tiny / "offline_scores.pt", weights_only=True)["scores"]
+    torch.save({"scores": change(scores).clone()}, tiny_copy / "offline_scores.pt")
+    with pytest.raises(ValueError, match=r"offline_scores\.pt: scores of .*; expected helpful, harmless, of \(\d+, \d+\) each"):
+        job("--from", "mocan", "--out", tiny_copy)
+
+
+def test_too_little_memory_is_one_line(tmp_path):
+    done = command(*TINY, "--out", tmp_path, "--n_embd", 10**12)
+    assert done.returncode == 1 and "smaller sizes" in one_line_on_stderr(done)
+
+
 # ---- other ways through the job
 
 def test_two_constraints(tmp_path, capsys):
@@ -926,12 +947,15 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, spoil):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("way", ["a file", "a file above", "another model", "read-only"])
+@pytest.mark.parametrize("way", ["a file", "a file above", "another model", "a file that is left", "read-only"])
 def test_an_export_that_cannot_be_is_refused_before_the_first_stage(tmp_path, way, monkeypatch):
     folder = tmp_path / "folder"
     if way == "another model":
         (folder / "mocan").mkdir(parents=True)
         (folder / "mocan" / "model.safetensors.index.json").write_text("{}")
+    elif way == "a file that is left":  # Transformers would read it
+        (folder / "pecan").mkdir(parents=True)
+        (folder / "pecan" / "generation_config.json").write_text("{}")
     elif way == "read-only":
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     else:
@@ -1174,7 +1198,7 @@ def test_a_non_finite_loss_keeps_the_last_artifact(tiny_copy, monkeypatch):
 
 # ---- margins and random streams
 
-@pytest.mark.parametrize("margin", ["-5%", "-0.1,0.5", "-.5", "-1e-3"])
+@pytest.mark.parametrize("margin", ["-5%", "-0.1,0.5", "-.5", "-1e-3", "-inf", "-nan%"])
 def test_a_margin_below_zero_is_a_value(margin):
     assert train.settings(["--margin", margin]).margin == margin
     assert train.settings(["--seed", "1", "--margin", margin, "--quick"]).margin == margin
