@@ -236,9 +236,10 @@ TEMPLATES = {  # the text before all, a system message, then Tokenizer's before,
 
 
 def published_files(folder):
-    """{name: text} of what a published folder says of its tokenizer, and its config.json."""
+    """{name: text} of what a published folder says of its tokenizer, and its config.json; of no
+    folder, "", nothing."""
     files = {}
-    for name in FILES:
+    for name in FILES if folder else ():
         path = Path(folder, name)
         if name != "config.json" and not path.exists():
             continue
@@ -516,7 +517,7 @@ def _talk(row, field, speaker):
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"field {field!r} is missing or wrong ({error}); expected text or messages, each "
-                f"of a role, user or assistant, and content, text; fields: {', '.join(row)}"
+                f"of a role, user or assistant, and content, text; fields: {str([*row]):.200}"
             ) from None
     return [(who, words.strip().encode(errors="replace").decode()) for who, words in talk]
 

@@ -219,8 +219,8 @@ def enter(c):
             return sys.stdout
     os.makedirs(c.out, exist_ok=True)
     for name in c.algo.replace("all", "mocan pecan").split() if c.export else ():
-        open_export(f"{c.export}/{name}",  # now; other names follow from the data
-                    data.published_files(c.init) if c.init else ())
+        # now; other names follow from the data
+        open_export(f"{c.export}/{name}", data.published_files(c.init))
     print("settings:", json.dumps(vars(c)))
     lock = open(f"{c.out}/lock", "a")
     try:
@@ -240,7 +240,7 @@ def open_tokenizer(c, split):
         pieces = None  # GPT-2's own
         if c.tokenizer == "vocab":
             pieces = data.frequent_pieces(split.train, c.vocab_size)
-        finish(saved, pieces=pieces, files=data.published_files(c.init) if c.init else {})
+        finish(saved, pieces=pieces, files=data.published_files(c.init))
     limits = c.block_size - c.max_new_tokens, c.max_new_tokens
     files = saved["files"]
     if "tokenizer.json" in files:

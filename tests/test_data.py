@@ -139,7 +139,7 @@ NOT_CERTAIN = {
     "a system message beside the prompt": ({"system": "Be kind.", "prompt": "Say hi", "chosen": "Hello!", "rejected": "No."}, "system"),
     "the same by another name": ({"system_prompt": "Be kind.", "prompt": "Say hi", "chosen": "Hello!", "rejected": "No."}, "system"),
     "another project's layout": ({"input": messages("Say hi"), "preferred_output": messages("a"), "non_preferred_output": messages("b")},
-                                 "fields: input, preferred_output, non_preferred_output"),
+                                 "fields: ['input', 'preferred_output', 'non_preferred_output']"),
     "another role": ({"prompt": "Say hi", "chosen": [{"role": "tool", "content": "3"}], "rejected": "No."}, "tool"),
     "no role": ({"prompt": "Say hi", "chosen": [{"from": "gpt", "value": "3"}], "rejected": "No."}, "role"),
     "no message": ({"prompt": [], "chosen": "Hello!", "rejected": "No."}, "prompt"),
