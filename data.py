@@ -440,7 +440,8 @@ def load_preferences(paths, judged=False):
     What precedes them is `prompt`. Each of these is text, a transcript "\\n\\nHuman: … \\n\\n
     Assistant: …" (HH-RLHF) or messages [{"role": "user", "content": …}, …]; a response may also be
     the whole conversation, which then begins with the prompt, if there is one. Null and unknown
-    fields are ignored. Rows that teach nothing here are skipped, counted and said, see `_pair`.
+    fields are ignored, a system message is refused. Rows that teach nothing here are skipped,
+    counted and said, see `_pair`.
     judged: a prompt alone is a pair that prefers nothing, for judges that are there already.
     Returns list[Pair]; raises ValueError with the file and, for a bad row, its line number.
     """

@@ -216,8 +216,8 @@ class GPT(nn.Module):
 
         packing: compute and return those of the kept positions alone, (M, C); see `pack`.
         cache (B, n_layer, 2, H', S, D): keys and values of S tokens; those of `tokens`, the last
-        T, are written there. Where text goes on, position (B, T) says at which place each of
-        `tokens` stands, and visible (B, 1, T, S) which of the S it may look at.
+        T, are written there. Where text goes on, by one token, position (B, 1) says at which place
+        it stands, and visible (B, 1, 1, S) which of the S it may look at.
         """
         config = self.config
         T = tokens.size(1)
@@ -249,7 +249,7 @@ class GPT(nn.Module):
 
     def hidden_at(self, tokens, response_mask, asked, group, cache=None):
         """forward's hidden states (R, C) at the positions of `asked` (B, T) alone. Rows come in
-        groups of `group` responses to one prompt, which is computed once."""
+        groups of `group` responses to one prompt, which is computed once. cache: see forward."""
         kept, where = [x.to(self.device) for x in pack(response_mask, asked, group)]
         hidden = self(tokens, (kept, where), cache=cache)  # (M, C)
         return F.embedding(where[asked], hidden)
@@ -268,7 +268,8 @@ class GPT(nn.Module):
 
         Returns tokens (N·K, T), response_mask (N·K, T), and logp (N·K,): each response's
         log-probability in nats under the policy that sampled it. A response ends with `eos`, an id
-        or several, which belongs to it, or is cut at max_new_tokens. Raises ValueError when a
+        or several, which belongs to it, or is cut at max_new_tokens; T is the longest prompt's
+        length plus that. Raises ValueError when a
         prompt leaves no room for that many tokens.
         """
         return sample_responses(self, prompts, uniforms, eos)
@@ -355,12 +356,13 @@ def token_logprob(hidden, weight, targets):
 
     The backward pass computes the logits again, slice by slice, instead of keeping (R, V) of them.
     """
+    wide = torch.promote_types(weight.dtype, torch.float32)  # 16 bits lose half a nat
+
     def slice_logprob(hidden, targets):
         with torch.autocast(hidden.device.type, enabled=False):
             logits = hidden.to(wide) @ weight.to(wide).T
             return -F.cross_entropy(logits, targets, reduction="none")
 
-    wide = torch.promote_types(weight.dtype, torch.float32)
     rows = max(1, LOGITS // len(weight))
     return torch.cat([
         torch.utils.checkpoint.checkpoint(

@@ -46,6 +46,7 @@ def implicit_score(logp_r, logp_g, ref_logp, lam, beta):
     -> (…), in the units of the score that the preferences come from."""
     reward = logp_r - ref_logp  # (…)
     safety = logp_g - ref_logp  # (m, …)
+    # written as a sum, since autocast would round a product of tensors to 16 bits
     return beta * (reward + sum(l * x for l, x in zip(lam, safety, strict=True)))
 
 

@@ -377,7 +377,7 @@ def score(c, label, sampled, scorers, names, prompts, tok, confirmed):
     saved.setdefault("confirmed", mocan.unconfirmed(scorers, names))  # scores of one's own
     scores = torch.as_tensor(saved["scores"]).float()
     if scores.shape != (len(names), *sampled["logp"].shape):
-        raise ValueError(f"{saved['path']}: scores of {len(scores)} kinds, {tuple(scores.shape)}; "
+        raise ValueError(f"{saved['path']}: scores of shape {tuple(scores.shape)}; "
                          f"expected {', '.join(names)}, of {tuple(sampled['logp'].shape)} each")
     return saved, mocan.Sample(pool, sampled["logp"], sampled["ref_logp"], scores,
                                saved.get("second", scores))
