@@ -89,8 +89,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H = config.n_embd, config.n_head
-        if H < 1:
-            raise ValueError(f"n_head is {H}")
+        assert H > 0, f"n_head is {H}"
         shared = config.n_kv_head or H
         self.heads = [H, shared, shared]  # of queries, keys, values
         self.head_dim = D = config.head_dim or C // H
@@ -234,12 +233,12 @@ class GPT(nn.Module):
         x = self.wte(tokens)
         if not turn:
             x = x + self.wpe(position)
-        caches = [None] * len(self.h) if cache is None else cache.unbind(1)
         # Mixed precision for the blocks only: a log-ratio is a small difference of long sums, and
         # bfloat16 rounds logits from 8 to 16 to 1/16.
         dtype = getattr(torch, config.dtype)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            for block, past in zip(self.h, caches):
+            for layer, block in enumerate(self.h):
+                past = None if cache is None else cache[:, layer]
                 given = x, turn, packing, past, visible
                 if config.checkpoint_activations:
                     x = torch.utils.checkpoint.checkpoint(block, *given, use_reentrant=False)
@@ -257,10 +256,8 @@ class GPT(nn.Module):
     def score(self, tokens, response_mask, group=1):
         """(B, T), (B, T) -> (B,): the scalar at the last token of each response, which has one;
         float32. `group` as in sequence_logprob."""
-        count = response_mask.cumsum(1)  # (B, T) response tokens up to here
-        last = response_mask & (count == count[:, -1:])
-        hidden = self.hidden_at(tokens, response_mask, last, group)  # (B, C)
-        return self.score_head(hidden)[:, 0]
+        last = response_mask & (response_mask.cumsum(1) == response_mask.sum(1, keepdim=True))
+        return self.score_head(self.hidden_at(tokens, response_mask, last, group))[:, 0]
 
     def generate(self, prompts, uniforms, eos=None):
         """Sample K responses to each of N prompts, lists of token ids of any lengths. uniforms:
@@ -347,27 +344,27 @@ def pack(response_mask, asked, group):
     return torch.unique(place * needed, return_inverse=True)
 
 
-LOGITS = 2 ** 23  # of a slice, which is all that exists of them at a time
+LOGITS = 2 ** (26 if torch.cuda.is_available() else 22)  # of a slice; a CPU's stay in its cache
 
 
 def token_logprob(hidden, weight, targets):
     """ln p(target) (R,) under softmax(hidden·weightᵀ), in float32 also under a caller's autocast:
-    hidden (R, C), weight (V, C), targets (R,); 0 where a target is -100.
+    hidden (R, C), weight (V, C), targets (R,).
 
-    The backward pass computes the logits again, slice by slice, instead of keeping (R, V) of them.
+    A slice of the vocabulary at a time, which the backward pass computes again, instead of keeping
+    (R, V) logits; of 64·n columns, which a GPU multiplies fastest.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)  # 16 bits lose half a nat
+    hidden = hidden.to(torch.promote_types(weight.dtype, torch.float32))  # 16 lose half a nat
 
-    def slice_logprob(hidden, targets):
+    def log_sum(hidden, part):
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = hidden.to(wide) @ weight.to(wide).T
-            return -F.cross_entropy(logits, targets, reduction="none")
+            return (hidden @ part.to(hidden).T).logsumexp(1)
 
-    rows = max(1, LOGITS // len(weight))
-    return torch.cat([
-        torch.utils.checkpoint.checkpoint(
-            slice_logprob, *some, use_reentrant=False, preserve_rng_state=False)
-        for some in zip(hidden.split(rows), targets.split(rows))])
+    parts = weight.split(64 * (1 + LOGITS // (1 + 64 * len(hidden))))
+    log_sums = [torch.utils.checkpoint.checkpoint(
+        log_sum, hidden, part, use_reentrant=False) for part in parts]
+    logit = (hidden * F.embedding(targets, weight)).sum(1)  # (R,) of the targets
+    return logit - torch.stack(log_sums).logsumexp(0)
 
 
 # ---- sampling
@@ -480,8 +477,8 @@ def from_checkpoint(saved, device="cpu"):
 @functools.lru_cache(1)
 def frozen_weights(path, written, device):
     """Those that reference.pt, as it was written then, holds for adapters."""
-    frozen = load(path, "make it with --from reference")["frozen"]
-    return {name: weight.to(device) for name, weight in frozen.items()}
+    saved = load(path, "make it with --from reference")
+    return {name: weight.to(device) for name, weight in saved["frozen"].items()}
 
 
 # ---- files: the published layout, a folder of config.json and weights
@@ -531,8 +528,7 @@ def renamed(name, names):
 def read_published(folder):
     """GPT.from_pretrained."""
     try:
-        with open(f"{folder}/config.json", encoding="utf-8") as file:
-            config = read_config(json.load(file))
+        config = read_config(json.loads(Path(f"{folder}/config.json").read_text("utf-8")))
         if config.rope:
             rotation(config, 2, torch.arange(1))  # which has all that it needs
         with torch.device("meta"):
@@ -569,9 +565,8 @@ def weight_files(folder):
         if os.path.exists(f"{folder}/{name}"):
             return [f"{folder}/{name}"]
         if os.path.exists(f"{folder}/{name}.index.json"):
-            with open(f"{folder}/{name}.index.json", encoding="utf-8") as file:
-                shards = json.load(file)["weight_map"].values()
-            return [f"{folder}/{shard}" for shard in sorted({*shards})]
+            index = json.loads(Path(f"{folder}/{name}.index.json").read_text("utf-8"))
+            return [f"{folder}/{shard}" for shard in sorted({*index["weight_map"].values()})]
     raise ValueError("no weights")
 
 

@@ -67,7 +67,7 @@ import data
 import dual
 import mocan
 import train
-from data import load
+from data import load, save
 from model import GPT, GPTConfig, add_adapters, export, from_checkpoint, merge, sample_token, sequence_logprob, to_checkpoint
 
 silent = contextlib.redirect_stdout(None)  # around what reports its progress
@@ -1047,23 +1047,26 @@ def bench_update(argv):
     s = mocan.total_score(sample.scores, torch.tensor(ours["lam"]))
     rows = drawn_pairs(sample.pool, s, c.steps * c.batch * c.accumulate, c.seed)
     plan = train.recipe(c, "mocan", c.steps, args.lr or c.lr)
-    began = time.time()
-    with tempfile.TemporaryDirectory() as folder:
-        export(from_checkpoint(reference), f"{folder}/reference", tokenizer["files"])
-        model, ref = (transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/reference", dtype=torch.float32).to(c.device)
-                      for _ in range(2))
-        trainer, clock = trl_trainer(model, ref, rows, c.batch, plan, c.beta, folder, c.dtype == "bfloat16")
-        trainer.train()
-        model.save_pretrained(f"{folder}/policy")
-        theirs = GPT.from_pretrained(f"{folder}/policy")
-    spent = time.time() - began
-    theirs.config = GPTConfig(**reference["config"])
-    print(f"{len(rows)} pairs by trl.DPOTrainer: {spent:.0f} s, of which {clock.seconds * plan.steps:.0f} s are steps")
     c.out = f"{c.out}/update"
     os.makedirs(c.out, exist_ok=True)
-    policies = {"mocan": ours, "trl": {**to_checkpoint(theirs), "lam": ours["lam"], "seconds": spent}}
-    train.evaluate(c, reference, policies, judges, {"mocan": scored["confirmed"]}, names, torch.tensor(ours["made_from"]["input b"]),
-                   split, tok)
+    path = f"{c.out}/trl.pt"
+    if not os.path.exists(path):  # else of a command that was killed while it evaluated
+        began = time.time()
+        with tempfile.TemporaryDirectory() as folder:
+            export(from_checkpoint(reference), f"{folder}/reference", tokenizer["files"])
+            model, ref = (transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/reference", dtype=torch.float32).to(c.device)
+                          for _ in range(2))
+            trainer, clock = trl_trainer(model, ref, rows, c.batch, plan, c.beta, folder, c.dtype == "bfloat16")
+            trainer.train()
+            model.save_pretrained(f"{folder}/policy")
+            theirs = GPT.from_pretrained(f"{folder}/policy")
+        theirs.config = GPTConfig(**reference["config"])
+        save({**to_checkpoint(theirs), "lam": ours["lam"], "seconds": time.time() - began, "stepping": clock.seconds * plan.steps}, path)
+    theirs = load(path, "remove it")
+    print(f"{len(rows)} pairs by trl.DPOTrainer: {theirs['seconds']:.0f} s, of which {theirs['stepping']:.0f} s are steps; "
+          f"by mocan.train_mocan {ours['seconds']:.0f} s", flush=True)
+    train.evaluate(c, reference, {"mocan": ours, "trl": theirs}, judges, {"mocan": scored["confirmed"]}, names,
+                   torch.tensor(ours["made_from"]["input b"]), split, tok)
 
 
 def drawn_pairs(pool, s, count, seed):
