@@ -259,6 +259,7 @@ class GPT(nn.Module):
         last = response_mask & (response_mask.cumsum(1) == response_mask.sum(1, keepdim=True))
         return self.score_head(self.hidden_at(tokens, response_mask, last, group))[:, 0]
 
+    @torch.no_grad()
     def generate(self, prompts, uniforms, eos=None):
         """Sample K responses to each of N prompts, lists of token ids of any lengths. uniforms:
         (N, K, max_new_tokens) random numbers in [0, 1), all the chance there is.
@@ -266,10 +267,39 @@ class GPT(nn.Module):
         Returns tokens (N·K, T), response_mask (N·K, T), and logp (N·K,): each response's
         log-probability in nats under the policy that sampled it. A response ends with `eos`, an id
         or several, which belongs to it, or is cut at max_new_tokens; T is the longest prompt's
-        length plus that. Raises ValueError when a
-        prompt leaves no room for that many tokens.
+        length plus that. Raises ValueError when a prompt leaves no room for that many tokens.
+
+        A row is a response, and A of the N·K are still computed.
         """
-        return sample_responses(self, prompts, uniforms, eos)
+        N, K, max_new_tokens = uniforms.shape
+        tokens, position, visible, hidden, cache = prefill(self, prompts, K, max_new_tokens)
+        longest = tokens.size(1) - max_new_tokens
+        response_mask = torch.zeros_like(tokens, dtype=torch.bool)  # (N·K, T)
+        logp = torch.zeros_like(hidden[:, 0])  # (N·K,)
+        uniforms = uniforms.flatten(0, 1).to(self.device)  # (N·K, max_new_tokens)
+        index = torch.arange(N * K, device=self.device)[:, None]  # (A, 1) which response a row is
+        active = torch.ones_like(index, dtype=torch.bool)  # (A, 1) it has not ended yet
+        ends = torch.tensor([] if eos is None else eos, dtype=torch.long, device=self.device)
+        for step in range(max_new_tokens):
+            if step > 0:
+                seen = longest + step  # tokens in the cache, the newest one included
+                hidden = self(new, position=position, cache=cache[..., :seen, :],
+                               visible=visible[..., :seen])[:, 0]  # (A, C)
+                position += 1
+            new, new_logp = sample_token(
+                hidden, self.output_weight, uniforms[index, step])  # (A, 1)
+            tokens[index, position] = new * active
+            response_mask[index, position] = active
+            logp[index] += new_logp * active
+            active &= ~torch.isin(new, ends)
+            if step % 4 == 0:  # seldom: the host waits for the device to know how many are left
+                left = int(active.sum())
+                if left == 0:
+                    break
+                if left < 0.75 * len(active):  # ended responses leave the cache
+                    index, position, visible, cache, new, active = [
+                        x[active[:, 0]] for x in (index, position, visible, cache, new, active)]
+        return tokens, response_mask, logp
 
 
 # ---- adapters: LoRA (arXiv 2106.09685)
@@ -368,40 +398,6 @@ def token_logprob(hidden, weight, targets):
 
 
 # ---- sampling
-@torch.no_grad()
-def sample_responses(model, prompts, uniforms, eos):
-    """GPT.generate. A row is a response, and A of the N·K are still computed."""
-    N, K, max_new_tokens = uniforms.shape
-    tokens, position, visible, hidden, cache = prefill(model, prompts, K, max_new_tokens)
-    longest = tokens.size(1) - max_new_tokens
-    response_mask = torch.zeros_like(tokens, dtype=torch.bool)  # (N·K, T)
-    logp = torch.zeros_like(hidden[:, 0])  # (N·K,)
-    uniforms = uniforms.flatten(0, 1).to(model.device)  # (N·K, max_new_tokens)
-    index = torch.arange(N * K, device=model.device)[:, None]  # (A, 1) which response a row is
-    active = torch.ones_like(index, dtype=torch.bool)  # (A, 1) it has not ended yet
-    ends = torch.tensor([] if eos is None else eos, dtype=torch.long, device=model.device)
-    for step in range(max_new_tokens):
-        if step > 0:
-            seen = longest + step  # tokens in the cache, the newest one included
-            hidden = model(new, position=position, cache=cache[..., :seen, :],
-                           visible=visible[..., :seen])[:, 0]  # (A, C)
-            position += 1
-        new, new_logp = sample_token(
-            hidden, model.output_weight, uniforms[index, step])  # (A, 1)
-        tokens[index, position] = new * active
-        response_mask[index, position] = active
-        logp[index] += new_logp * active
-        active &= ~torch.isin(new, ends)
-        if step % 4 == 0:  # seldom, since the host waits for the device to know how many are left
-            left = int(active.sum())
-            if left == 0:
-                break
-            if left < 0.75 * len(active):  # ended responses leave the cache
-                index, position, visible, cache, new, active = [
-                    x[active[:, 0]] for x in (index, position, visible, cache, new, active)]
-    return tokens, response_mask, logp
-
-
 def prefill(model, prompts, K, max_new_tokens):
     """One pass over N prompts, lists of token ids, then a row for each of their K responses:
 
@@ -436,7 +432,9 @@ def prefill(model, prompts, K, max_new_tokens):
 def sample_token(hidden, weight, u):
     """Inverse-CDF sampling from softmax(hidden·weightᵀ): hidden (A, C), weight (V, C), u (A, 1) ->
     token ids (A, 1) and their log-probabilities (A, 1)."""
-    p = (hidden @ weight.T).softmax(1)  # (A, V)
+    # a CPU multiplies by what stays in its cache, a GPU by aligned shapes
+    logits = torch.cat([hidden @ part.T for part in weight.split(2048)], dim=1)  # (A, V)
+    p = logits.softmax(1)
     cdf = p.cumsum(1)
     goal = (u * cdf[:, -1:]).clamp(min=1e-30)  # u = 0 draws no token of a p that underflowed
     token = torch.searchsorted(cdf, goal)  # the first whose cdf reaches it

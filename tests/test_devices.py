@@ -186,9 +186,9 @@ def test_the_whole_job_on_one_device(placed, more, tmp_path, monkeypatch, capsys
     assert set(scored) == ({1} if "--data" in more else set())
     assert placed.calls > 10_000
     # the host waits where results leave the device, and in training only where they are printed or saved
-    assert placed.waits.keys() <= {"mocan.losses", "mocan.sample_pool", "mocan.map_pool", "model.sample_responses",
+    assert placed.waits.keys() <= {"mocan.losses", "mocan.sample_pool", "mocan.map_pool", "model.generate",
                                    "model.to_checkpoint", "train.train_reference"}
-    assert {"mocan.losses", "mocan.map_pool", "model.sample_responses"} <= placed.waits.keys()
+    assert {"mocan.losses", "mocan.map_pool", "model.generate"} <= placed.waits.keys()
     # for the losses once a line, and once more where calibration ends a loop before its last step
     lines = re.findall(r"  .+ (\d+)/(\d+)  loss ", capsys.readouterr().out)
     loops = sum(step == "1" for step, _ in lines)
