@@ -432,8 +432,8 @@ def prefill(model, prompts, K, max_new_tokens):
 def sample_token(hidden, weight, u):
     """Inverse-CDF sampling from softmax(hidden·weightᵀ): hidden (A, C), weight (V, C), u (A, 1) ->
     token ids (A, 1) and their log-probabilities (A, 1)."""
-    # a CPU multiplies by what stays in its cache, a GPU by aligned shapes
-    logits = torch.cat([hidden @ part.T for part in weight.split(2048)], dim=1)  # (A, V)
+    # (A, V), by parts of the vocabulary: a CPU's stay in its cache, a GPU's are aligned
+    logits = torch.cat([hidden @ part.T for part in weight.split(LOGITS // 2048)], dim=1)
     p = logits.softmax(1)
     cdf = p.cumsum(1)
     goal = (u * cdf[:, -1:]).clamp(min=1e-30)  # u = 0 draws no token of a p that underflowed
