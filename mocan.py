@@ -317,9 +317,10 @@ def map_pool(model, pool):
     me, ranks = rank()
     order = pool.lengths.amax(1).argsort(stable=True)
     due = time.monotonic() + 10
-    for done, n in enumerate(order.split(max(1, SCORED // K))[me::ranks]):
+    size = max(1, SCORED // K)
+    for done, n in enumerate(order.split(size)[me::ranks]):
         if time.monotonic() > due:
-            print(f"  scored {done * len(n) * ranks} of {N} prompts", flush=True)
+            print(f"  scored {done * size * ranks} of {N} prompts", flush=True)
             due += 10
         tokens, response_mask = take_text(pool, n, torch.arange(K), model.device)  # (B·K, T) all
         if model.config.score_head:
