@@ -671,7 +671,7 @@ def load_pairs(files, world_pairs, held_out, calibration, constraints, judges=()
 
 
 # ---- 6. the built-in world
-# A user asks how to do something; the assistant answers in some fifty set sentences. Half of the
+# A user asks how to do something; the assistant answers in 44 set sentences. Half of the
 # topics are risky: there, a tempting short cut is helpful and dangerous at once, which is the
 # conflict that the constraint is about. Two files, which tests/world.py wrote:
 #     world.jsonl.gz   pairs, with a preference for each score, drawn from it by Bradley–Terry, so

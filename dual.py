@@ -419,7 +419,7 @@ def main():
     parser._negative_number_matcher = NEGATIVE
     parser.add_argument(
         "scores", help="npz: score (N, K) and constraint (N, K) or (m, N, K), or PeCAN's ref_logp, "
-        "logp_r, logp_g (N, K)")
+        "logp_r (N, K) and logp_g (N, K) or (m, N, K)")
     parser.add_argument(
         "--margin", required=True, help="least gain in g: 0.5, or 50%% of the largest reachable "
         "one; one for all constraints, or comma separated")

@@ -47,7 +47,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     score_head: bool = False  # a reward or safety model: a scalar instead of logits
-    dtype: str = "float32"  # of the blocks' arithmetic; weights and results stay float32
+    dtype: str = "float32"  # of the blocks' arithmetic; trained weights and results are float32
     checkpoint_activations: bool = False  # recompute each block in the backward pass
     family: str = "gpt2"  # or llama, qwen2, qwen3
     n_kv_head: int = 0  # heads of keys and values, each for several of queries; 0: n_head

@@ -25,7 +25,8 @@ With --lora reference.pt also holds all frozen weights, and the other files only
 score model's head), which are read with the reference.pt beside them.
 `main` is the story, MoCAN's and PeCAN's shots written out in it; below it stand the stages, the
 results, the run's folder and the command line. "Earlier" and "later" stages are those above and
-below in this list. run.json keeps the settings.
+below in this list, though MoCAN is done before PeCAN's prealign begins. run.json keeps the
+settings.
 """
 
 import argparse
@@ -118,7 +119,7 @@ class Config(argparse.Namespace):  # a comment is what --help says of a setting
 
 
 # What the artifacts of a stage and of all later ones remember. The other settings change nothing in
-# them, but for --batch, --accumulate and --device, which may differ from run to run.
+# them, but for --batch, --accumulate, --sample_batch and --device, which may differ.
 REMEMBERED = {
     "reference": "quick seed dtype data world_pairs held_out calibration tokenizer template "
                  "system vocab_size max_new_tokens n_layer n_head n_embd block_size init lora "
@@ -147,7 +148,7 @@ INIT = (  # at β = 1 what honest judges promise is too little to see
     "--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 1.25e-5 "
     "--shot_lr 1e-5 --beta 0.5 --margin 50% --judge_runs 1 ")
 INIT_SIZES = (  # without --quick: for some 100 million parameters on two CPU cores. Every response
-    # is seen once, since what a step learns by heart is too much at a second visit
+    # is seen once (half of a further shot's): what a step learns by heart is too much at a second
     "--accumulate 1 --max_new_tokens 32 --sft_steps 70 --score_steps 36 --prealign_steps 36 "
     "--prompts 512 --responses 8 --shot_responses 8 --steps 128 --shot_steps 64 "
     "--eval_prompts 64 --eval_responses 8 ")
@@ -597,8 +598,8 @@ def build_parser():
     parser = argparse.ArgumentParser(
         usage="python train.py [--SETTING VALUE ...]   (--help lists them)",
         description="One-shot safety alignment: a dual, then one policy update.",
-        epilog=f"--quick stands for {QUICK}too, --data for {DATA}and --init for {INIT}and, without "
-               f"--quick, {INIT_SIZES}",
+        epilog=f"--quick stands for {QUICK}too, --init for {INIT}(of a chat model --sft_steps 0) "
+               f"and, without --quick, --data for {DATA}and --init for {INIT_SIZES}too",
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser._negative_number_matcher = dual.NEGATIVE
     comments = dict(re.findall(r"^    (\w+) = .*  # (.*)$", inspect.getsource(Config), re.M))

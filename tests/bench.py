@@ -25,8 +25,8 @@ picture: an SVG of a finished run: its policies with their intervals, and the op
 scale: how seconds grow as prompts, responses, vocabulary, width or length grow, for scoring, sampling, a training step
       and the dual; then seconds and memory of a training step and of sampling for 10 to 360 million parameters.
 
-train, sample, chat and scale take --json (the figures as one JSON object on stdout; the text goes to stderr) and --device. Weights and
-tokens are random. The share of the matrix product is what the model's weights need at least, 2 operations for each weight
+train, sample, chat, lora and scale take --json (the figures as one JSON object on stdout; the text goes to stderr) and --device. Weights and
+tokens are random, but for a FOLDER's weights and chat's texts. The share of the matrix product is what the model's weights need at least, 2 operations for each weight
 and token (one prompt for both responses), times 3 with the backward pass, over the time and over the rate of a torch.mm of the model's shapes in the same
 run; attention's own products and what is computed twice do not count as needed, prompts do not need the output layer.
 """
