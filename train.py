@@ -25,8 +25,7 @@ With --lora reference.pt also holds all frozen weights, and the other files only
 score model's head), which are read with the reference.pt beside them.
 `main` is the story, MoCAN's and PeCAN's shots written out in it; below it stand the stages, the
 results, the run's folder and the command line. "Earlier" and "later" stages are those above and
-below in this list, though MoCAN is done before PeCAN's prealign begins. run.json keeps the
-settings.
+below in this list. run.json keeps the settings.
 """
 
 import argparse
@@ -167,16 +166,15 @@ def main():
              for part in split._fields}
     reference = train_reference(c, tok, tokenizer, pools)
     prompts = data.spread([pair.prompt for pair in split.train], c.prompts)
-    policies, confirmed = {}, {}
+    confirmed = {}
     margin = None
 
-    # they label MoCAN's pairs; of PeCAN's scores the second ones alone are asked
     scorers = judges = train_judges(c, reference, split, pools, names)
     offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
+    dpo = prealign(c, reference, split, pools, names, judges)  # PeCAN's scorers
+    policies = {f"dpo-{name}": dpo[name] for name in dpo}
     for algorithm in c.algo.replace("all", "mocan pecan").split():
-        if algorithm == "pecan":  # no judge: policies that DPO made from one preference each
-            dpo = prealign(c, reference, split, pools, names, judges)
-            policies = {f"dpo-{name}": dpo[name] for name in names} | policies
+        if algorithm == "pecan":  # no judge labels; the second ones confirm, where there are some
             scorers = [dpo, *judges[1:]]
         policy = reference
         for shot in range(1, c.shots + 1):
@@ -210,6 +208,7 @@ def enter(c):
     torch.backends.cuda.matmul.allow_tf32 = True  # logits: 0.007 nats on 256 tokens' log-ratio
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape of batch
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
+    warnings.simplefilter("always", UserWarning)  # PeCAN's too where MoCAN had the same
     if dist.is_torchelastic_launched():  # by torchrun
         if c.device.startswith("cuda"):
             c.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -302,7 +301,9 @@ def train_judges(c, reference, split, pools, names):
         mine = split
         if judges[1:]:
             mine = split._replace(train=data.half(split.train, which))
-        for name in [name for name in names if c.data and name not in some]:
+        for name in names:
+            if name in some or not c.data:
+                continue
             label = f"score {name}{' second' * which}"
             some[name] = saved = artifact(c, "scores", f"{label}.pt", reference=reference)
             if "began" in saved:
@@ -323,6 +324,8 @@ def train_judges(c, reference, split, pools, names):
 def prealign(c, reference, split, pools, names, judges):
     """PeCAN: {preference: artifact of a policy and of its τ}. Where there are second judges, from
     the half of the conversations that these have not seen."""
+    if c.algo == "mocan":
+        return {}
     dpo = {}
     if c.judge:
         warnings.warn("PeCAN's scores are log-odds, those of --judge have their own units: one b "
@@ -375,7 +378,9 @@ def score(c, label, sampled, scorers, names, prompts, tok, confirmed):
         confirmed = confirmed or mocan.confirm(said, scorers, names)
         scores = mocan.in_units(confirmed["units"], said)
         finish(saved, scores=scores[0], second=scores[-1], confirmed=confirmed)
-    saved.setdefault("confirmed", mocan.unconfirmed(scorers, names))  # scores of one's own
+    if c.shots > 1 and "confirmed" not in saved:  # scores of one's own
+        raise ValueError(f"{saved['path']}: scores of one's own serve one shot; --shots 1")
+    saved.setdefault("confirmed", mocan.unconfirmed(scorers, names))
     scores = torch.as_tensor(saved["scores"]).float()
     if scores.shape != (len(names), *sampled["logp"].shape):
         raise ValueError(f"{saved['path']}: scores of shape {tuple(scores.shape)}; "

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -242,6 +243,24 @@ def test_artifacts_of_other_settings_are_not_mixed_in(tiny_copy):
         job("--from", "evaluate", "--out", tiny_copy, "--algo", "all")
 
 
+@pytest.mark.parametrize("flag", [("--prealign_lr", "1e-3"), ("--beta", "0.5")])
+def test_what_pecan_cannot_take_is_refused_before_mocan_is_trained_anew(tiny_copy, flag):
+    before = {path.name: path.read_bytes() for path in tiny_copy.iterdir()}
+    with pytest.raises(ValueError, match=r"dpo-helpful\.pt: made with .* make it with --from prealign$"):
+        job("--from", "mocan", "--out", tiny_copy, *flag)
+    assert before == {path.name: path.read_bytes() for path in tiny_copy.iterdir()}
+
+
+def test_pecan_warns_of_what_mocan_warned_of_too(tmp_path, capsys):
+    pairs = [{"helpful": {"pairs": sign * torch.ones(20, 2).cumsum(1)}} for sign in (1, -1)]
+    with warnings.catch_warnings():  # it puts back what enter sets
+        lock = train.enter(train.settings(["--out", str(tmp_path), "--device", "cpu"]))
+        for _ in range(2):
+            mocan.confirm([torch.tensor([[[1.0, 2.0]] * 5]), torch.tensor([[[2.0, 1.0]] * 5])], pairs, ["helpful"])
+    lock.close()
+    assert capsys.readouterr().out.count("warning: two judges do not agree") == 2
+
+
 def test_a_run_that_was_cut_short_leaves_no_stale_policy_to_evaluate(tiny_copy):
     with pytest.raises(FloatingPointError):
         job("--from", "dual", "--out", tiny_copy, "--margin", "4%", "--lr", "1e30", "--algo", "mocan")
@@ -324,6 +343,14 @@ def test_scores_of_ones_own_may_be_of_any_kind(tiny, tiny_copy, change):
     torch.save({"scores": change(scores)}, tiny_copy / "offline_scores.pt")
     job("--from", "mocan", "--out", tiny_copy, "--algo", "mocan")
     assert same_weights(tiny, tiny_copy, "mocan.pt")
+
+
+def test_scores_of_ones_own_serve_one_shot(tiny, tiny_copy):
+    """A second shot's responses would have no such scores."""
+    scores = torch.load(tiny / "offline_scores.pt", weights_only=True)["scores"]
+    torch.save({"scores": scores}, tiny_copy / "offline_scores.pt")
+    with pytest.raises(ValueError, match=r"offline_scores\.pt: scores of one's own serve one shot; --shots 1$"):
+        job("--from", "mocan", "--out", tiny_copy, *SHOTS)
 
 
 @pytest.mark.parametrize("change", [lambda s: s[:, 1:], lambda s: s[..., 1:], lambda s: s.mT, lambda s: torch.cat([s, s[:1]]), lambda s: s[0, 0]])
