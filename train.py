@@ -25,7 +25,8 @@ With --lora reference.pt also holds all frozen weights, and the other files only
 score model's head), which are read with the reference.pt beside them.
 `main` is the story, MoCAN's and PeCAN's shots written out in it; below it stand the stages, the
 results, the run's folder and the command line. "Earlier" and "later" stages are those above and
-below in this list. run.json keeps the settings.
+below in this list, though MoCAN is done before PeCAN's prealign begins. run.json keeps the
+settings.
 """
 
 import argparse
@@ -166,15 +167,16 @@ def main():
              for part in split._fields}
     reference = train_reference(c, tok, tokenizer, pools)
     prompts = data.spread([pair.prompt for pair in split.train], c.prompts)
-    confirmed = {}
+    policies, confirmed = {}, {}
     margin = None
 
+    # they label MoCAN's pairs; of PeCAN's scores the second ones alone are asked
     scorers = judges = train_judges(c, reference, split, pools, names)
     offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
-    dpo = prealign(c, reference, split, pools, names, judges)  # PeCAN's scorers
-    policies = {f"dpo-{name}": dpo[name] for name in dpo}
     for algorithm in c.algo.replace("all", "mocan pecan").split():
-        if algorithm == "pecan":  # no judge labels; the second ones confirm, where there are some
+        if algorithm == "pecan":  # no judge: policies that DPO made from one preference each
+            dpo = prealign(c, reference, split, pools, names, judges)
+            policies = {f"dpo-{name}": dpo[name] for name in names} | policies
             scorers = [dpo, *judges[1:]]
         policy = reference
         for shot in range(1, c.shots + 1):
@@ -324,8 +326,6 @@ def train_judges(c, reference, split, pools, names):
 def prealign(c, reference, split, pools, names, judges):
     """PeCAN: {preference: artifact of a policy and of its τ}. Where there are second judges, from
     the half of the conversations that these have not seen."""
-    if c.algo == "mocan":
-        return {}
     dpo = {}
     if c.judge:
         warnings.warn("PeCAN's scores are log-odds, those of --judge have their own units: one b "

@@ -243,14 +243,6 @@ def test_artifacts_of_other_settings_are_not_mixed_in(tiny_copy):
         job("--from", "evaluate", "--out", tiny_copy, "--algo", "all")
 
 
-@pytest.mark.parametrize("flag", [("--prealign_lr", "1e-3"), ("--beta", "0.5")])
-def test_what_pecan_cannot_take_is_refused_before_mocan_is_trained_anew(tiny_copy, flag):
-    before = {path.name: path.read_bytes() for path in tiny_copy.iterdir()}
-    with pytest.raises(ValueError, match=r"dpo-helpful\.pt: made with .* make it with --from prealign$"):
-        job("--from", "mocan", "--out", tiny_copy, *flag)
-    assert before == {path.name: path.read_bytes() for path in tiny_copy.iterdir()}
-
-
 def test_pecan_warns_of_what_mocan_warned_of_too(tmp_path, capsys):
     pairs = [{"helpful": {"pairs": sign * torch.ones(20, 2).cumsum(1)}} for sign in (1, -1)]
     with warnings.catch_warnings():  # it puts back what enter sets
