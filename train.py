@@ -145,7 +145,7 @@ QUICK = ("--world_pairs 2400 --n_embd 64 --sft_steps 360 --sft_lr 6e-3 --prompts
 DATA = ("--accumulate 4 --prompts 2048 --responses 128 --shot_responses 128 --margin 25% "
         "--judge_runs 4 ")
 INIT = (  # at β = 1 what honest judges promise is too little to see
-    "--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 2e-5 --lr 1.25e-5 "
+    "--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 5e-6 --lr 1.25e-5 "
     "--shot_lr 1e-5 --beta 0.5 --margin 50% --judge_runs 1 ")
 INIT_SIZES = (  # without --quick: for some 100 million parameters on two CPU cores. Every response
     # is seen once (half of a further shot's): what a step learns by heart is too much at a second

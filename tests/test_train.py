@@ -685,7 +685,7 @@ def test_defaults_of_published_weights_give_way_to_the_command_line(tmp_path, mo
     (tmp_path / "folder" / "config.json").write_text("{}")
     c = train.settings(["--init", "folder"])
     assert (c.tokenizer, c.sft_lr, c.score_lr, c.prealign_lr, c.lr, c.shot_lr, c.beta, c.margin) == (
-        "gpt2", 5e-5, 5e-5, 2e-5, 1.25e-5, 1e-5, 0.5, "50%")
+        "gpt2", 5e-5, 5e-5, 5e-6, 1.25e-5, 1e-5, 0.5, "50%")
     c = train.settings(["--init", "folder", "--data", "x.jsonl", "--lr", "1e-3"])
     assert (c.tokenizer, c.lr, c.shot_lr, c.margin, c.prompts) == ("gpt2", 1e-3, 1e-5, "50%", 512)  # not the data's margin and sizes
     c = train.settings(["--init", "folder", "--quick"])
