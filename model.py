@@ -382,9 +382,9 @@ def token_logprob(hidden, weight, targets):
     hidden (R, C), weight (V, C), targets (R,).
 
     A slice of the vocabulary at a time, which the backward pass computes again, instead of keeping
-    (R, V) logits; of 64·n columns, which a GPU multiplies fastest.
+    (R, V) logits; of 64·n columns but for the last, which a GPU multiplies fastest.
     """
-    hidden = hidden.to(torch.promote_types(weight.dtype, torch.float32))  # 16 lose half a nat
+    hidden = hidden.to(torch.promote_types(weight.dtype, torch.float32))  # 16 bits lose half a nat
 
     def log_sum(hidden, part):
         with torch.autocast(hidden.device.type, enabled=False):
@@ -432,7 +432,7 @@ def prefill(model, prompts, K, max_new_tokens):
 def sample_token(hidden, weight, u):
     """Inverse-CDF sampling from softmax(hidden·weightᵀ): hidden (A, C), weight (V, C), u (A, 1) ->
     token ids (A, 1) and their log-probabilities (A, 1)."""
-    # (A, V), by parts of the vocabulary: a CPU's stay in its cache, a GPU's are aligned
+    # (A, V), by parts of the vocabulary, for a CPU's cache; a GPU's are few
     logits = torch.cat([hidden @ part.T for part in weight.split(LOGITS // 2048)], dim=1)
     p = logits.softmax(1)
     cdf = p.cumsum(1)

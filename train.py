@@ -148,7 +148,7 @@ INIT = (  # at β = 1 what honest judges promise is too little to see
     "--tokenizer gpt2 --sft_lr 5e-5 --score_lr 5e-5 --prealign_lr 5e-6 --lr 1.25e-5 "
     "--shot_lr 1e-5 --beta 0.5 --margin 50% --judge_runs 1 ")
 INIT_SIZES = (  # without --quick: for some 100 million parameters on two CPU cores. Every response
-    # is seen once (half of a further shot's): what a step learns by heart is too much at a second
+    # is seen once (half of a further shot's), since a second visit is learned by heart
     "--accumulate 1 --max_new_tokens 32 --sft_steps 70 --score_steps 36 --prealign_steps 36 "
     "--prompts 512 --responses 8 --shot_responses 8 --steps 128 --shot_steps 64 "
     "--eval_prompts 64 --eval_responses 8 ")
@@ -210,7 +210,7 @@ def enter(c):
     torch.backends.cuda.matmul.allow_tf32 = True  # logits: 0.007 nats on 256 tokens' log-ratio
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape of batch
     warnings.showwarning = lambda message, *_, **__: print(f"  warning: {message}")
-    warnings.simplefilter("always", UserWarning)  # PeCAN's too where MoCAN had the same
+    warnings.simplefilter("always", UserWarning)  # also what MoCAN's scores had, of PeCAN's
     if dist.is_torchelastic_launched():  # by torchrun
         if c.device.startswith("cuda"):
             c.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -221,7 +221,7 @@ def enter(c):
             return sys.stdout
     os.makedirs(c.out, exist_ok=True)
     for name in c.algo.replace("all", "mocan pecan").split() if c.export else ():
-        # now; other names follow from the data
+        # checked now; the names of other folders follow from the data
         open_export(f"{c.export}/{name}", data.published_files(c.init))
     print("settings:", json.dumps(vars(c)))
     lock = open(f"{c.out}/lock", "a")

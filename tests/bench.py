@@ -1049,7 +1049,7 @@ def bench_update(argv):
     plan = train.recipe(c, "mocan", c.steps, args.lr or c.lr)
     c.out = f"{c.out}/update"
     os.makedirs(c.out, exist_ok=True)
-    path = f"{c.out}/trl.pt"
+    path = f"{c.out}/trl-{ours['run']}-{plan.lr:g}.pt"  # of another run or rate it is another one
     if not os.path.exists(path):  # else of a command that was killed while it evaluated
         began = time.time()
         with tempfile.TemporaryDirectory() as folder:

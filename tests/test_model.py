@@ -254,8 +254,8 @@ def by_hand(hidden, weight, targets, upstream):
     return p[row, targets].log(), d_logits @ weight, d_logits.T @ hidden
 
 
-@pytest.mark.parametrize("vocabulary", [7, 64, 128, 201])  # in slices of 64, of 128, or as a whole
-@pytest.mark.parametrize("logits", [1, 2 * 8 * 64, 10 ** 6])
+@pytest.mark.parametrize("vocabulary", [7, 64, 128, 201])
+@pytest.mark.parametrize("logits", [1, 2 * 8 * 64, 10 ** 6])  # in slices of 64, of 128, or as a whole
 def test_token_logprob_and_its_gradients_are_those_of_the_definition(logits, vocabulary, monkeypatch):
     monkeypatch.setattr("model.LOGITS", logits)
     hidden, weight = torch.randn(8, 4, dtype=torch.float64), torch.randn(vocabulary, 4, dtype=torch.float64)
