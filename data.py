@@ -85,24 +85,6 @@ def text_pool(tok, prompts, responses, what):
     return Pool(pad(texts, K), pad(masks, K))
 
 
-def preferences(pairs, name, pool):
-    """Those of `pair_pool` that hold this preference -> Pool (P, 2, T) chosen, rejected."""
-    held = [(n, pair.prefers[name]) for n, pair in enumerate(pairs) if name in pair.prefers]
-    if not held:
-        raise ValueError(f"no pair of {name} is left for one of its judges; more conversations are "
-                         "needed")
-    n, chosen = torch.tensor(held).T  # (P,), and (P,) 0 or 1
-    k = torch.stack([chosen, 1 - chosen], dim=1)  # (P, 2)
-    return Pool(*[x[n[:, None], k] for x in pool])
-
-
-def half(pairs, which):
-    """All pairs; those outside this half of the conversations, 0 or 1, lose their preferences."""
-    kept = {*sorted({conversation(pair.prompt) for pair in pairs})[which::2]}
-    return [pair if conversation(pair.prompt) in kept else pair._replace(prefers={})
-            for pair in pairs]
-
-
 # ---- 2. batches
 def stream(*key):
     """A random stream of its own for each (seed, purpose, index): nothing depends on what was drawn
@@ -225,6 +207,9 @@ RECOGNISED = {  # by what a chat template has, and what it must not have
 OWN_SYSTEM = (  # as it stands in a string of the template, or is set there, and no expression in it
     r"(?:system(?:<\|end_header_id\|>)?(?:\n|\\n)+|set system_message = ['\"])"
     r"((?:(?!\{\{|\}\}|\{%|['\"] *[+~]).)+?)(?:<\|(?:im_end|eot_id)\|>|['\"] -?%)")
+SPARE = itertools.count(256)
+LETTERS = [  # by which tokenizer.json spells a byte: its own, if that can be seen
+    chr(byte if byte > 32 and chr(byte).isprintable() else next(SPARE)) for byte in range(256)]
 FIRST = r"'single': \[\{'SpecialToken': \{'id': '(.+?)'"  # with which every text begins
 TEMPLATES = {  # the text before all, a system message, then Tokenizer's before, after, end, next
     "chatml": ("", "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n",
@@ -334,11 +319,8 @@ def published_encoding(file):
     order = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
     if order != sorted(order):
         raise ValueError("tokenizer.json: merges are not in the order of their ids")
-    spare = itertools.count(256)  # a byte is spelled as a letter, its own if it can be seen
-    letters = {chr(byte if byte > 32 and chr(byte).isprintable() else next(spare)): byte
-               for byte in range(256)}
     special = {token["content"]: token["id"] for token in file["added_tokens"]}
-    ranks = {bytes(letters[letter] for letter in piece): i
+    ranks = {bytes(map(LETTERS.index, piece)): i
              for piece, i in vocab.items() if piece not in special}
     known = max(*vocab.values(), *special.values()) + 1
     for i in {*range(known)} - {*vocab.values(), *special.values()}:
@@ -348,6 +330,23 @@ def published_encoding(file):
     return tiktoken.Encoding(
         "published", pat_str=split_pattern(file["pre_tokenizer"]), mergeable_ranks=ranks,
         special_tokens=special), known, normal
+
+
+def with_tokenizer(files, tok):
+    """The files of an export {name: text}, with a tokenizer.json where GPT-2's encoding has none:
+    its tokens, and all pairs of them that together are one, which is what tiktoken merges."""
+    if "tokenizer.json" in files or tok.encoding.name != "gpt2":
+        return files
+    vocab = {"".join(LETTERS[byte] for byte in tok.encoding.decode_single_token_bytes(i)): i
+             for i in range(tok.known)}
+    merges = [[token[:i], token[i:]] for token in vocab for i in range(1, len(token))
+              if {token[:i], token[i:]} <= vocab.keys()]
+    end = {"content": "<|endoftext|>", "id": tok.end, "special": True,
+           **dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)}
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    file = {"normalizer": None, "pre_tokenizer": by_bytes, "decoder": by_bytes,
+            "added_tokens": [end], "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    return {**files, "tokenizer.json": json.dumps(file)}
 
 
 def split_pattern(steps):

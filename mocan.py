@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import dual
-from data import (Pool, encode_prompts, group_batches, load, pad, pair_pool, preferences,
+from data import (Pool, conversation, encode_prompts, group_batches, load, pad, pair_pool,
                   published_files, read_tokenizer, save, take, take_text, text_pool, uniforms,
                   world_scores)
 from model import GPT, from_checkpoint, sequence_logprob
@@ -386,6 +386,24 @@ def train_reference(model, pool, calibration, recipe):
         progress.step(norm)
     model.load_state_dict(progress.best["weights"])
     return progress.losses()
+
+
+def preferences(pairs, name, pool):
+    """Those of `pair_pool` that hold this preference -> Pool (P, 2, T) chosen, rejected."""
+    held = [(n, pair.prefers[name]) for n, pair in enumerate(pairs) if name in pair.prefers]
+    if not held:
+        raise ValueError(f"no pair of {name} is left for one of its judges; more conversations are "
+                         "needed")
+    n, chosen = torch.tensor(held).T  # (P,), and (P,) 0 or 1
+    k = torch.stack([chosen, 1 - chosen], dim=1)  # (P, 2)
+    return Pool(*[x[n[:, None], k] for x in pool])
+
+
+def half(pairs, which):
+    """All pairs; those outside this half of the conversations, 0 or 1, lose their preferences."""
+    kept = {*sorted({conversation(pair.prompt) for pair in pairs})[which::2]}
+    return [pair if conversation(pair.prompt) in kept else pair._replace(prefers={})
+            for pair in pairs]
 
 
 def score_loss(chosen, rejected):

@@ -220,9 +220,6 @@ def enter(c):
             sys.stdout = open(os.devnull, "w")  # the first process speaks, and locks the folder
             return sys.stdout
     os.makedirs(c.out, exist_ok=True)
-    for name in c.algo.replace("all", "mocan pecan").split() if c.export else ():
-        # checked now; the names of other folders follow from the data
-        open_export(f"{c.export}/{name}", data.published_files(c.init))
     print("settings:", json.dumps(vars(c)))
     lock = open(f"{c.out}/lock", "a")
     try:
@@ -251,6 +248,10 @@ def open_tokenizer(c, split):
         tok = data.open_tokenizer(saved["pieces"], *limits)
     if c.system and tok.lead:  # as in plain text
         raise ValueError("--system: the text has no chat template with a place for it")
+    for name in c.algo.replace("all", "mocan pecan").split() if c.export else ():
+        saved["files"] = data.with_tokenizer(files, tok)
+        # checked now; the names of other folders follow from the data
+        open_export(f"{c.export}/{name}", saved["files"])
     return tok, saved
 
 
@@ -302,7 +303,7 @@ def train_judges(c, reference, split, pools, names):
     for which, some in enumerate(judges):
         mine = split
         if judges[1:]:
-            mine = split._replace(train=data.half(split.train, which))
+            mine = split._replace(train=mocan.half(split.train, which))
         for name in names:
             if name in some or not c.data:
                 continue
@@ -314,7 +315,7 @@ def train_judges(c, reference, split, pools, names):
                 start["weights"].pop("lm_head.weight", None)
                 start["weights"]["score_head.weight"] = torch.zeros(1, start["config"]["n_embd"])
                 model = from_checkpoint({**reference, **start}, c.device)  # all scores are 0
-                parts = [data.preferences(getattr(mine, part), name, pool)
+                parts = [mocan.preferences(getattr(mine, part), name, pool)
                          for part, pool in pools.items()]
                 plan = recipe(c, label, c.score_steps, c.score_lr)
                 mocan.learn_score(model, label, *parts, plan, c.judge_runs)
@@ -331,14 +332,14 @@ def prealign(c, reference, split, pools, names, judges):
         warnings.warn("PeCAN's scores are log-odds, those of --judge have their own units: one b "
                       "is not the same gain in both")
     if judges[1:]:
-        split = split._replace(train=data.half(split.train, 0))
+        split = split._replace(train=mocan.half(split.train, 0))
     for name in names:
         label = f"dpo-{name}"
         dpo[name] = saved = artifact(c, "prealign", f"{label}.pt", reference=reference)
         if "began" in saved:
             policy = from_checkpoint(reference, c.device)
             before = mocan.map_pool(policy, pools["calibration"])
-            training, calibration = [data.preferences(getattr(split, part), name, pools[part])
+            training, calibration = [mocan.preferences(getattr(split, part), name, pools[part])
                                      for part in ("train", "calibration")]
             _, tau = pecan.prealign(policy, training, calibration, c.beta,
                                     recipe(c, label, c.prealign_steps, c.prealign_lr))
@@ -640,7 +641,7 @@ def continued(parser, given):
 
 def check(parser, c):
     for name, value in vars(c).items():
-        least = LEAST.get(name, math.ulp(0.0))  # above 0
+        least = LEAST.get(name, 5e-324)  # the smallest number above 0
         if type(value) in (int, float) and not least <= value < math.inf:
             parser.error(f"--{name} is {value}; it must be finite, and "
                          f"{f'at least {least}' if name in LEAST else 'above 0'}")

@@ -581,6 +581,24 @@ def trl_trainer(model, reference, rows, batch, plan, beta, folder, bf16=False):
     return trainer, Ends.clock
 
 
+def train_trl(reference, files, rows, plan, beta, device):
+    """A checkpoint of what trl.DPOTrainer makes of the reference, and its seconds; files: those of `export`."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        export(reference, f"{folder}/reference", files)
+        model, ref = (transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/reference", dtype=torch.float32).to(device)
+                      for _ in range(2))
+        trainer, clock = trl_trainer(model, ref, rows, plan.batch, plan, beta, folder, reference.config.dtype == "bfloat16")
+        trainer.train()
+        model.save_pretrained(f"{folder}/policy")
+        theirs = GPT.from_pretrained(f"{folder}/policy")
+    theirs.config = reference.config
+    return {**to_checkpoint(theirs), "pairs": len(rows), "seconds": time.time() - began, "stepping": clock.seconds * plan.steps}
+
+
 def trl_on_a_batch(policy, reference, pool, steps, folder):
     """`trl_trainer` on a pool that is every step's batch."""
     begin = int(pool.response_mask[0, 0].int().argmax())
@@ -961,6 +979,7 @@ def bench_exact(argv):
     parser.add_argument("--lr", type=float, default=1e-5, help=" ")
     parser.add_argument("--beta", type=float, default=1.0, help=" ")
     parser.add_argument("--margin", default="25%", help=" ")
+    parser.add_argument("--trl", type=float, help="also by TRL's trainer, from the same responses, at this learning rate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=" ")
     c = parser.parse_args(argv)
     like_train()
@@ -968,7 +987,8 @@ def bench_exact(argv):
     os.makedirs(c.out, exist_ok=True)
     c.run, c.checkpoint_every = "exact", 60.0
     reference = GPT.from_pretrained(c.folder).to(c.device)
-    tok = data.published_tokenizer(data.published_files(c.folder), "auto", "", 128, c.tokens)
+    files = data.published_files(c.folder)
+    tok = data.published_tokenizer(files, "auto", "", 128, c.tokens)
     split = data.split_pairs(data.load_preferences(c.data), 0.2, 0.1)
 
     def recipe(stage, steps=0, lr=0.0, batch=128):
@@ -998,25 +1018,46 @@ def bench_exact(argv):
     if c.lora:
         policy.config = replace(policy.config, lora=c.lora)
         add_adapters(policy)
-    mocan.train_mocan(policy, sample, found.lam, c.beta, c.group, recipe("mocan", c.steps, c.lr, c.batch))
+    plan = recipe("mocan", c.steps, c.lr, c.batch)
+    path = f"{c.out}/mocan.pt"
+    if c.resume and os.path.exists(path):
+        saved = load(path, "remove it")
+        policy.load_state_dict(saved["weights"])
+    else:
+        mocan.train_mocan(policy, sample, found.lam, c.beta, c.group, plan)
+        saved = {"weights": policy.state_dict(), "seconds": time.time() - sampled}
+        data.save(saved, path)
+    policies, seconds = {"mocan": policy}, {"mocan": saved["seconds"]}
+    if c.trl:
+        path = f"{c.out}/trl-{c.trl:g}.pt"
+        if not (c.resume and os.path.exists(path)):
+            rows = drawn_pairs(sample.pool, mocan.total_score(sample.scores, found.lam), c.steps * c.batch * c.accumulate, c.seed)
+            data.save(train_trl(reference, files, rows, plan._replace(lr=c.trl), c.beta, c.device), path)
+        saved = load(path, "remove it")
+        policies["trl"], seconds["trl"] = from_checkpoint(saved, c.device), saved["seconds"]
+        print(f"{saved['pairs']} pairs by trl.DPOTrainer: {saved['seconds']:.0f} s, of which {saved['stepping']:.0f} s are steps; "
+              f"by mocan.train_mocan {seconds['mocan']:.0f} s", flush=True)
     trained = time.time()
     ref = respond(reference, split.evaluation, c.eval_prompts, c.eval_responses, "evaluate_reference", "evaluate")
-    ours = respond(policy, split.evaluation, c.eval_prompts, c.eval_responses, "evaluate_mocan", "evaluate")
-    other = mocan.map_pool(policy, ref.pool)
-    frontier = mocan.optima(ours, ref, other, margin, c.beta)
-    extra = {"margin": margin.tolist(), "seconds": trained - sampled, "lam": found.lam.tolist()}
-    rows = {"mocan": {**mocan.compare(ours.scores, ours.logp - ours.ref_logp, 1 / c.eval_responses, ref.scores), **extra}}
+    wanted = mocan.total_score(ref.scores, found.lam) / c.beta
+    rows, said = {}, {"reference": ref}
+    for name in policies:
+        said[name] = x = respond(policies[name], split.evaluation, c.eval_prompts, c.eval_responses, f"evaluate_{name}", "evaluate")
+        other = mocan.map_pool(policies[name], ref.pool)
+        rows[name] = {**mocan.compare(x.scores, x.logp - x.ref_logp, 1 / c.eval_responses, ref.scores),
+                      "margin": margin.tolist(), "seconds": seconds[name], "lam": found.lam.tolist()}
+        if name == "mocan":
+            frontier = mocan.optima(x, ref, other, margin, c.beta)
+        a, b = ((y - y.mean(1, keepdim=True)).flatten() for y in (wanted, other - ref.logp))
+        print(f"{name}: on the reference's responses to fresh prompts correlation of the log-ratio with s "
+              f"{torch.corrcoef(torch.stack([a, b]))[0, 1]:.3f}, slope {(a @ b / (a @ a)).item():.3f}")
     if frontier:
-        rows["optimum"] = {**extra, **frontier[15]}
+        rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}
     train.print_table(["kindness"], rows)
-    s = ref.scores[0] + found.lam.item() * ref.scores[1]
-    wanted, got = ((x - x.mean(1, keepdim=True)).flatten() for x in (s / c.beta, other - ref.logp))
-    print(f"on the reference's responses to fresh prompts: correlation of the log-ratio with s "
-          f"{torch.corrcoef(torch.stack([wanted, got]))[0, 1]:.3f}, slope {(wanted @ got / (wanted @ wanted)).item():.3f}; words a "
-          f"response {[round(statistics.mean(len(text.split()) for text in x.pool.texts(tok)), 1) for x in (ref, ours)]}; "
-          f"{sampled - began:.0f} s of sampling, {trained - sampled:.0f} s of training, {time.time() - trained:.0f} s of evaluation")
+    words = {name: round(statistics.mean(len(text.split()) for text in x.pool.texts(tok)), 1) for name, x in said.items()}
+    print(f"words a response {words}; {sampled - began:.0f} s of sampling, {time.time() - trained:.0f} s of evaluation")
     for n in range(0, len(ref.scores[0]), len(ref.scores[0]) // 4):
-        for name, x in (("reference", ref), ("mocan", ours)):
+        for name, x in said.items():
             print(f"  {name:>10}: {x.pool.texts(tok)[n * c.eval_responses]!r}")
 
 
@@ -1028,9 +1069,6 @@ def bench_update(argv):
     args = parser.parse_args(argv)
     if not importlib.util.find_spec("trl"):
         sys.exit("error: trl is not installed: no comparison")
-    import transformers
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     like_train()
     kept = json.loads((Path(args.out) / "run.json").read_text())["config"]
     c = train.Config(**{**train.SETTINGS, **kept, "out": args.out, "start": "evaluate"})
@@ -1051,17 +1089,8 @@ def bench_update(argv):
     os.makedirs(c.out, exist_ok=True)
     path = f"{c.out}/trl-{ours['run']}-{plan.lr:g}.pt"  # of another run or rate it is another one
     if not os.path.exists(path):  # else of a command that was killed while it evaluated
-        began = time.time()
-        with tempfile.TemporaryDirectory() as folder:
-            export(from_checkpoint(reference), f"{folder}/reference", tokenizer["files"])
-            model, ref = (transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/reference", dtype=torch.float32).to(c.device)
-                          for _ in range(2))
-            trainer, clock = trl_trainer(model, ref, rows, c.batch, plan, c.beta, folder, c.dtype == "bfloat16")
-            trainer.train()
-            model.save_pretrained(f"{folder}/policy")
-            theirs = GPT.from_pretrained(f"{folder}/policy")
-        theirs.config = GPTConfig(**reference["config"])
-        save({**to_checkpoint(theirs), "lam": ours["lam"], "seconds": time.time() - began, "stepping": clock.seconds * plan.steps}, path)
+        theirs = train_trl(from_checkpoint(reference), tokenizer["files"], rows, plan, c.beta, c.device)
+        save({**theirs, "lam": ours["lam"]}, path)
     theirs = load(path, "remove it")
     print(f"{len(rows)} pairs by trl.DPOTrainer: {theirs['seconds']:.0f} s, of which {theirs['stepping']:.0f} s are steps; "
           f"by mocan.train_mocan {ours['seconds']:.0f} s", flush=True)

@@ -488,17 +488,6 @@ def test_the_worlds_scores_against_hand_scored_texts(prompt, response, r, g_1, g
         assert got == pytest.approx([r, g_1, g_2], abs=1e-6)
 
 
-def test_the_halves_are_of_different_conversations_and_keep_their_places():
-    pairs = [pair._replace(prompt=(pair.prompt, "Go on.", "Why?")) if i % 3 else pair
-             for i, pair in enumerate(data.world_preferences(400))]
-    one, other = (data.half(pairs, which) for which in (0, 1))
-    talks = [{data.conversation(pair.prompt) for pair in some if pair.prefers} for some in (one, other)]
-    assert not talks[0] & talks[1] and talks[0] | talks[1] == {data.conversation(pair.prompt) for pair in pairs}
-    assert abs(len(talks[0]) - len(talks[1])) <= 1
-    for a, b, pair in zip(one, other, pairs):
-        assert sorted([a.prefers, b.prefers], key=len) == [{}, pair.prefers] and a[:2] == b[:2] == pair[:2]
-
-
 def test_helpfulness_and_harmlessness_conflict_under_the_writer():
     pairs = data.world_preferences(2000)
     scores = data.world_scores(["helpful", "harmless"], [pair.prompt for pair in pairs],
@@ -696,16 +685,6 @@ def test_lengths_count_up_to_the_end_of_the_response():
     assert data.Pool(tokens.view(2, 2, -1), mask.view(2, 2, -1)).lengths.tolist() == [[5, 3], [4, 2]]
 
 
-def test_preferences_take_the_pairs_that_carry_the_preference_with_the_chosen_response_first():
-    pairs = [Pair("a", ("x", "y"), {"safe": 1}), Pair("b", ("x", "y"), {"helpful": 0}),
-             Pair("c", ("x", "y"), {"safe": 0, "helpful": 1})]
-    everything = data.pair_pool(vocab([]), pairs, "all")
-    pool = data.preferences(pairs, "safe", everything)
-    assert pool.texts(vocab([])) == ["y", "x", "x", "y"]
-    assert pool.tokens[:, 0, 2].tolist() == [*b"ac"]  # the prompts, after the template's token and the space
-    assert data.preferences(pairs, "helpful", everything).texts(vocab([])) == ["x", "y", "y", "x"]
-
-
 def test_decoding_a_pool_gives_its_responses_back():
     texts = ("It's 3 o'clock.", "日本 🎉", "<|end|> is text")
     tok = vocab(prompt_limit=99, response_limit=99)
@@ -820,6 +799,24 @@ def test_every_id_of_a_vocabulary_with_gaps_can_be_decoded(tmp_path):
     text, = data.Pool(tokens, tokens >= 0).texts(tok)
     assert "<|later|>" in text
     assert 400 not in data.encode(tok, tok.encoding.decode([400]))
+
+
+def test_the_tokenizer_of_an_export_is_gpt2s_for_transformers_and_for_us(tmp_path, gpt2):
+    files = data.with_tokenizer({"config.json": json.dumps({"model_type": "gpt2", "eos_token_id": gpt2.end})}, gpt2)
+    assert data.with_tokenizer(files, gpt2) is files and data.with_tokenizer({}, vocab()) == {}
+    texts = [*HARD, *TRICKY, *(text for pair in data.world_preferences(200) for text in pair.responses)]
+    again = data.published_tokenizer(files, "auto", "", *gpt2[6:8])
+    assert again[1:] == gpt2[1:] and again.encoding.special_tokens_set == {"<|endoftext|>"}
+    assert all(data.encode(again, text) == data.encode(gpt2, text) for text in texts)
+    transformers = pytest.importorskip("transformers")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (len(theirs), theirs.eos_token_id) == (gpt2.encoding.n_vocab, gpt2.end)
+    for text in texts:
+        ids = gpt2.encoding.encode_ordinary(text)
+        assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ids, text
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == gpt2.encoding.decode(ids)
 
 
 @pytest.mark.parametrize("system", ["", "Speak  briefly."])

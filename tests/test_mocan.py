@@ -548,6 +548,28 @@ def test_train_reference_learns_the_distribution_of_its_data():
     assert p.tolist() == pytest.approx([5 / 8, 2 / 8, 1 / 8], abs=0.02)
 
 
+def test_preferences_take_the_pairs_that_carry_the_preference_with_the_chosen_response_first():
+    pairs = [Pair("a", ("x", "y"), {"safe": 1}), Pair("b", ("x", "y"), {"helpful": 0}),
+             Pair("c", ("x", "y"), {"safe": 0, "helpful": 1})]
+    tok = open_tokenizer([], 48, 16)
+    everything = data.pair_pool(tok, pairs, "all")
+    pool = mocan.preferences(pairs, "safe", everything)
+    assert pool.texts(tok) == ["y", "x", "x", "y"]
+    assert pool.tokens[:, 0, 2].tolist() == [*b"ac"]  # the prompts, after the template's token and the space
+    assert mocan.preferences(pairs, "helpful", everything).texts(tok) == ["x", "y", "y", "x"]
+
+
+def test_the_halves_are_of_different_conversations_and_keep_their_places():
+    pairs = [pair._replace(prompt=(pair.prompt, "Go on.", "Why?")) if i % 3 else pair
+             for i, pair in enumerate(data.world_preferences(400))]
+    one, other = (mocan.half(pairs, which) for which in (0, 1))
+    talks = [{data.conversation(pair.prompt) for pair in some if pair.prefers} for some in (one, other)]
+    assert not talks[0] & talks[1] and talks[0] | talks[1] == {data.conversation(pair.prompt) for pair in pairs}
+    assert abs(len(talks[0]) - len(talks[1])) <= 1
+    for a, b, pair in zip(one, other, pairs):
+        assert sorted([a.prefers, b.prefers], key=len) == [{}, pair.prefers] and a[:2] == b[:2] == pair[:2]
+
+
 def test_a_score_model_recovers_the_scores_that_the_preferences_come_from():
     """One-token responses worth 0, 1 and 2: Bradley–Terry preferences for them determine the differences."""
     worth, N = torch.tensor([0.0, 1.0, 2.0]), 3000

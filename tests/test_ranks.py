@@ -35,7 +35,7 @@ pool, logp = mocan.sample_pool(reference, tok, prompts, 3, mocan.Recipe("draw", 
 scores = torch.stack([logp, torch.arange(logp.numel()).view(logp.shape) / 7.0 % 1])
 sample = mocan.Sample(pool, logp, logp, scores)
 both = data.pair_pool(tok, pairs, "pairs")
-preferences = data.preferences(pairs, "helpful", both)
+preferences = mocan.preferences(pairs, "helpful", both)
 def recipe(stage, batch=6, accumulate=1):
     return mocan.Recipe(stage, 10, 1e-3, "0/" + stage, batch, accumulate)
 def fresh():

@@ -589,13 +589,13 @@ def test_training_calibration_and_evaluation_share_no_conversation(tmp_path, mon
         owner[id(pool.tokens)] = group_of(pair.prompt for pair in pairs), pool  # kept, so that the id stays its own
         return pool
     monkeypatch.setattr(data, "pair_pool", pair_pool)
-    real_preferences = data.preferences
+    real_preferences = mocan.preferences
 
     def preferences(pairs, *rest):
         found = real_preferences(pairs, *rest)
         owner[id(found.tokens)] = group_of(pair.prompt for pair in pairs), found
         return found
-    monkeypatch.setattr(data, "preferences", preferences)
+    monkeypatch.setattr(mocan, "preferences", preferences)
 
     def on(what, pool):
         seen.setdefault(what, set()).add(owner[id(pool.tokens)][0])
@@ -660,6 +660,7 @@ def test_the_whole_job_from_published_weights_to_exported_ones(small_gpt2, tmp_p
         assert kept.keys() == exported.state_dict().keys()
         assert all(torch.equal(kept[what], x) for what, x in exported.state_dict().items())
         assert not torch.equal(exported.wte.weight, start.wte.weight)
+        assert sorted(os.listdir(tmp_path / "export" / name.replace(" ", "_"))) == ["config.json", "model.safetensors", "tokenizer.json"]
     moved = weights(tmp_path / "out", "reference.pt")["wte.weight"] - start.wte.weight
     assert 0 < moved.abs().max() < 4 * 5e-5 + 1e-6  # four of Adam's steps away from the folder's weights
     job("--from", "mocan", "--algo", "mocan", "--lr", 1e-4, "--out", tmp_path / "out")  # its settings are kept
@@ -982,7 +983,7 @@ def test_an_export_that_cannot_be_is_refused_before_the_first_stage(tmp_path, wa
         folder = tmp_path / "file" / ("x" if way == "a file above" else "")
     with pytest.raises((OSError, ValueError)) as error:
         job(*TINY, "--out", tmp_path / "out", "--export", folder)
-    assert "\n" not in str(error.value) and not list((tmp_path / "out").glob("*.pt"))
+    assert "\n" not in str(error.value) and {path.name for path in (tmp_path / "out").glob("*.pt")} <= {"tokenizer.pt"}
 
 
 def test_a_run_is_exported_later(tmp_path):
