@@ -202,8 +202,12 @@ FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_c
          "merges.txt")
 RECOGNISED = {  # by what a chat template has, and what it must not have
     "plain": r"\Z",
-    "chatml": r"(?!.*(bos_token|im_sep|<think>|strftime)).*<\|im_start\|>",
-    "llama3": r"(?!.*(Cutting Knowledge|strftime))(?=.*(bos_token|begin_of_text)).*<\|start_header"}
+    "chatml": (  # a turn's end and its speaker are each followed by a new line, and by nothing else
+        r"(?!.*(bos_token|eos_token|begin_of_text|im_sep|<think>|strftime|date_string))"
+        r"(?!.*<\|im_end\|>(?!['\" +~]*(\n|\\n)))(?=.*<\|im_start\|>assistant(\n|\\n)['\"{])"
+        r".*(<\|im_start\|>user|role['\"\])]*(\s*[+~]\s*['\"]|\s*\}\}))(\n|\\n)"),
+    "llama3": r"(?!.*(Cutting Knowledge|strftime|date_string))(?=.*(bos_token|begin_of_text))"
+              r".*<\|start_header"}
 OWN_SYSTEM = (  # as it stands in a string of the template, or is set there, and no expression in it
     r"(?:system(?:<\|end_header_id\|>)?(?:\n|\\n)+|set system_message = ['\"])"
     r"((?:(?!\{\{|\}\}|\{%|['\"] *[+~]).)+?)(?:<\|(?:im_end|eot_id)\|>|['\"] -?%)")
@@ -232,7 +236,7 @@ def published_files(folder):
             files[name] = path.read_text("utf-8")
             if name.endswith("json"):
                 json.loads(files[name]).keys()
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: no JSON object in UTF-8, or not there ({error})") from None
     if files.keys() - {"config.json", "generation_config.json"} and "tokenizer.json" not in files:
         raise ValueError(f"{folder} has a tokenizer, but no tokenizer.json; Transformers' "
@@ -289,7 +293,7 @@ def published_tokenizer(files, name, system, *limits):
     first, message, *parts = TEMPLATES[name]
     own = re.search(OWN_SYSTEM, text, re.S)
     if own and not system:
-        system = re.sub(r"\\(.)", lambda escape: escape[1].replace("n", "\n"), own[1])
+        system = own[1].encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja
     print(f"  template: {name}, system message: {system}")
     if system:
         first += message.format(system)
@@ -310,20 +314,26 @@ def published_encoding(file):
     """tokenizer.json -> encoding, the first id behind its own, normal form. Bytes that it lacks get
     ids from there on, which `encode` drops. ValueError for anything but byte-level BPE."""
     model = file["model"]
-    normal = (file["normalizer"] or {"type": ""})["type"]
+    normal = (file.get("normalizer") or {"type": ""})["type"]
     kind = model.get("type", "BPE")  # GPT-2's own file does not say
-    if kind != "BPE" or model.get("byte_fallback") or normal not in ("", "NFC"):
-        raise ValueError(f"tokenizer.json: {kind} with {normal or 'no normalizer'}, "
+    other = [what for what in ("byte_fallback", "dropout", "end_of_word_suffix") if model.get(what)]
+    if kind != "BPE" or other or normal not in ("", "NFC"):
+        raise ValueError(f"tokenizer.json: {kind} with {normal or 'no normalizer'} {other}, "
                          "perhaps SentencePiece; byte-level BPE, with NFC at most, is expected")
     vocab = model["vocab"]
-    order = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
-    if order != sorted(order):
-        raise ValueError("tokenizer.json: merges are not in the order of their ids")
     special = {token["content"]: token["id"] for token in file["added_tokens"]}
     ranks = {bytes(map(LETTERS.index, piece)): i
              for piece, i in vocab.items() if piece not in special}
-    known = max(*vocab.values(), *special.values()) + 1
-    for i in {*range(known)} - {*vocab.values(), *special.values()}:
+    ids = [*ranks.values(), *special.values()]
+    known = max(ids) + 1
+    if len({*ids}) < len(ids) or known > 2**20:
+        raise ValueError("tokenizer.json: two tokens have one id, or an id is above a million")
+    order = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
+    whole = {i for token, i in ranks.items() if len(token) > 1} - {*order}
+    if order != sorted(order) or whole and not model.get("ignore_merges"):
+        raise ValueError("tokenizer.json: merges are not in the order of their ids, or make not "
+                         "all tokens")
+    for i in {*range(known)} - {*ids}:
         special[f"<unused {i}>"] = i  # a policy may sample it
     for byte in range(256):
         ranks.setdefault(bytes([byte]), known + byte)
@@ -344,8 +354,8 @@ def with_tokenizer(files, tok):
     end = {"content": "<|endoftext|>", "id": tok.end, "special": True,
            **dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)}
     by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    file = {"normalizer": None, "pre_tokenizer": by_bytes, "decoder": by_bytes,
-            "added_tokens": [end], "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    file = {"pre_tokenizer": by_bytes, "decoder": by_bytes, "added_tokens": [end],
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
     return {**files, "tokenizer.json": json.dumps(file)}
 
 
@@ -359,9 +369,10 @@ def split_pattern(steps):
         "ByteLevel False True": SPLIT,
         "Digits True ByteLevel False True": SPLIT_DIGITS,
         "Split Isolated False ByteLevel False False": steps[0].get("pattern", {}).get("Regex")}
-    if not patterns.get(how):
+    pattern = patterns.get(how)
+    if not pattern:
         raise ValueError(f"tokenizer.json: pre_tokenizer {how!r}; covered: {', '.join(patterns)}")
-    return patterns[how]
+    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"  # what it leaves out, tiktoken would drop
 
 
 def encode(tok, text):
@@ -546,9 +557,10 @@ def _pair(row, name, judged):
     prompt = _talk(row, "prompt", "Human") if "prompt" in row else []
     if prompt[-1:] == [("Assistant", "")]:  # a transcript up to the reply
         prompt.pop()
-    if row.get("system") or row.get("system_prompt"):
-        raise ValueError("a system message, for which a row has no place here; train.py --system "
-                         "gives one to all, where a chat template has it")
+    for field in ("system", "system_prompt", "system_message", "history", "images"):
+        if row.get(field):
+            raise ValueError(f"field {field!r}, for which a row has no place here; train.py "
+                             "--system gives one to all, where a chat template has it")
     alone = judged and prompt and not row.keys() & {
         *sides, "better_response_id", "safer_response_id"}
     speakers, said = [], []
@@ -578,6 +590,8 @@ def _pair(row, name, judged):
         return "not one conversation up to the last reply, with Human and Assistant in turns"
     if first == second and not alone:
         return "the two responses are the same"
+    if not all(context):
+        return "nothing is said before the last reply, or in a turn before"
     prompt = tuple(context) if len(context) > 1 else context[0]
     return Pair(prompt, (first, second), prefers)
 
@@ -650,9 +664,11 @@ def load_pairs(files, world_pairs, held_out, calibration, constraints, judges=()
         raise ValueError(
             "the data has no safety preference; add a file that has one (--data safe=FILE)")
     names = ["helpful", *constraints.split(",")]
-    if len(set(names)) < len(names):
+    in_files = {name.replace(" ", "_").removesuffix("_second") for name in names}
+    if len(in_files) < len(names):
         raise ValueError(f"--constraints {constraints}: name each safety preference once; helpful "
-                         "is the reward")
+                         "is the reward; in the names of files a blank is an underscore, and "
+                         "_second a judge")
     for name in names:
         held = all(any(name in pair.prefers for pair in part) for part in split)
         if not held and name not in judged:

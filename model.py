@@ -89,7 +89,6 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H = config.n_embd, config.n_head
-        assert H > 0, f"n_head is {H}"
         shared = config.n_kv_head or H
         self.heads = [H, shared, shared]  # of queries, keys, values
         self.head_dim = D = config.head_dim or C // H
@@ -256,7 +255,7 @@ class GPT(nn.Module):
     def score(self, tokens, response_mask, group=1):
         """(B, T), (B, T) -> (B,): the scalar at the last token of each response, which has one;
         float32. `group` as in sequence_logprob."""
-        last = response_mask & (response_mask.cumsum(1) == response_mask.sum(1, keepdim=True))
+        last = response_mask & ~F.pad(response_mask[:, 1:], (0, 1))
         return self.score_head(self.hidden_at(tokens, response_mask, last, group))[:, 0]
 
     @torch.no_grad()
@@ -445,8 +444,8 @@ def sample_token(hidden, weight, u):
 def to_checkpoint(model):
     """Configuration and weights, as `save` takes and `load` returns them; on a CPU the weights are
     the model's own, not a copy."""
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    return {"config": asdict(model.config), "weights": weights}
+    return {"config": asdict(model.config),
+            "weights": {name: tensor.cpu() for name, tensor in model.state_dict().items()}}
 
 
 def from_checkpoint(saved, device="cpu"):
@@ -492,7 +491,7 @@ COVERED = {  # where config.json has these, nothing else
     "activation_function": ["gelu_new"], "scale_attn_weights": [True],
     "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
     "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
-    "use_sliding_window": [False], "quantization_config": [None],
+    "use_sliding_window": [False], "quantization_config": [None], "is_causal": [True],
     "model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"]}
 NAMES = {  # theirs: ours
     "embed_tokens": "wte", "layers": "h", "input_layernorm": "ln_1", "self_attn": "attn",
@@ -526,9 +525,7 @@ def renamed(name, names):
 def read_published(folder):
     """GPT.from_pretrained."""
     try:
-        config = read_config(json.loads(Path(f"{folder}/config.json").read_text("utf-8")))
-        if config.rope:
-            rotation(config, 2, torch.arange(1))  # which has all that it needs
+        config = read_config(json.loads(Path(f"{folder}/config.json").read_bytes()))
         with torch.device("meta"):
             model = GPT(config)
         weights = {}
@@ -536,19 +533,21 @@ def read_published(folder):
             for name, tensor in read_tensors(path).items():
                 if name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
                     continue  # no weights
-                dtype = getattr(tensor, "dtype", type(tensor).__name__)
-                if dtype not in FLOATS.values() or not tensor.isfinite().all():
-                    raise ValueError(f"{name} is of {dtype}, or not finite: finite numbers of "
-                                     "float32, float16 or bfloat16 are expected")
+                dtype = getattr(tensor, "dtype", type(tensor))
+                ours = renamed(name.removeprefix("transformer.").removeprefix("model."), NAMES)
+                if dtype not in FLOATS.values() or not tensor.isfinite().all() or ours in weights:
+                    raise ValueError(f"{name} is of {dtype}, not finite, or there twice: finite "
+                                     "numbers of float32, float16 or bfloat16 are expected, once")
                 if name.endswith(TRANSPOSED):
                     tensor = tensor.t().contiguous()
-                name = name.removeprefix("transformer.").removeprefix("model.")
-                weights[renamed(name, NAMES)] = tensor.float()
+                weights[ours] = tensor.float()
         if config.tied and "lm_head.weight" in weights:
             head = weights.pop("lm_head.weight")
             if not torch.equal(weights.setdefault("wte.weight", head), head):
                 raise ValueError("lm_head.weight is not the embedding, to which it is tied")
         model.load_state_dict(weights, assign=True)
+        if not model(torch.zeros(1, 2).long()).isfinite().all():
+            raise ValueError("with these settings its hidden states are not finite")
         return model
     except Exception as error:  # a damaged file raises a dozen kinds
         raise ValueError(
@@ -563,7 +562,7 @@ def weight_files(folder):
         if os.path.exists(f"{folder}/{name}"):
             return [f"{folder}/{name}"]
         if os.path.exists(f"{folder}/{name}.index.json"):
-            index = json.loads(Path(f"{folder}/{name}.index.json").read_text("utf-8"))
+            index = json.loads(Path(f"{folder}/{name}.index.json").read_bytes())
             return [f"{folder}/{shard}" for shard in sorted({*index["weight_map"].values()})]
     raise ValueError("no weights")
 
@@ -583,7 +582,7 @@ def read_tensors(path):
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES or begin != last:
+            if entry["dtype"] not in DTYPES or not last == begin <= end:
                 raise ValueError(
                     f"{name} is {entry}: expected one of {', '.join(DTYPES)}, from {last}")
             last = end
@@ -600,7 +599,7 @@ def export(model, folder, files={}, **changes):
     open_export(folder, files)
     c = model.config
     config = json.loads(files.get("config.json", "{}"))
-    config |= {"dtype": "float32", "torch_dtype": "float32"}
+    config |= {"dtype": "float32", "torch_dtype": "float32", "attention_dropout": 0}
     prefix, names = "model.", {ours: theirs for theirs, ours in NAMES.items()}
     if not c.rope:
         prefix, names = "transformer.", {"score_head": "score"}
@@ -610,14 +609,13 @@ def export(model, folder, files={}, **changes):
             **{theirs: getattr(c, ours) for theirs, ours in GPT2_SIZES.items()},
         } | config | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # no dropout
     if c.score_head:
-        kind = c.family.title().replace("Gpt", "GPT") + "ForSequenceClassification"
+        kind = f"{c.family.title().replace('Gpt', 'GPT')}ForSequenceClassification"
         config |= {"architectures": [kind], "num_labels": 1}
     for name, text in {**files, "config.json": json.dumps(config | changes)}.items():
         replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
     tensors = {}
     for name, tensor in merge(model).items():
-        before = "" if "head" in name else prefix
-        theirs = before + renamed(name, names)
+        theirs = ("" if "head" in name else prefix) + renamed(name, names)
         if theirs.endswith(TRANSPOSED):
             tensor = tensor.t()
         tensors[theirs] = tensor.contiguous()

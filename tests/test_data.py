@@ -775,6 +775,18 @@ def published_folder(folder, template="", **changes):
     return data.published_files(str(folder))
 
 
+@pytest.mark.parametrize("regex", ["[0-9]", r" ?\p{L}+", r"\p{N}{1,3}", "(?i:l+)|o"])
+def test_what_a_split_pattern_leaves_out_is_a_piece_of_its_own(tmp_path, regex):
+    tokenizers = pytest.importorskip("tokenizers")
+    steps = {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}, {**BYTE_LEVEL, "use_regex": False}]}
+    tok = data.published_tokenizer(published_folder(tmp_path, CHATML, steps=steps), "auto", "", 99, 99)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    for text in [*HARD, *TRICKY, "a  b 123\r\n  Hello in the 12345", *(pair.responses[0] for pair in data.world_preferences(50))]:
+        assert data.encode(tok, text) == theirs.encode(text, add_special_tokens=False).ids, text
+
+
 @pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}])
 @pytest.mark.parametrize("steps", STEPS)
 def test_a_published_tokenizer_gives_the_tokens_of_tokenizers(tmp_path, steps, normalizer):
@@ -837,9 +849,13 @@ def test_a_chat_template_is_what_transformers_makes_of_it(tmp_path, name, templa
     assert tok.ends == [tok.end, 2, 0, 2] and response[-1] == tok.end == SPECIAL.index("<|im_end|>" if name == "chatml" else "<|eot_id|>")
 
 
+TURNS = ("{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
+         "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+
+
 def test_the_qwen_way_of_writing_a_system_message_is_found(tmp_path):
     template = ("{%- if tools %}\n    {{- '<|im_start|>system\\n' }}\n{%- else %}{{- '<|im_start|>system\\nYou are Q, a helper.<|im_end|>\\n' }}"
-                "{%- endif %}")
+                "{%- endif %}" + TURNS)
     tok = data.published_tokenizer(published_folder(tmp_path, template), "auto", "", 200, 99)
     assert tok.encoding.decode(tok.start) == "<|im_start|>system\nYou are Q, a helper.<|im_end|>\n"
 
@@ -913,9 +929,12 @@ def test_a_pool_of_published_tokens_is_read_back_without_ends_and_unknown_ids(tm
 @pytest.mark.parametrize("template, start", [
     ("{{- '<|im_start|>system\\nYou\\'re {good} at \\\\boxed{}.\\nYes.<|im_end|>\\n' }}", "<|im_start|>system\nYou're {good} at \\boxed{}.\nYes.<|im_end|>\n"),
     ("{{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}", ""),
+    ("{{ '<|im_start|>system\\nA\\tcaf\\xe9, caf\\u00e9, café 日本.<|im_end|>\\n' }}", "<|im_start|>system\nA\tcafé, café, café 日本.<|im_end|>\n"),
     ("{{ bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\nBe so.<|eot_id|>' }}",
      "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe so.<|eot_id|>")])
 def test_a_system_message_of_the_templates_own_is_read_as_it_is_spelled(tmp_path, template, start):
+    if "header_id" not in template:
+        template += TURNS
     tok = data.published_tokenizer(published_folder(tmp_path, template), "auto", "", 200, 99)
     assert tok.encoding.decode(tok.start) == start
 
@@ -931,7 +950,7 @@ def test_an_end_may_have_the_id_zero(tmp_path, ends):
 
 
 @pytest.mark.parametrize("name, content", [("tokenizer_config.json", b"[]"), ("tokenizer_config.json", b"{bad"), ("config.json", b"\xff"),
-                                           ("tokenizer.json", b""), ("config.json", None)])
+                                           ("tokenizer.json", b""), ("config.json", None), ("config.json", b'{"a":' + b"[" * 10**5)])
 def test_a_damaged_file_of_a_published_folder_is_named(tmp_path, name, content):
     published_folder(tmp_path, CHATML)
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
@@ -946,7 +965,16 @@ def test_a_damaged_file_of_a_published_folder_is_named(tmp_path, name, content):
     ("order of their ids", {"merges": ["h e", "Ġ t"]}), ("dates", {"template": "Cutting Knowledge Date bos_token <|start_header_id|>"}),
     ("dates", {"template": "{{ strftime_now('%d') }}<|im_start|>"}), ("neither", {"template": "[INST] {{ messages }} [/INST]"}),
     ("thinks", {"template": CHATML + "<think>"}), ("neither", {"template": "bos_token" + CHATML}), ("neither", {"template": LLAMA3.replace("bos_token", "x")}),
-    ("neither", {"template": "<|im_start|>user<|im_sep|>"})])
+    ("neither", {"template": "<|im_start|>user<|im_sep|>"}), ("neither", {"template": CHATML.replace("<|im_end|>' + '\n'", "<|im_end|>'")}),
+    ("neither", {"template": CHATML.replace("message['role'] + '\n'", "message['role'] + ': '")}),
+    ("neither", {"template": CHATML.replace("message['role']", "message['role'] | capitalize")}),
+    ("neither", {"template": CHATML.replace("assistant\n", "assistant")}), ("neither", {"template": CHATML.replace("assistant\n", "assistant\nSure! ")}),
+    ("neither", {"template": CHATML.replace("<|im_end|>' + '\n'", "<|im_end|><|endoftext|>' + '\n'")}),
+    ("neither", {"template": "{{ '<|begin_of_text|>' }}" + CHATML}), ("neither", {"template": CHATML.replace("Be good.", "' + date_string + '")}),
+    ("two tokens have one id", {"vocab": {**tokenizer_json()["model"]["vocab"], "qzxv": 100}}),
+    ("above a million", {"vocab": {**tokenizer_json()["model"]["vocab"], "qzxv": 2 * 10**9}}),
+    ("not all tokens", {"vocab": {**tokenizer_json()["model"]["vocab"], "qzxv": 400}}),
+    ("not all tokens", {"merges": ["Ġ t", "h e"]}), ("end_of_word_suffix", {"end_of_word_suffix": "</w>"}), ("dropout", {"dropout": 0.5})])
 def test_what_is_no_such_tokenizer_is_refused_by_name(tmp_path, case, changes):
     with pytest.raises(ValueError, match=case):
         data.published_tokenizer(published_folder(tmp_path, **changes), "auto", "", 99, 99)

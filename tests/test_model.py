@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from conftest import text_batch
 from data import load, save
-from model import (GPT, LOGITS, Block, GPTConfig, add_adapters, export, from_checkpoint, merge, pack, prefill,
+from model import (GPT, LOGITS, SIZES, Block, GPTConfig, add_adapters, export, from_checkpoint, merge, pack, prefill,
                    sample_token, sequence_logprob, to_checkpoint, token_logprob)
 
 PROMPTS = [[1 + (7 * i + 3 * t * t) % 10 for t in range(1 + i % 5)] for i in range(32)]  # 32 rows, lengths 1 to 5
@@ -1027,7 +1027,8 @@ LIES = {
     "bytes": (retyped("ln_f.bias", torch.uint8), "ln_f.bias is .*expected"),
     "bool": (retyped("ln_f.bias", torch.bool), "ln_f.bias is .*expected"),
     "complex": (retyped("ln_f.bias", torch.complex64), "ln_f.bias is .*expected"),
-    "a dictionary in it": (nested, "model is of dict.*expected"),
+    "one of it twice": (lambda tensors: tensors.update({"transformer.wte.weight": tensors["wte.weight"] + 1}), "wte.weight is .*there twice"),
+    "a dictionary in it": (nested, "model is of .*dict.*expected"),
 }
 
 
@@ -1108,6 +1109,13 @@ def pickled(thing):
     return spoil
 
 
+def last_reversed(header):
+    """Which asks for all bytes that are left, by a count of -1."""
+    name = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+    begin, end = header[name]["data_offsets"]
+    return {**header, name: {**header[name], "data_offsets": [begin, begin - 1]}}
+
+
 HOSTILE = {
     "header length huge": length(2 ** 62), "header length largest": length(2 ** 63 - 1),
     "header length -1": length(-1), "header length smallest": length(-2 ** 63), "header length 0": length(0),
@@ -1144,6 +1152,9 @@ HOSTILE = {
     "other depth": config(n_layer=1), "other positions": config(n_positions=25), "no heads": config(n_head=0),
     "three heads": config(n_head=3), "negative heads": config(n_head=-2), "heads are text": config(n_head="2"),
     "heads are none": config(n_head=None),
+    "positions are text": config(n_positions="24"), "epsilon is text": config(layer_norm_epsilon="1e-5"),
+    "epsilon negative": config(layer_norm_epsilon=-10), "looks ahead": config(is_causal=False),
+    "the last offsets reversed": lambda folder, header, content: put(folder / FILE, last_reversed(header), content),
     "layers are a fraction": config(n_layer=2.0), "negative width": config(n_embd=-16),
     "vocabulary beyond 64 bits": config(vocab_size=10 ** 30), "vocabulary huge": config(vocab_size=10 ** 15),
     "config not JSON": text(b"certainly not JSON"), "config empty": text(b""), "config not UTF-8": text(b"\xff\xfe"),
@@ -1347,8 +1358,26 @@ REFUSED = {
     "experts": dict(model_type="mixtral"), "sliding": dict(use_sliding_window=True), "quantised": dict(quantization_config={"bits": 4}),
     "activation": dict(hidden_act="gelu"), "rope": dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
     "older rope": dict(rope_scaling={"type": "linear", "factor": 4.0}), "new rope": dict(rope_parameters={"rope_type": "dynamic"}),
-    "biases": dict(attention_bias=True), "biases of the MLP": dict(mlp_bias=True),
+    "looks ahead": dict(is_causal=False), "biases": dict(attention_bias=True), "biases of the MLP": dict(mlp_bias=True),
 }
+
+
+WITHOUT_SENSE = {
+    "negative epsilon": dict(rms_norm_eps=-9), "no wavelength": dict(rope_theta=0), "epsilon is text": dict(rms_norm_eps="1e-5"),
+    "positions are text": dict(max_position_embeddings="64"), "positions are none": dict(max_position_embeddings=0),
+    "rope lacks its factor": dict(rope_scaling={"rope_type": "llama3"})}
+
+
+@pytest.mark.parametrize("case", WITHOUT_SENSE)
+def test_settings_without_sense_are_refused_though_the_weights_fit(tmp_path, case):
+    model = small_llama(n_head=2)
+    config = json.dumps({**{theirs: getattr(model.config, ours) for theirs, ours in SIZES.items()}, **model.config.rope})
+    export(model, str(tmp_path), {"config.json": config})
+    same_model(GPT.from_pretrained(str(tmp_path)), model)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(config) | WITHOUT_SENSE[case]))
+    with pytest.raises(ValueError, match="not a model as published") as error:
+        GPT.from_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("case", REFUSED)
