@@ -1363,7 +1363,7 @@ REFUSED = {
 
 
 WITHOUT_SENSE = {
-    "negative epsilon": dict(rms_norm_eps=-9), "no wavelength": dict(rope_theta=0), "epsilon is text": dict(rms_norm_eps="1e-5"),
+    "negative epsilon": dict(rms_norm_eps=-9), "epsilon is text": dict(rms_norm_eps="1e-5"),
     "positions are text": dict(max_position_embeddings="64"), "positions are none": dict(max_position_embeddings=0),
     "rope lacks its factor": dict(rope_scaling={"rope_type": "llama3"})}
 
