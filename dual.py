@@ -390,6 +390,9 @@ def report(args):
     """Everything the command line prints."""
     beta = args.beta
     data, score, constraint = read_npz(args.scores, beta)
+    for name in data.keys() & {"file", "allow_pickle"} if args.write else ():
+        raise ValueError(f"{args.scores}: numpy cannot write an array that is named {name}, of "
+                         f"{data[name].shape}; rename it")
     problem = prepare(score, constraint, 0.0, beta)  # what is wrong with these is said first
     margin = parse_margin(args.margin, torch.from_numpy(problem.reach))
     d = solve(score, constraint, margin, beta)

@@ -138,6 +138,8 @@ NOT_CERTAIN = {
                           "rejected": messages("Say hi", "No.")}, "system"),
     "a system message beside the prompt": ({"system": "Be kind.", "prompt": "Say hi", "chosen": "Hello!", "rejected": "No."}, "system"),
     "the same by another name": ({"system_prompt": "Be kind.", "prompt": "Say hi", "chosen": "Hello!", "rejected": "No."}, "system"),
+    "by a third name": ({"system_message": "Be kind.", "prompt": "Say hi", "chosen": "Hello!", "rejected": "No."}, "'system_message'"),
+    "earlier turns": ({"history": [["Hi", "Hello!"]], "prompt": "Say hi", "chosen": "Hello!", "rejected": "No."}, "'history'"),
     "another project's layout": ({"input": messages("Say hi"), "preferred_output": messages("a"), "non_preferred_output": messages("b")},
                                  "fields: ['input', 'preferred_output', 'non_preferred_output']"),
     "another role": ({"prompt": "Say hi", "chosen": [{"role": "tool", "content": "3"}], "rejected": "No."}, "tool"),
@@ -161,6 +163,14 @@ def test_a_row_that_may_mean_two_things_is_refused(tmp_path, case):
     with pytest.raises(ValueError) as error:
         data.load_preferences([f"safe={path}"])
     one_line(error, f"{path}:2: ", reason)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "\n\nHuman: Hi\n\nAssistant: \n\nHuman: Say hi\n\nAssistant:",
+                                    [{"role": "user", "content": " "}]])
+def test_a_row_in_which_nothing_is_said_before_the_reply_is_skipped(tmp_path, capsys, prompt):
+    path = jsonl(tmp_path, ROW, {**ROW, "prompt": prompt})
+    assert len(data.load_preferences([str(path)])) == 1
+    assert f"{path}: 1 pairs; 1 rows skipped, {path}:2 the first: nothing is said" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("pair", [("Same.", "Same."), ("Same. ", "\nSame."), ("", ""), (" ", "\n")])
@@ -444,7 +454,7 @@ def test_data_without_a_safety_preference_is_refused(tmp_path):
         loaded([path])
 
 
-@pytest.mark.parametrize("names", ["helpful", "harmless,harmless"])
+@pytest.mark.parametrize("names", ["helpful", "harmless,harmless", "a b,a_b", "safe,safe second", "helpful_second"])
 def test_a_constraint_is_named_once_and_is_not_the_reward(names):
     with pytest.raises(ValueError, match="name each safety preference once; helpful is the reward"):
         loaded(constraints=names)
