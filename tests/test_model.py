@@ -952,6 +952,11 @@ def test_an_export_that_was_killed_can_be_repeated(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_an_exported_llama_has_no_dropout_either(tmp_path):
+    export(small_llama(), str(tmp_path), {"config.json": json.dumps({"model_type": "llama", "attention_dropout": 0.1})})
+    assert json.loads((tmp_path / "config.json").read_text())["attention_dropout"] == 0
+
+
 def test_an_exported_configuration_has_its_ids_and_no_dropout(tmp_path):
     export(random_model(), str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
