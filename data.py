@@ -209,7 +209,7 @@ RECOGNISED = {  # by what a chat template has, and what it must not have
     "llama3": r"(?!.*(Cutting Knowledge|strftime|date_string))(?=.*(bos_token|begin_of_text))"
               r".*<\|start_header"}
 OWN_SYSTEM = (  # as it stands in a string of the template, or is set there, and no expression in it
-    r"(?:system(?:<\|end_header_id\|>)?(?:\n|\\n)+|set system_message = ['\"])"
+    r"(?:system(?:<\|end_header_id\|>)?(?:\n|\\n)+|set \w*system\w* = ['\"])"
     r"((?:(?!\{\{|\}\}|\{%|['\"] *[+~]).)+?)(?:<\|(?:im_end|eot_id)\|>|['\"] -?%)")
 SPARE = itertools.count(256)
 LETTERS = [  # by which tokenizer.json spells a byte: its own, if that can be seen

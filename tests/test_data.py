@@ -880,7 +880,7 @@ OWN = CHATML.replace("\n", "\\n").replace("Be good.", "You are O.")
 
 @pytest.mark.parametrize("system", ["", "Speak briefly."])
 @pytest.mark.parametrize("template", [
-    VARIABLE, VARIABLE.replace(" + ", " ~ "), OWN, [{"name": "default", "template": OWN}, {"name": "tool_use", "template": "<think>"}],
+    VARIABLE, VARIABLE.replace(" + ", " ~ "), VARIABLE.replace("system_message", "default_system"), OWN, [{"name": "default", "template": OWN}, {"name": "tool_use", "template": "<think>"}],
     [{"name": "tool_use", "template": OWN}, {"name": "default", "template": VARIABLE}]])
 def test_the_default_system_message_is_what_transformers_puts_there(tmp_path, template, system):
     transformers = pytest.importorskip("transformers")
