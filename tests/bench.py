@@ -1049,7 +1049,7 @@ def bench_exact(argv):
         if name == "mocan":
             frontier = mocan.optima(x, ref, other, margin, c.beta)
         a, b = ((y - y.mean(1, keepdim=True)).flatten() for y in (wanted, other - ref.logp))
-        print(f"{name}: on the reference's responses to fresh prompts correlation of the log-ratio with s "
+        print(f"{name}: on the reference's responses to fresh prompts: correlation of the log-ratio with s "
               f"{torch.corrcoef(torch.stack([a, b]))[0, 1]:.3f}, slope {(a @ b / (a @ a)).item():.3f}")
     if frontier:
         rows["optimum"] = {**frontier[15], "margin": margin.tolist(), "seconds": 0.0}

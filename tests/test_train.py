@@ -1428,8 +1428,10 @@ def test_exact_scores_on_a_chat_model(tmp_path):
     done = bench(*flags)
     assert done.returncode == 0, done.stderr
     assert "on the reference's responses to fresh prompts: correlation" in done.stdout and "kindness gain" in done.stdout
-    again = bench(*flags, "--resume")  # the responses are kept
-    assert again.returncode == 0 and "offline 1/" not in again.stdout
+    again = bench(*flags, "--resume")  # the responses and the policy are kept
+    assert again.returncode == 0 and not re.search("(offline|mocan) 1/", again.stdout), again.stdout
+    assert [line for line in again.stdout.splitlines() if line.startswith("mocan ")] == [
+        line for line in done.stdout.splitlines() if line.startswith("mocan ")]
 
 
 def test_a_step_by_adapters_is_weighed(tmp_path):
