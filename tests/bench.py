@@ -908,7 +908,8 @@ def their_steps(theirs, text, mask, ref_logp, steps):
 def bench_lora(argv):
     folder, *argv = argv if argv and not argv[0].startswith("-") else sys.exit("usage: python tests/bench.py lora FOLDER [--help]")
     a = parse("lora", argv, rank=(8, 1, "of the adapters"), prompts=(4, 1, "a step"), responses=(8, 2, "to each, in one group"),
-              prompt=(48, 1, "tokens of a prompt"), response=(32, 1, "tokens of a response"), steps=(4, 2, "the first of which is not timed"))
+              prompt=(48, 1, "tokens of a prompt"), response=(32, 1, "tokens of a response"), steps=(4, 2, "the first of which is not timed"),
+              checkpoint=(0, 0, "1: with --checkpoint_activations"))
     with report(a) as figures:
         print(f"policy update of {folder}, float32, {a.prompts} x {a.responses} responses of {a.response} tokens to prompts of {a.prompt}")
         for name, rank in (("all weights", 0), (f"--lora {a.rank}", a.rank)):
@@ -926,7 +927,7 @@ def measure_adapters(folder, rank, a):
     like_train()
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as out:
         model = GPT.from_pretrained(folder)
-        model.config = replace(model.config, lora=rank)
+        model.config = replace(model.config, lora=rank, checkpoint_activations=bool(a.checkpoint))
         frozen = {}
         if rank:
             add_adapters(model)
