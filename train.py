@@ -220,7 +220,7 @@ def enter(c):
             sys.stdout = open(os.devnull, "w")  # the first process speaks, and locks the folder
             return sys.stdout
     os.makedirs(c.out, exist_ok=True)
-    print("settings:", json.dumps(vars(c)))
+    print(f"settings: {json.dumps(vars(c))}")
     lock = open(f"{c.out}/lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,10 +248,12 @@ def open_tokenizer(c, split):
         tok = data.open_tokenizer(saved["pieces"], *limits)
     if c.system and tok.lead:  # as in plain text
         raise ValueError("--system: the text has no chat template with a place for it")
-    for name in c.algo.replace("all", "mocan pecan").split() if c.export else ():
+    if c.export:  # checked now: what there is by the names of exports, and that one can be made
         saved["files"] = data.with_tokenizer(files, tok)
-        # checked now; the names of other folders follow from the data
-        open_export(f"{c.export}/{name}", saved["files"])
+        os.makedirs(c.export, exist_ok=True)
+        for name in {c.algo.replace("all", "mocan"), *os.listdir(c.export)}:
+            if re.match("mocan|pecan|dpo-|score_", name):
+                open_export(f"{c.export}/{name}", saved["files"])
     return tok, saved
 
 
@@ -476,7 +478,7 @@ def write_results(c, rows, frontier, confirmed, prompts, texts):
         default=torch.Tensor.tolist, indent=1))
     samples = [{"instruction": prompts[i // K], "output": text, "generator": name, "scores": scores}
                for name in texts for i, (text, scores) in enumerate(zip(*texts[name]))]
-    write(c, "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    write(c, "samples.jsonl", "".join(f"{json.dumps(sample)}\n" for sample in samples))
     for n in range(0, len(prompts), len(prompts) // 3 + 1):
         print(f"\n  {prompts[n]}")
         for name in texts:
@@ -491,9 +493,8 @@ def print_table(names, rows):
         line = f"{policy:22}  {cell(row['reward_gain'], row['reward_gain_ci'])}"
         for gain, ci, b in zip(row["constraint_gain"], row["constraint_gain_ci"], row["margin"]):
             line += f"  {cell(gain, ci)}  {b:6.3f}  {holds(gain, ci, b):>12}"
-        error = row["kl_ci"][1] - row["kl"]
-        print(f"{line}  {row['kl']:.3f} ± {error:.3f}  {row['seconds']:7.0f}  "
-              f"{numbers(row['lam'])}")
+        print(f"{line}  {row['kl']:.3f} ± {row['kl_ci'][1] - row['kl']:.3f}  "
+              f"{row['seconds']:7.0f}  {numbers(row['lam'])}")
 
 
 def numbers(values):

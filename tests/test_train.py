@@ -967,7 +967,8 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, spoil):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("way", ["a file", "a file above", "another model", "a file that is left", "read-only"])
+@pytest.mark.parametrize("way", ["a file", "a file above", "another model", "a file that is left", "read-only", "a file for a judge",
+                                 "weights for a second shot"])
 def test_an_export_that_cannot_be_is_refused_before_the_first_stage(tmp_path, way, monkeypatch):
     folder = tmp_path / "folder"
     if way == "another model":
@@ -976,6 +977,12 @@ def test_an_export_that_cannot_be_is_refused_before_the_first_stage(tmp_path, wa
     elif way == "a file that is left":  # Transformers would read it
         (folder / "pecan").mkdir(parents=True)
         (folder / "pecan" / "generation_config.json").write_text("{}")
+    elif way == "a file for a judge":
+        folder.mkdir()
+        (folder / "score_safe").write_text("")
+    elif way == "weights for a second shot":
+        (folder / "mocan_shot_2").mkdir(parents=True)
+        (folder / "mocan_shot_2" / "pytorch_model.bin").write_text("")
     elif way == "read-only":
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     else:
@@ -986,7 +993,10 @@ def test_an_export_that_cannot_be_is_refused_before_the_first_stage(tmp_path, wa
     assert "\n" not in str(error.value) and {path.name for path in (tmp_path / "out").glob("*.pt")} <= {"tokenizer.pt"}
 
 
-def test_a_run_is_exported_later(tmp_path):
+def test_a_run_is_exported_later_beside_what_is_there(tmp_path):
+    (tmp_path / "folder" / "models").mkdir(parents=True)
+    (tmp_path / "folder" / "models" / "config.json").write_text("another's")
+    (tmp_path / "folder" / "README.md").write_text("mine")
     job(*TINY, "--sft_steps", 5, "--algo", "mocan", "--margin", "0", "--out", tmp_path / "out")
     job("--from", "evaluate", "--out", tmp_path / "out", "--export", tmp_path / "folder")
     kept = weights(tmp_path / "out", "mocan.pt")
