@@ -876,11 +876,20 @@ VARIABLE = ("{% set system_message = 'You are V.' %}{% if messages[0]['role'] ==
             "{{ '<|im_start|>user\n' + content + '<|im_end|>\n<|im_start|>assistant\n' }}{% elif message['role'] == 'assistant' %}"
             "{{ content + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}")
 OWN = CHATML.replace("\n", "\\n").replace("Be good.", "You are O.")
+BLOCKS = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+ROLE_BY_ROLE = "{% for m in messages %}" + "".join(
+    f"{{% {'el' * (role != 'system')}if m['role'] == '{role}' %}}{{{{ '<|im_start|>{role}\\n' + m['content'] + '<|im_end|>\\n' }}}}"
+    for role in ("system", "user", "assistant")) + (
+    "{% endif %}{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+ENDED_LATER = OWN.replace("message['content'] + '<|im_end|>' + '\\n'}}", "message['content']}}{% if (loop.last and add_generation_prompt) or "
+                          "not loop.last %}{{ '<|im_end|>' + '\\n'}}{% endif %}")
 
 
 @pytest.mark.parametrize("system", ["", "Speak briefly."])
 @pytest.mark.parametrize("template", [
-    VARIABLE, VARIABLE.replace(" + ", " ~ "), VARIABLE.replace("system_message", "default_system"), OWN, [{"name": "default", "template": OWN}, {"name": "tool_use", "template": "<think>"}],
+    VARIABLE, VARIABLE.replace(" + ", " ~ "), VARIABLE.replace("system_message", "default_system"), OWN, BLOCKS,
+    ROLE_BY_ROLE, ENDED_LATER, OWN.replace("'", '"'), [{"name": "default", "template": OWN}, {"name": "tool_use", "template": "<think>"}],
     [{"name": "tool_use", "template": OWN}, {"name": "default", "template": VARIABLE}]])
 def test_the_default_system_message_is_what_transformers_puts_there(tmp_path, template, system):
     transformers = pytest.importorskip("transformers")
