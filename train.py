@@ -312,12 +312,11 @@ def train_judges(c, reference, split, pools, names):
             label = f"score {name}{' second' * which}"
             some[name] = saved = artifact(c, "scores", f"{label}.pt", reference=reference)
             if "began" in saved:
-                config = {**reference["config"], "score_head": True, "tied": True}
-                head = torch.zeros(1, config["n_embd"])  # all scores are 0
-                weights = {**reference["weights"], "score_head.weight": head}
-                weights.pop("lm_head.weight", None)  # it has no other output layer
-                model = from_checkpoint(
-                    {**reference, "config": config, "weights": weights}, c.device)
+                start = to_checkpoint(from_checkpoint(reference, c.device))
+                start["config"] |= {"score_head": True, "tied": True}  # no other output layer
+                start["weights"].pop("lm_head.weight", None)
+                start["weights"]["score_head.weight"] = torch.zeros(1, start["config"]["n_embd"])
+                model = from_checkpoint({**reference, **start}, c.device)  # all scores are 0
                 parts = [mocan.preferences(getattr(mine, part), name, pool)
                          for part, pool in pools.items()]
                 plan = recipe(c, label, c.score_steps, c.score_lr)
