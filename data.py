@@ -331,8 +331,8 @@ def published_encoding(file):
     order = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
     whole = {i for token, i in ranks.items() if len(token) > 1} - {*order}
     if order != sorted(order) or whole and not model.get("ignore_merges"):
-        raise ValueError("tokenizer.json: merges are not in the order of their ids, or make not "
-                         "all tokens")
+        raise ValueError("tokenizer.json: merges are not in the order of their ids, or not all "
+                         "tokens are made by one")
     for i in {*range(known)} - {*ids}:
         special[f"<unused {i}>"] = i  # a policy may sample it
     for byte in range(256):
@@ -450,7 +450,8 @@ def load_preferences(paths, judged=False):
     What precedes them is `prompt`. Each of these is text, a transcript "\\n\\nHuman: … \\n\\n
     Assistant: …" (HH-RLHF) or messages [{"role": "user", "content": …}, …]; a response may also be
     the whole conversation, which then begins with the prompt, if there is one. Null and unknown
-    fields are ignored, a system message is refused. Rows that teach nothing here are skipped,
+    fields are ignored; a system message, earlier turns in a field of their own and images are
+    refused. Rows that teach nothing here are skipped,
     counted and said, see `_pair`.
     judged: a prompt alone is a pair that prefers nothing, for judges that are there already.
     Returns list[Pair]; raises ValueError with the file and, for a bad row, its line number.

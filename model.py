@@ -89,6 +89,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H = config.n_embd, config.n_head
+        assert H > 0, f"n_head is {H}"  # weights fit a negative one too
         shared = config.n_kv_head or H
         self.heads = [H, shared, shared]  # of queries, keys, values
         self.head_dim = D = config.head_dim or C // H
@@ -315,9 +316,8 @@ def add_adapters(model):
                 module.register_buffer(name, weight.data, persistent=False)
     for linear in model.h.modules():
         if isinstance(linear, nn.Linear):
-            out, size = linear.weight.shape
-            linear.lora_A = nn.Parameter(torch.randn(rank, size))
-            linear.lora_B = nn.Parameter(torch.zeros(out, rank))
+            linear.lora_A = nn.Parameter(torch.randn(rank, linear.in_features))
+            linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
             linear.register_forward_hook(adapted)
 
 
@@ -365,7 +365,7 @@ def pack(response_mask, asked, group):
         p q c d      kept: p q c of the first row, d of neither, e f of the second row: 5 of 10
         p q e f g    where: 0 1 2 0 0 and 0 1 3 4 0
     """
-    here = torch.arange(asked.numel()).view(asked.shape)  # (B, T)
+    here = torch.arange(asked.numel()).view_as(asked)  # (B, T)
     in_lead = here[::group].repeat_interleave(group, dim=0)  # the same, in the group's first row
     place = torch.where(response_mask.cumsum(1) > 0, here, in_lead)
     needed = asked.flip(1).cumsum(1).flip(1) > 0  # up to the last one asked
@@ -546,6 +546,7 @@ def read_published(folder):
             if not torch.equal(weights.setdefault("wte.weight", head), head):
                 raise ValueError("lm_head.weight is not the embedding, to which it is tied")
         model.load_state_dict(weights, assign=True)
+        # one forward pass, for settings that fit the weights and make no sense all the same
         if not model(torch.zeros(1, 2).long()).isfinite().all():
             raise ValueError("with these settings its hidden states are not finite")
         return model
