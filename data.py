@@ -201,7 +201,8 @@ FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_c
          "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json",
          "merges.txt")
 RECOGNISED = {  # by what a chat template has, and what it must not have
-    "plain": r"\Z",
+    # none, or that of `with_template`
+    "plain": r"\Z|\{\{ .*?\\n\\nHuman:' \+ ' ' \+ m\.content \+ '\\n\\nAssistant:'",
     "chatml": (  # a turn's end and its speaker are each followed by a new line, and by nothing else
         r"(?!.*(bos_token|eos_token|begin_of_text|im_sep|<think>|strftime|date_string))"
         r"(?!.*<\|im_end\|>(?!['\" +~]*(\n|\\n)))(?=.*<\|im_start\|>assistant(\n|\\n)['\"{])"
@@ -357,6 +358,20 @@ def with_tokenizer(files, tok):
     file = {"pre_tokenizer": by_bytes, "decoder": by_bytes, "added_tokens": [end],
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
     return {**files, "tokenizer.json": json.dumps(file)}
+
+
+def with_template(files, tok):
+    """The files of an export {name: text}, with the chat template of this tokenizer, so that the
+    policy is asked as it was trained, where that is not the one of the folder that it is from."""
+    start, before, after, end = [ascii(tok.encoding.decode(ids)) for ids in (
+        tok.start, tok.before, tok.after, [tok.end, *tok.next])]
+    words = f"{tok.lead!r} + m.content"
+    text = (f"{{{{ {start} }}}}{{% for m in messages %}}{{% if m.role == 'user' %}}"
+            f"{{{{ {before} + {words} + {after} }}}}{{% elif m.role == 'assistant' %}}"
+            f"{{{{ {words} + {end} }}}}{{% else %}}"
+            "{{ raise_exception('it was aligned with a system message of its own') }}"
+            "{% endif %}{% endfor %}")
+    return {**files, "chat_template.jinja": text}
 
 
 def split_pattern(steps):

@@ -209,6 +209,12 @@ class GPT(nn.Module):
         """(V, C)."""
         return self.wte.weight if self.config.tied else self.lm_head.weight
 
+    def mixed_precision(self):
+        """Of the blocks only: a log-ratio is a small difference of long sums, and bfloat16 rounds
+        logits from 8 to 16 to 1/16. The outermost one rounds each weight once."""
+        dtype = getattr(torch, self.config.dtype)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
     def forward(self, tokens, packing=None, position=None, cache=None, visible=None):
         """Hidden states (B, T, C), float32, of text (B, T) that is whole; raises ValueError where
         it is longer than block_size. Besides:
@@ -233,10 +239,7 @@ class GPT(nn.Module):
         x = self.wte(tokens)
         if not turn:
             x = x + self.wpe(position)
-        # Mixed precision for the blocks only: a log-ratio is a small difference of long sums, and
-        # bfloat16 rounds logits from 8 to 16 to 1/16.
-        dtype = getattr(torch, config.dtype)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        with self.mixed_precision():
             for layer, block in enumerate(self.h):
                 past = None if cache is None else cache[:, layer]
                 given = x, turn, packing, past, visible
@@ -280,25 +283,27 @@ class GPT(nn.Module):
         index = torch.arange(N * K, device=self.device)[:, None]  # (A, 1) which response a row is
         active = torch.ones_like(index, dtype=torch.bool)  # (A, 1) it has not ended yet
         ends = torch.tensor([] if eos is None else eos, dtype=torch.long, device=self.device)
-        for step in range(max_new_tokens):
-            if step > 0:
-                seen = longest + step  # tokens in the cache, the newest one included
-                hidden = self(new, position=position, cache=cache[..., :seen, :],
-                               visible=visible[..., :seen])[:, 0]  # (A, C)
-                position += 1
-            new, new_logp = sample_token(
-                hidden, self.output_weight, uniforms[index, step])  # (A, 1)
-            tokens[index, position] = new * active
-            response_mask[index, position] = active
-            logp[index] += new_logp * active
-            active &= ~torch.isin(new, ends)
-            if step % 4 == 0:  # seldom: the host waits for the device to know how many are left
-                left = int(active.sum())
-                if left == 0:
-                    break
-                if left < 0.75 * len(active):  # ended responses leave the cache
-                    index, position, visible, cache, new, active = [
-                        x[active[:, 0]] for x in (index, position, visible, cache, new, active)]
+        with self.mixed_precision():
+            for step in range(max_new_tokens):
+                if step > 0:
+                    seen = longest + step  # tokens in the cache, the newest one included
+                    hidden = self(new, position=position, cache=cache[..., :seen, :],
+                                   visible=visible[..., :seen])[:, 0]  # (A, C)
+                    position += 1
+                new, new_logp = sample_token(
+                    hidden, self.output_weight, uniforms[index, step])  # (A, 1)
+                tokens[index, position] = new * active
+                response_mask[index, position] = active
+                logp[index] += new_logp * active
+                active &= ~torch.isin(new, ends)
+                if step % 4 == 0:  # seldom: the host waits to know how many are left
+                    left = int(active.sum())
+                    if left == 0:
+                        break
+                    if left < 0.75 * len(active):  # ended responses leave the cache
+                        index, position, visible, cache, new, active = [
+                            x[active[:, 0]] for x in (
+                                index, position, visible, cache, new, active)]
         return tokens, response_mask, logp
 
 
@@ -431,8 +436,9 @@ def prefill(model, prompts, K, max_new_tokens):
 def sample_token(hidden, weight, u):
     """Inverse-CDF sampling from softmax(hidden·weightᵀ): hidden (A, C), weight (V, C), u (A, 1) ->
     token ids (A, 1) and their log-probabilities (A, 1)."""
-    # (A, V), by parts of the vocabulary, for a CPU's cache; a GPU's are few
-    logits = torch.cat([hidden @ part.T for part in weight.split(LOGITS // 2048)], dim=1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        # (A, V), in parts that fit a CPU's cache; a GPU's are larger, so few
+        logits = torch.cat([hidden @ part.T for part in weight.split(LOGITS // 2048)], dim=1)
     p = logits.softmax(1)
     cdf = p.cumsum(1)
     goal = (u * cdf[:, -1:]).clamp(min=1e-30)  # u = 0 draws no token of a p that underflowed

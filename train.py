@@ -250,6 +250,8 @@ def open_tokenizer(c, split):
         raise ValueError("--system: the text has no chat template with a place for it")
     if c.export:  # checked now: what there is by the names of exports, and that one can be made
         saved["files"] = data.with_tokenizer(files, tok)
+        if c.system or c.template != "auto":
+            saved["files"] = data.with_template(saved["files"], tok)
         os.makedirs(c.export, exist_ok=True)
         for name in {c.algo.replace("all", "mocan"), *os.listdir(c.export)}:
             if re.match("mocan|pecan|dpo-|score_", name):

@@ -859,6 +859,27 @@ def test_a_chat_template_is_what_transformers_makes_of_it(tmp_path, name, templa
     assert tok.ends == [tok.end, 2, 0, 2] and response[-1] == tok.end == SPECIAL.index("<|im_end|>" if name == "chatml" else "<|eot_id|>")
 
 
+@pytest.mark.parametrize("own", [CHATML, ""])
+@pytest.mark.parametrize("name, system", [
+    ("auto", ""), ("chatml", ""), ("llama3", ""), ("plain", ""), ("chatml", "Speak 'briefly'."), ("llama3", "É {x}\\ 🎉\n\"so\", it's.")])
+@pytest.mark.parametrize("prompt", ["Hi there 12", ("Hi", "Hello!", "And then?")])
+def test_an_export_has_the_template_that_it_was_trained_in(tmp_path, own, name, system, prompt):
+    """Transformers' apply_chat_template, and what reads the folder again here, ask as the training did."""
+    files = published_folder(tmp_path, own, steps=STEPS["llama3"])
+    tok = data.published_tokenizer(files, name, system, 300, 99)
+    files = data.with_template(files, tok)
+    again = data.published_tokenizer(files, "auto", "", 300, 99)
+    assert [getattr(again, x) for x in tok._fields[1:]] == [getattr(tok, x) for x in tok._fields[1:]]
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "chat_template.jinja").write_text(files["chat_template.jinja"])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    talk = [{"role": ("user", "assistant")[i % 2], "content": words} for i, words in enumerate(data.turns(prompt))]
+    render = functools.partial(theirs.apply_chat_template, tokenize=True, return_dict=False, add_generation_prompt=True)
+    assert data.encode_prompt(tok, prompt)[0] == render(talk)
+    with pytest.raises(Exception, match="system message of its own"):
+        render([{"role": "system", "content": "Be bad."}, *talk])
+
+
 TURNS = ("{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
          "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -669,6 +670,26 @@ def test_mixed_precision_is_the_arithmetic_of_the_blocks_alone(dtype):
         assert scorer.score(tokens, mask).dtype == torch.float32
         assert set(inside) == {getattr(torch, dtype)} and set(across) == {torch.float32}
         assert model.h[0].mlp(torch.randn(1, 3, 16)).dtype == torch.float32  # and it ends with the forward pass
+
+
+def test_sampling_in_bfloat16_rounds_each_weight_once():
+    """Not for every token: that is more memory traffic, and more launches of a GPU, than the products themselves."""
+    class Roundings(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.count = Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+                self.count[args[0].data_ptr()] += 1
+            return func(*args, **(kwargs or {}))
+
+    model = small(dtype="bfloat16")
+    prompts, uniforms = [[1, 2], [3]], torch.rand(2, 2, 6)
+    with Roundings() as roundings:
+        model.generate(prompts, uniforms)
+    weights = {p.data_ptr() for name, p in model.h.named_parameters() if "ln" not in name}
+    assert {roundings.count[w] for w in weights} == {2}  # one pass over the prompts, and one for all tokens
 
 
 def test_generate_in_bfloat16_samples_from_float32_logits():

@@ -826,13 +826,14 @@ def test_the_whole_job_from_a_chat_model_with_published_judges(tmp_path, capsys)
     assert not any(info.values()) and transformers.AutoTokenizer.from_pretrained(out).chat_template == CHATML
 
 
-@pytest.mark.parametrize("family", ["llama", "untied", "gpt2"])
-def test_a_score_model_is_exported_and_read_back(family, small_gpt2, tmp_path, capsys):
+@pytest.mark.parametrize("family, how", [
+    ("llama", ()), ("untied", ()), ("gpt2", ()), ("llama", ("--system", "Say 'no'.")), ("untied", ("--template", "plain"))])
+def test_a_score_model_is_exported_and_read_back(family, how, small_gpt2, tmp_path, capsys):
     """What --judge makes of the exported folders is what the score models say; of a chat model Transformers says the same."""
     folder = chat_folder(tmp_path / "chat", tie_word_embeddings=family == "llama")[0] if family != "gpt2" else small_gpt2[0]
     flags = [*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--algo", "mocan", "--sft_steps", 0,
              "--score_lr", 1e-2, *(("--max_new_tokens", 128, "--block_size", 256) if family != "gpt2" else ("--block_size", 96))]  # texts are cut as by --judge
-    job(*flags, "--out", tmp_path / "out", "--export", tmp_path / "export")
+    job(*flags, *how, "--out", tmp_path / "out", "--export", tmp_path / "export")
     assert sorted(os.listdir(tmp_path / "export")) == [
         "mocan", "score_helpful", "score_helpful_second", "score_safe", "score_safe_second"]
     kept = load(tmp_path / "out" / "score_safe.pt", "")
