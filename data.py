@@ -52,8 +52,7 @@ class Pool(NamedTuple):
     @property
     def lengths(self):
         """(N, K): the tokens of each row up to the response's end."""
-        padding = self.response_mask.flip(2).int().argmax(2)
-        return self.response_mask.size(2) - padding
+        return self.response_mask.int().argmax(2) + self.response_mask.sum(2)
 
     def texts(self, tok):
         """N·K response texts, without the end token, those of a prompt one after the other."""
