@@ -58,8 +58,8 @@ class Pool(NamedTuple):
         """N·K response texts, without the end token, those of a prompt one after the other."""
         ended = torch.isin(self.tokens, torch.tensor(tok.ends))
         said = self.response_mask & ~ended & (self.tokens < tok.known)  # (N, K, T)
-        rows = zip(self.tokens.flatten(0, 1), said.flatten(0, 1))
-        return [tok.encoding.decode(row[mask].tolist()).strip() for row, mask in rows]
+        rows = self.tokens[said].split(said.sum(2).flatten().tolist())
+        return [tok.encoding.decode(row.tolist()).strip() for row in rows]
 
 
 def pad(rows, K):
