@@ -77,10 +77,12 @@ def text_pool(tok, prompts, responses, what):
     """N prompts and N·K responses -> Pool (N, K, T). What does not fit is truncated, counted and
     said."""
     K = len(responses) // len(prompts)
-    prompts = [prompt for prompt in encode_prompts(tok, prompts, what) for _ in range(K)]
-    responses = encode_responses(tok, responses, what)
-    texts = [torch.tensor(x + y, dtype=torch.int32) for x, y in zip(prompts, responses)]
-    masks = [torch.arange(len(text)) >= len(x) for x, text in zip(prompts, texts)]
+    prompts = encode_prompts(tok, prompts, what)
+    texts, masks = [], []
+    for i, y in enumerate(encode_responses(tok, responses, what)):
+        x = prompts[i // K]
+        texts.append(torch.tensor(x + y).int())
+        masks.append(torch.arange(len(x + y)) >= len(x))
     return Pool(pad(texts, K), pad(masks, K))
 
 
