@@ -166,6 +166,8 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 SPLIT_DIGITS = (r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|"
                 r"\s+(?!\S)|\s+")
 SPLIT_RE = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+# Before a prompt and after it, of a base model, which has no tokens of a template: a transcript.
+PLAIN = ("\n\nHuman:", "\n\nAssistant:")
 
 
 def open_tokenizer(pieces, prompt_limit, response_limit):
@@ -176,26 +178,19 @@ def open_tokenizer(pieces, prompt_limit, response_limit):
     other is merged from its bytes as far as these pieces allow.
     """
     if pieces is None:
-        gpt2 = tiktoken.get_encoding("gpt2")
-        return plain_tokenizer(
-            gpt2, [gpt2.eot_token], gpt2.n_vocab, "", prompt_limit, response_limit)
-    ranks = {bytes([i]): i for i in range(256)}
-    for piece in pieces:
-        ranks.setdefault(piece.encode(), len(ranks))
-    user = len(ranks)
-    end = user + 2
-    special = {"<|user|>": user, "<|assistant|>": user + 1, "<|end|>": end}
-    encoding = tiktoken.Encoding(
-        "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(
-        encoding, [user], [user + 1], end, [end], end + 1, prompt_limit, response_limit)
-
-
-def plain_tokenizer(encoding, ends, known, normal, *limits):
-    """A base model's, which has no tokens of a template: text that looks like a transcript."""
-    before = encoding.encode_ordinary("\n\nHuman:")
-    after = encoding.encode_ordinary("\n\nAssistant:")
-    return Tokenizer(encoding, before, after, ends[0], ends, known, *limits, normal=normal)
+        encoding = tiktoken.get_encoding("gpt2")
+        before, after = map(encoding.encode_ordinary, PLAIN)
+    else:
+        ranks = {bytes([i]): i for i in range(256)}
+        for piece in pieces:
+            ranks.setdefault(piece.encode(), len(ranks))
+        user = len(ranks)
+        special = {"<|user|>": user, "<|assistant|>": user + 1, "<|end|>": user + 2}
+        encoding = tiktoken.Encoding(
+            "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+        before, after = [user], [user + 1]
+    end = encoding.n_vocab - 1
+    return Tokenizer(encoding, before, after, end, [end], end + 1, prompt_limit, response_limit)
 
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
@@ -285,30 +280,34 @@ def published_tokenizer(files, name, system, *limits):
         raise ValueError("its chat template thinks, dates, or is neither ChatML nor Llama-3's; of "
                          "--init, --template chatml, llama3 or plain takes one of these instead")
     if name == "plain":
-        if not ends:
-            raise ValueError("no eos_token_id in its config.json or generation_config.json")
         print("  template: plain text")
-        first = re.findall(FIRST, str(file.get("post_processor")))
-        start = encoding.encode("".join(first), allowed_special="all")
-        return plain_tokenizer(encoding, ends, known, normal, *limits)._replace(start=start)
-    first, message, *parts = TEMPLATES[name]
-    own = re.search(OWN_SYSTEM, text, re.S)
-    if own and not system:
-        system = own[1].encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja
-    print(f"  template: {name}, system message: {system}")
-    if system:
-        first += message.format(system)
-    lacking = {*re.findall(r"<\|.*?\|>", "".join(TEMPLATES[name]))} - encoding.special_tokens_set
-    if lacking:
-        raise ValueError(f"it has no tokens {lacking}; --template may name another template")
-    start, before, after, [end], after_end = [
+        lead = " "
+        first = "".join(re.findall(FIRST, str(file.get("post_processor"))))
+        parts = [*PLAIN, "", ""]
+    else:
+        lead = ""
+        first, message, *parts = TEMPLATES[name]
+        own = re.search(OWN_SYSTEM, text, re.S)
+        if own and not system:
+            system = own[1].encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja
+        print(f"  template: {name}, system message: {system}")
+        if system:
+            first += message.format(system)
+        marks = {*re.findall(r"<\|.*?\|>", "".join(TEMPLATES[name]))}
+        lacking = marks - encoding.special_tokens_set
+        if lacking:
+            raise ValueError(f"it has no tokens {lacking}; --template may name another template")
+    start, before, after, end, after_end = [
         encoding.encode(part, allowed_special="all") for part in (first, *parts)]
+    ends = end + ends
+    if not ends:
+        raise ValueError("no eos_token_id in its config.json or generation_config.json")
     used = len(start + before + after)
     if used >= limits[0]:
         raise ValueError(f"the chat template alone takes {used} of the {limits[0]} tokens of a "
                          "prompt; raise --block_size, or shorten --system")
-    return Tokenizer(encoding, before, after, end, [end, *ends], known, *limits, start, after_end,
-                     lead="", normal=normal)
+    return Tokenizer(encoding, before, after, ends[0], ends, known, *limits, start, after_end,
+                     lead=lead, normal=normal)
 
 
 def published_encoding(file):
