@@ -198,15 +198,21 @@ FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_c
          "merges.txt")
 RECOGNISED = {  # by what a chat template has, and what it must not have
     "plain": r"\Z",
-    "chatml": (  # a turn's end and its speaker are each followed by a new line, and by nothing else
-        r"(?!.*(bos_token|eos_token|begin_of_text|im_sep|<think>|strftime|date_string))"
-        r"(?!.*<\|im_end\|>(?!['\" +~]*(\n|\\n)))(?=.*<\|im_start\|>assistant(\n|\\n)['\"{])"
-        r".*(<\|im_start\|>user|role['\"\])]*(\s*[+~]\s*['\"]|\s*\}\}))(\n|\\n)"),
-    "llama3": r"(?!.*(Cutting Knowledge|strftime|date_string))(?=.*(bos_token|begin_of_text))"
-              r".*<\|start_header"}
-OWN_SYSTEM = (  # as it stands in a string of the template, or is set there, and no expression in it
-    r"(?:system(?:<\|end_header_id\|>)?(?:\n|\\n)+|set \w*system\w* = ['\"])"
-    r"((?:(?!\{\{|\}\}|\{%|['\"] *[+~]).)+?)(?:<\|(?:im_end|eot_id)\|>|['\"] -?%)")
+    "chatml": r"""(?sx)
+        (?!.*(bos_token|eos_token|begin_of_text|im_sep|<think>|strftime|date_string))
+        # a turn's end and its speaker are each followed by a new line, and by nothing else
+        (?!.*<\|im_end\|>(?!['" +~]*(\n|\\n)))
+        (?=.*<\|im_start\|>assistant(\n|\\n)['"{])
+        .*(<\|im_start\|>user | role['"\])]*(\s*[+~]\s*['"] | \s*\}\}))(\n|\\n)""",
+    "llama3": r"""(?sx)
+        (?!.*(Cutting[ ]Knowledge|strftime|date_string))
+        (?=.*(bos_token|begin_of_text))
+        .*<\|start_header"""}
+OWN_SYSTEM = r"""(?sx)
+    (?:system(?:<\|end_header_id\|>)?(?:\n|\\n)+ | set[ ]\w*system\w*[ ]=[ ]['"])
+    # as it stands in a string of the template, or is set there, and no expression in it
+    ((?:(?!\{\{|\}\}|\{%|['"][ ]*[+~]).)+?)
+    (?:<\|(?:im_end|eot_id)\|> | ['"][ ]-?%)"""
 SPARE = itertools.count(256)
 LETTERS = [  # by which tokenizer.json spells a byte: its own, if that can be seen
     chr(byte if byte > 32 and chr(byte).isprintable() else next(SPARE)) for byte in range(256)]
@@ -275,7 +281,7 @@ def published_tokenizer(files, name, system, *limits):
     ends = [i for i in ends if type(i) is int and 0 <= i < known]
     text = chat_template(files)
     if name == "auto":
-        name = next((name for name, marks in RECOGNISED.items() if re.match(marks, text, re.S)), "")
+        name = next((name for name, marks in RECOGNISED.items() if re.match(marks, text)), "")
     if not name:
         raise ValueError("its chat template thinks, dates, or is neither ChatML nor Llama-3's; of "
                          "--init, --template chatml, llama3 or plain takes one of these instead")
@@ -287,7 +293,7 @@ def published_tokenizer(files, name, system, *limits):
     else:
         lead = ""
         first, message, *parts = TEMPLATES[name]
-        own = re.search(OWN_SYSTEM, text, re.S)
+        own = re.search(OWN_SYSTEM, text)
         if own and not system:
             system = own[1].encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja
         print(f"  template: {name}, system message: {system}")
