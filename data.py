@@ -163,8 +163,7 @@ class Tokenizer(NamedTuple):
 # tiktoken's split pattern for GPT-2; the same where every digit stands alone; and the first for
 # `re`, which lacks \p{L} and \p{N} (so it takes ½ for a letter).
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLIT_DIGITS = (r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|"
-                r"\s+(?!\S)|\s+")
+SPLIT_DIGITS = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 SPLIT_RE = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
 # Before a prompt and after it, of a base model, which has no tokens of a template: a transcript.
 PLAIN = ("\n\nHuman:", "\n\nAssistant:")
