@@ -395,7 +395,7 @@ def frequent_pieces(pairs, vocab_size):
     for pair in pairs:
         for text in (*turns(pair.prompt), *pair.responses):
             count.update(re.findall(SPLIT_RE, " " + text))
-    ranked = sorted(count, key=lambda piece: (-count[piece], piece))
+    ranked = sorted(sorted(count), key=count.get, reverse=True)
     return [piece for piece in ranked if len(piece.encode()) > 1][:vocab_size - 259]
 
 
