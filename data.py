@@ -417,10 +417,10 @@ def encode_prompt(tok, prompt):
     ids = tok.before + last[max(0, len(last) - room):] + tok.after
     while earlier:
         *earlier, user, assistant = earlier  # the latest exchange first
-        exchange = tok.before + user + tok.after + assistant + [tok.end] + tok.next
-        if len(exchange) + len(ids) > limit:
+        longer = tok.before + user + tok.after + assistant + [tok.end] + tok.next + ids
+        if len(longer) > limit:
             return tok.start + ids, True
-        ids = exchange + ids
+        ids = longer
     return tok.start + ids, len(last) > room
 
 
