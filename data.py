@@ -384,8 +384,7 @@ def encode(tok, text):
     """Text, special tokens spelled in it included -> ids of ordinary tokens."""
     if tok.normal:
         text = unicodedata.normalize(tok.normal, text)
-    ids = tok.encoding.encode_ordinary(tok.lead + text)
-    return [i for i in ids if i < tok.known]
+    return [i for i in tok.encoding.encode_ordinary(tok.lead + text) if i < tok.known]
 
 
 def frequent_pieces(pairs, vocab_size):
