@@ -735,10 +735,9 @@ def load(path, remedy):
     are used: a run has many models, and works with few of them at a time."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved["path"] = path  # for errors, and for what stands beside it
+        return saved | {"path": path}  # for errors, and for what stands beside it
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
-    return saved
 
 
 def save(saved, path):
