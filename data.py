@@ -635,13 +635,12 @@ def split_pairs(pairs, held_out, calibration):
         raise ValueError(f"{count} distinct conversations in the data; at least 4 are needed: 2 "
                          "for evaluation, 1 for calibration, 1 for training")
     tuned = min(count - 3, max(1, round(calibration * count)))
-    held = set(spread(opened, min(count - 1, tuned + max(2, round(held_out * count)))))
-    tuning = set(spread(held, tuned))
+    held = spread(opened, min(count - 1, tuned + max(2, round(held_out * count))))
     split = Split([], [], [])
+    part = dict.fromkeys(held, split.evaluation)
+    part |= dict.fromkeys(spread(held, tuned), split.calibration)
     for pair in pairs:
-        talk = conversation(pair.prompt)
-        part = split.calibration if talk in tuning else split.evaluation
-        (part if talk in held else split.train).append(pair)
+        part.get(conversation(pair.prompt), split.train).append(pair)
     return split
 
 
