@@ -525,7 +525,7 @@ def _talk(row, field, speaker):
     if isinstance(x, str):
         before, *parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", x)
         talk = [*zip(parts[::2], parts[1::2])]
-        if before.strip() or not parts:
+        if before or not parts:
             talk.insert(0, ("" if parts else speaker, before))
     else:
         try:
