@@ -568,7 +568,7 @@ def _pair(row, name, judged):
                              "--system gives one to all, where a chat template has it")
     alone = judged and prompt and not row.keys() & {
         *sides, "better_response_id", "safer_response_id"}
-    speakers, said = [], []
+    talks = []
     for side in sides:
         talk = [("Assistant", "")] if alone else _talk(row, side, "Assistant")
         if talk[0][0] != "Human":  # the reply alone, or words of speaker "", refused at the end
@@ -581,17 +581,16 @@ def _pair(row, name, judged):
         if talk[:len(prompt)] != prompt:
             raise ValueError(f"the conversation of {side} does not begin with the prompt; drop one "
                              "of them")
-        who, words = zip(*talk)
-        speakers.append(who)
-        said.append(words)
+        talks.append(zip(*talk))
     prefers = {name: 0}
     if "chosen" not in row:
         prefers = {} if alone else _prefers(row, name)
     elif not name:
         raise ValueError("chosen/rejected rows do not say which preference they hold; name it: "
                          "--data helpful=FILE or --data safe=FILE")
-    (*context, first), (*other, second) = said
-    if context != other or speakers != 2 * [("Human", "Assistant") * (len(talk) // 2)]:
+    (speakers, (*context, first)), (others, (*other, second)) = talks
+    in_turns = ("Human", "Assistant") * (len(talk) // 2)
+    if context != other or not speakers == others == in_turns:
         return "not one conversation up to the last reply, with Human and Assistant in turns"
     if first == second and not alone:
         return "the two responses are the same"
