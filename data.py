@@ -732,8 +732,8 @@ def load(path, remedy):
     remedy where the file is missing, damaged or no such dict. Tensors stay on the disk until they
     are used: a run has many models, and works with few of them at a time."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return saved | {"path": path}  # for errors, and for what stands beside it
+        # the path: for errors, and for what stands beside it
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True) | {"path": path}
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
 
