@@ -508,7 +508,7 @@ def _pairs(path, name, judged):
 def _row(line):
     """What a line holds but for null fields."""
     try:
-        fields = json.loads(line.decode("utf-8-sig")).items()
+        fields = json.loads(line).items()
     except (ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"not a JSON object ({error}); one object a line, not an array over the "
                          "file, is expected, in UTF-8") from None
