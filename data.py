@@ -462,30 +462,17 @@ def load_preferences(paths, judged=False):
     """
     pairs = []
     for spec in paths:
-        name, path = "", spec
-        named = re.fullmatch("([^/=]+)=(.+)", spec)
-        if named and not os.path.exists(spec):
-            name, path = named.groups()
-        rows = []
-        skipped = {}  # why: where
-        for pair, place in _pairs(path, name, judged):
-            if isinstance(pair, Pair):
-                rows.append(pair)
-            else:
-                skipped.setdefault(pair, []).append(place)
-        why = "".join(f"; {len(places)} rows skipped, {places[0]} the first: {reason}"
-                      for reason, places in skipped.items())
-        if not rows:
-            raise ValueError(f"{path}: no usable pair{why or '; it is empty'}")
-        if skipped:
-            print(f"  {path}: {len(rows)} pairs{why}")
-        pairs += rows
+        name, path = re.fullmatch("(?s)(?:([^/=]+)=(?=.))?(.*)", spec).groups()
+        if os.path.exists(spec):
+            name, path = None, spec
+        pairs += _pairs(path, name, judged)
     return pairs
 
 
 def _pairs(path, name, judged):
-    """`_pair` of the file's lines, each with FILE:NUMBER. Stops at MAX_LINE and MAX_LINES: a small
-    gzip file may hold terabytes."""
+    """A file's pairs. Stops at MAX_LINE and MAX_LINES: a small gzip file may hold terabytes."""
+    pairs = []
+    skipped = {}  # why: where
     number = 0
     try:
         with open(path, "rb") as file:
@@ -496,13 +483,25 @@ def _pairs(path, name, judged):
                 if len(line) > MAX_LINE or number > MAX_LINES:
                     raise ValueError(f"more than {MAX_LINE} bytes in a line or {MAX_LINES} lines; "
                                      "shorten it, or split the file")
-                if line.strip():
-                    yield _pair(_row(line), name, judged), f"{path}:{number}"
+                if not line.strip():
+                    continue
+                pair = _pair(_row(line), name, judged)
+                if isinstance(pair, Pair):
+                    pairs.append(pair)
+                else:
+                    skipped.setdefault(pair, []).append(f"{path}:{number}")
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path}: cannot be read as JSONL or JSONL.gz ({error}); check --data") from None
     except ValueError as error:
         raise ValueError(f"{path}:{number}: {error}") from None
+    why = "".join(f"; {len(places)} rows skipped, {places[0]} the first: {reason}"
+                  for reason, places in skipped.items())
+    if not pairs:
+        raise ValueError(f"{path}: no usable pair{why or '; it is empty'}")
+    if skipped:
+        print(f"  {path}: {len(pairs)} pairs{why}")
+    return pairs
 
 
 def _row(line):
