@@ -588,8 +588,7 @@ def _pair(row, name, judged):
         raise ValueError("chosen/rejected rows do not say which preference they hold; name it: "
                          "--data helpful=FILE or --data safe=FILE")
     (speakers, (*context, first)), (others, (*other, second)) = talks
-    in_turns = ("Human", "Assistant") * (len(talk) // 2)
-    if context != other or not speakers == others == in_turns:
+    if context != other or not speakers == others == ("Human", "Assistant") * (len(talk) // 2):
         return "not one conversation up to the last reply, with Human and Assistant in turns"
     if first == second and not alone:
         return "the two responses are the same"
