@@ -521,20 +521,19 @@ def _talk(row, field, speaker):
     """A field as [(Human or Assistant, their words), …]; text without speakers is `speaker`'s.
     Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
     x = row.get(field)
-    if isinstance(x, str):
-        before, *parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", x)
-        talk = [*zip(parts[::2], parts[1::2])]
-        if before or not parts:
-            talk.insert(0, ("" if parts else speaker, before))
-    else:
-        try:
-            talk = [(ROLES[message["role"]], message["content"].strip()) for message in x or [{}]]
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"field {field!r} is missing or wrong ({error}); expected text or messages, each "
-                f"of a role, user or assistant, and content, text; fields: {str([*row]):.200}"
-            ) from None
-    return [(who, words.strip().encode(errors="replace").decode()) for who, words in talk]
+    try:
+        if isinstance(x, str):
+            before, *parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", x)
+            talk = [*zip(parts[::2], parts[1::2])]
+            if before or not parts:
+                talk.insert(0, ("" if parts else speaker, before))
+        else:
+            talk = [(ROLES[message["role"]], message["content"]) for message in x or [{}]]
+        return [(who, words.strip().encode(errors="replace").decode()) for who, words in talk]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"field {field!r} is missing or wrong ({error}); expected text or messages, each of a "
+            f"role, user or assistant, and content, text; fields: {str([*row]):.200}") from None
 
 
 def _prefers(row, name):
