@@ -329,16 +329,17 @@ def published_encoding(file):
     special = {token["content"]: token["id"] for token in file["added_tokens"]}
     ranks = {bytes(map(LETTERS.index, piece)): i
              for piece, i in vocab.items() if piece not in special}
-    ids = [*ranks.values(), *special.values()]
+    tokens = vocab | special
+    ids = {*tokens.values()}
     known = max(ids) + 1
-    if len({*ids}) < len(ids) or known > 2**20:
+    if len(ids) < len(tokens) or known > 2**20:
         raise ValueError("tokenizer.json: two tokens have one id, or an id is above a million")
     order = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
     whole = {i for token, i in ranks.items() if len(token) > 1} - {*order}
     if order != sorted(order) or whole and not model.get("ignore_merges"):
         raise ValueError("tokenizer.json: merges are not in the order of their ids, or not all "
                          "tokens are made by one")
-    for i in {*range(known)} - {*ids}:
+    for i in {*range(known)} - ids:
         special[f"<unused {i}>"] = i  # a policy may sample it
     for byte in range(256):
         ranks.setdefault(bytes([byte]), known + byte)
