@@ -509,7 +509,7 @@ def _row(line):
     """What a line holds but for null fields."""
     try:
         fields = json.loads(line).items()
-    except (ValueError, RecursionError, AttributeError) as error:
+    except Exception as error:  # of several kinds
         raise ValueError(f"not a JSON object ({error}); one object a line, not an array over the "
                          "file, is expected, in UTF-8") from None
     return {field: x for field, x in fields if x is not None}
