@@ -360,9 +360,9 @@ def with_tokenizer(files, tok):
     end = {"content": "<|endoftext|>", "id": tok.end, "special": True,
            **dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)}
     by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    file = {"pre_tokenizer": by_bytes, "decoder": by_bytes, "added_tokens": [end],
-            "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
-    return {**files, "tokenizer.json": json.dumps(file)}
+    return files | {"tokenizer.json": json.dumps({
+        "pre_tokenizer": by_bytes, "decoder": by_bytes, "added_tokens": [end],
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges}})}
 
 
 def split_pattern(steps):
