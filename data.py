@@ -298,8 +298,7 @@ def published_tokenizer(files, name, system, *limits):
         print(f"  template: {name}, system message: {system}")
         if system:
             first += message.format(system)
-        marks = {*re.findall(r"<\|.*?\|>", "".join(TEMPLATES[name]))}
-        lacking = marks - encoding.special_tokens_set
+        lacking = {*re.findall(r"<\|.*?\|>", "".join(TEMPLATES[name]))} - encoding.special_tokens_set
         if lacking:
             raise ValueError(f"it has no tokens {lacking}; --template may name another template")
     start, before, after, end, after_end = [
