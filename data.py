@@ -298,9 +298,9 @@ def published_tokenizer(files, name, system, *limits):
         print(f"  template: {name}, system message: {system}")
         if system:
             first += message.format(system)
-        lacking = {*re.findall(r"<\|.*?\|>", "".join(TEMPLATES[name]))} - encoding.special_tokens_set
-        if lacking:
-            raise ValueError(f"it has no tokens {lacking}; --template may name another template")
+        absent = {*re.findall(r"<\|.*?\|>", "".join(TEMPLATES[name]))} - encoding.special_tokens_set
+        if absent:
+            raise ValueError(f"it has no tokens {absent}; --template may name another template")
     start, before, after, end, after_end = [
         encoding.encode(part, allowed_special="all") for part in (first, *parts)]
     ends = end + ends
@@ -462,9 +462,9 @@ def load_preferences(paths, judged=False):
     """
     pairs = []
     for spec in paths:
-        name, path = re.fullmatch("(?s)(?:([^/=]+)=(?=.))?(.*)", spec).groups()
-        if os.path.exists(spec):
-            name, path = None, spec
+        name, _, path = spec.partition("=")
+        if not path or "/" in name or os.path.exists(spec):
+            name, path = "", spec
         pairs += _pairs(path, name, judged)
     return pairs
 
