@@ -537,6 +537,12 @@ def _talk(row, field, speaker):
 
 
 def _prefers(row, name):
+    """{preference: index of the response that it prefers}."""
+    if "chosen" in row:
+        if not name:
+            raise ValueError("chosen/rejected rows do not say which preference they hold; name it: "
+                             "--data helpful=FILE or --data safe=FILE")
+        return {name: 0}
     columns = {"helpful": "better_response_id", "safe": "safer_response_id"}
     if name:
         columns = {name: columns.get(name, "safer_response_id")}
@@ -580,12 +586,7 @@ def _pair(row, name, judged):
             raise ValueError(f"the conversation of {side} does not begin with the prompt; drop one "
                              "of them")
         talks.append(zip(*talk))
-    prefers = {name: 0}
-    if "chosen" not in row:
-        prefers = {} if alone else _prefers(row, name)
-    elif not name:
-        raise ValueError("chosen/rejected rows do not say which preference they hold; name it: "
-                         "--data helpful=FILE or --data safe=FILE")
+    prefers = {} if alone else _prefers(row, name)
     (speakers, (*context, first)), (others, (*other, second)) = talks
     if context != other or not speakers == others == ("Human", "Assistant") * (len(talk) // 2):
         return "not one conversation up to the last reply, with Human and Assistant in turns"
