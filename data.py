@@ -583,8 +583,7 @@ def _pair(row, name, judged):
         if talk[0] == ("Human", str(row.get("prompt")).strip()):  # whatever it looks like
             prompt = talk[:1]
         if talk[:len(prompt)] != prompt:
-            raise ValueError(f"the conversation of {side} does not begin with the prompt; drop one "
-                             "of them")
+            raise ValueError(f"{side} does not begin with the prompt; drop one of the two")
         talks.append(zip(*talk))
     prefers = {} if alone else _prefers(row, name)
     (speakers, (*context, first)), (others, (*other, second)) = talks
