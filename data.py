@@ -273,11 +273,6 @@ def published_tokenizer(files, name, system, *limits):
     prompt and response. Raises ValueError for a template that is none of these."""
     file = json.loads(files["tokenizer.json"])
     encoding, known, normal = published_encoding(file)
-    ends = []
-    for where in ("generation_config.json", "config.json"):
-        ids = json.loads(files.get(where, "{}")).get("eos_token_id")
-        ends += ids if isinstance(ids, list) else [ids]
-    ends = [i for i in ends if type(i) is int and 0 <= i < known]
     text = chat_template(files)
     if name == "auto":
         name = next((name for name, marks in RECOGNISED.items() if re.match(marks, text)), "")
@@ -301,9 +296,12 @@ def published_tokenizer(files, name, system, *limits):
         absent = {*re.findall(r"<\|.*?\|>", "".join(TEMPLATES[name]))} - encoding.special_tokens_set
         if absent:
             raise ValueError(f"it has no tokens {absent}; --template may name another template")
-    start, before, after, end, after_end = [
+    start, before, after, ends, after_end = [
         encoding.encode(part, allowed_special="all") for part in (first, *parts)]
-    ends = end + ends
+    for where in ("generation_config.json", "config.json"):
+        ids = json.loads(files.get(where, "{}")).get("eos_token_id")
+        ends += ids if isinstance(ids, list) else [ids]
+    ends = [i for i in ends if type(i) is int and 0 <= i < known]
     if not ends:
         raise ValueError("no eos_token_id in its config.json or generation_config.json")
     used = len(start + before + after)
