@@ -81,7 +81,7 @@ def text_pool(tok, prompts, responses, what):
     texts, masks = [], []
     for i, y in enumerate(encode_responses(tok, responses, what)):
         x = prompts[i // K]
-        texts.append(torch.tensor(x + y).int())
+        texts.append(torch.tensor(x + y, dtype=torch.int32))
         masks.append(torch.arange(len(x + y)) >= len(x))
     return Pool(pad(texts, K), pad(masks, K))
 
