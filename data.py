@@ -52,15 +52,14 @@ class Pool(NamedTuple):
     @property
     def lengths(self):
         """(N, K): the tokens of each row up to the response's end."""
-        padding = self.response_mask.flip(2).int().argmax(2)
-        return self.response_mask.size(2) - padding
+        return self.response_mask.int().argmax(2) + self.response_mask.sum(2)
 
     def texts(self, tok):
         """N·K response texts, without the end token, those of a prompt one after the other."""
         ended = torch.isin(self.tokens, torch.tensor(tok.ends))
         said = self.response_mask & ~ended & (self.tokens < tok.known)  # (N, K, T)
-        rows = zip(self.tokens.flatten(0, 1), said.flatten(0, 1))
-        return [tok.encoding.decode(row[mask].tolist()).strip() for row, mask in rows]
+        rows = self.tokens[said].split(said.sum(2).flatten().tolist())
+        return [tok.encoding.decode(row.tolist()).strip() for row in rows]
 
 
 def pad(rows, K):
@@ -78,10 +77,12 @@ def text_pool(tok, prompts, responses, what):
     """N prompts and N·K responses -> Pool (N, K, T). What does not fit is truncated, counted and
     said."""
     K = len(responses) // len(prompts)
-    prompts = [prompt for prompt in encode_prompts(tok, prompts, what) for _ in range(K)]
-    responses = encode_responses(tok, responses, what)
-    texts = [torch.tensor(x + y, dtype=torch.int32) for x, y in zip(prompts, responses)]
-    masks = [torch.arange(len(text)) >= len(x) for x, text in zip(prompts, texts)]
+    prompts = encode_prompts(tok, prompts, what)
+    texts, masks = [], []
+    for i, y in enumerate(encode_responses(tok, responses, what)):
+        x = prompts[i // K]
+        texts.append(torch.tensor(x + y, dtype=torch.int32))
+        masks.append(torch.arange(len(x + y)) >= len(x))
     return Pool(pad(texts, K), pad(masks, K))
 
 
@@ -162,9 +163,10 @@ class Tokenizer(NamedTuple):
 # tiktoken's split pattern for GPT-2; the same where every digit stands alone; and the first for
 # `re`, which lacks \p{L} and \p{N} (so it takes ½ for a letter).
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLIT_DIGITS = (r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|"
-                r"\s+(?!\S)|\s+")
+SPLIT_DIGITS = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 SPLIT_RE = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+# Before a prompt and after it, of a base model, which has no tokens of a template: a transcript.
+PLAIN = ("\n\nHuman:", "\n\nAssistant:")
 
 
 def open_tokenizer(pieces, prompt_limit, response_limit):
@@ -175,26 +177,19 @@ def open_tokenizer(pieces, prompt_limit, response_limit):
     other is merged from its bytes as far as these pieces allow.
     """
     if pieces is None:
-        gpt2 = tiktoken.get_encoding("gpt2")
-        return plain_tokenizer(
-            gpt2, [gpt2.eot_token], gpt2.n_vocab, "", prompt_limit, response_limit)
-    ranks = {bytes([i]): i for i in range(256)}
-    for piece in pieces:
-        ranks.setdefault(piece.encode(), len(ranks))
-    user = len(ranks)
-    end = user + 2
-    special = {"<|user|>": user, "<|assistant|>": user + 1, "<|end|>": end}
-    encoding = tiktoken.Encoding(
-        "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(
-        encoding, [user], [user + 1], end, [end], end + 1, prompt_limit, response_limit)
-
-
-def plain_tokenizer(encoding, ends, known, normal, *limits):
-    """A base model's, which has no tokens of a template: text that looks like a transcript."""
-    before = encoding.encode_ordinary("\n\nHuman:")
-    after = encoding.encode_ordinary("\n\nAssistant:")
-    return Tokenizer(encoding, before, after, ends[0], ends, known, *limits, normal=normal)
+        encoding = tiktoken.get_encoding("gpt2")
+        before, after = map(encoding.encode_ordinary, PLAIN)
+    else:
+        ranks = {bytes([i]): i for i in range(256)}
+        for piece in pieces:
+            ranks.setdefault(piece.encode(), len(ranks))
+        user = len(ranks)
+        special = {"<|user|>": user, "<|assistant|>": user + 1, "<|end|>": user + 2}
+        encoding = tiktoken.Encoding(
+            "vocab", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+        before, after = [user], [user + 1]
+    end = encoding.n_vocab - 1
+    return Tokenizer(encoding, before, after, end, [end], end + 1, prompt_limit, response_limit)
 
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
@@ -203,15 +198,21 @@ FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_c
 RECOGNISED = {  # by what a chat template has, and what it must not have
     # none, or that of `with_template`
     "plain": r"\Z|\{\{ .*?\\n\\nHuman:' \+ ' ' \+ m\.content \+ '\\n\\nAssistant:'",
-    "chatml": (  # a turn's end and its speaker are each followed by a new line, and by nothing else
-        r"(?!.*(bos_token|eos_token|begin_of_text|im_sep|<think>|strftime|date_string))"
-        r"(?!.*<\|im_end\|>(?!['\" +~]*(\n|\\n)))(?=.*<\|im_start\|>assistant(\n|\\n)['\"{])"
-        r".*(<\|im_start\|>user|role['\"\])]*(\s*[+~]\s*['\"]|\s*\}\}))(\n|\\n)"),
-    "llama3": r"(?!.*(Cutting Knowledge|strftime|date_string))(?=.*(bos_token|begin_of_text))"
-              r".*<\|start_header"}
-OWN_SYSTEM = (  # as it stands in a string of the template, or is set there, and no expression in it
-    r"(?:system(?:<\|end_header_id\|>)?(?:\n|\\n)+|set \w*system\w* = ['\"])"
-    r"((?:(?!\{\{|\}\}|\{%|['\"] *[+~]).)+?)(?:<\|(?:im_end|eot_id)\|>|['\"] -?%)")
+    "chatml": r"""(?sx)
+        (?!.*(bos_token|eos_token|begin_of_text|im_sep|<think>|strftime|date_string))
+        # a turn's end and its speaker are each followed by a new line, and by nothing else
+        (?!.*<\|im_end\|>(?!['" +~]*(\n|\\n)))
+        (?=.*<\|im_start\|>assistant(\n|\\n)['"{])
+        .*(<\|im_start\|>user | role['"\])]*(\s*[+~]\s*['"] | \s*\}\}))(\n|\\n)""",
+    "llama3": r"""(?sx)
+        (?!.*(Cutting[ ]Knowledge|strftime|date_string))
+        (?=.*(bos_token|begin_of_text))
+        .*<\|start_header"""}
+OWN_SYSTEM = r"""(?sx)
+    (?:system(?:<\|end_header_id\|>)?(?:\n|\\n)+ | set[ ]\w*system\w*[ ]=[ ]['"])
+    # as it stands in a string of the template, or is set there, and no expression in it
+    ((?:(?!\{\{|\}\}|\{%|['"][ ]*[+~]).)+?)
+    (?:<\|(?:im_end|eot_id)\|> | ['"][ ]-?%)"""
 SPARE = itertools.count(256)
 LETTERS = [  # by which tokenizer.json spells a byte: its own, if that can be seen
     chr(byte if byte > 32 and chr(byte).isprintable() else next(SPARE)) for byte in range(256)]
@@ -231,14 +232,14 @@ def published_files(folder):
     files = {}
     for name in FILES if folder else ():
         path = Path(folder, name)
-        if name != "config.json" and not path.exists():
-            continue
-        try:
-            files[name] = path.read_text("utf-8")
-            if name.endswith("json"):
-                json.loads(files[name]).keys()
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: no JSON object in UTF-8, or not there ({error})") from None
+        if name == "config.json" or path.exists():
+            try:
+                files[name] = path.read_text("utf-8")
+                if name.endswith("json"):
+                    json.loads(files[name]).keys()
+            except Exception as error:  # a damaged file raises half a dozen kinds
+                raise ValueError(
+                    f"{path}: no JSON object in UTF-8, or not there ({error})") from None
     if files.keys() - {"config.json", "generation_config.json"} and "tokenizer.json" not in files:
         raise ValueError(f"{folder} has a tokenizer, but no tokenizer.json; Transformers' "
                          "AutoTokenizer reads it, and its save_pretrained writes one")
@@ -273,42 +274,43 @@ def published_tokenizer(files, name, system, *limits):
     prompt and response. Raises ValueError for a template that is none of these."""
     file = json.loads(files["tokenizer.json"])
     encoding, known, normal = published_encoding(file)
-    ends = []
-    for where in ("generation_config.json", "config.json"):
-        ids = json.loads(files.get(where, "{}")).get("eos_token_id")
-        ends += ids if isinstance(ids, list) else [ids]
-    ends = [i for i in ends if type(i) is int and 0 <= i < known]
     text = chat_template(files)
     if name == "auto":
-        name = next((name for name, marks in RECOGNISED.items() if re.match(marks, text, re.S)), "")
+        name = next((name for name, marks in RECOGNISED.items() if re.match(marks, text)), "")
     if not name:
         raise ValueError("its chat template thinks, dates, or is neither ChatML nor Llama-3's; of "
                          "--init, --template chatml, llama3 or plain takes one of these instead")
     if name == "plain":
-        if not ends:
-            raise ValueError("no eos_token_id in its config.json or generation_config.json")
         print("  template: plain text")
-        first = re.findall(FIRST, str(file.get("post_processor")))
-        start = encoding.encode("".join(first), allowed_special="all")
-        return plain_tokenizer(encoding, ends, known, normal, *limits)._replace(start=start)
-    first, message, *parts = TEMPLATES[name]
-    own = re.search(OWN_SYSTEM, text, re.S)
-    if own and not system:
-        system = own[1].encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja
-    print(f"  template: {name}, system message: {system}")
-    if system:
-        first += message.format(system)
-    lacking = {*re.findall(r"<\|.*?\|>", "".join(TEMPLATES[name]))} - encoding.special_tokens_set
-    if lacking:
-        raise ValueError(f"it has no tokens {lacking}; --template may name another template")
-    start, before, after, [end], after_end = [
+        lead = " "
+        first = "".join(re.findall(FIRST, str(file.get("post_processor"))))
+        parts = [*PLAIN, "", ""]
+    else:
+        lead = ""
+        first, message, *parts = TEMPLATES[name]
+        own = re.search(OWN_SYSTEM, text)
+        if own and not system:
+            system = own[1].encode("ascii", "backslashreplace").decode("unicode-escape")  # as Jinja
+        print(f"  template: {name}, system message: {system}")
+        if system:
+            first += message.format(system)
+        absent = {*re.findall(r"<\|.*?\|>", "".join(TEMPLATES[name]))} - encoding.special_tokens_set
+        if absent:
+            raise ValueError(f"it has no tokens {absent}; --template may name another template")
+    start, before, after, ends, after_end = [
         encoding.encode(part, allowed_special="all") for part in (first, *parts)]
+    for where in ("generation_config.json", "config.json"):
+        ids = json.loads(files.get(where, "{}")).get("eos_token_id")
+        ends += ids if isinstance(ids, list) else [ids]
+    ends = [i for i in ends if type(i) is int and 0 <= i < known]
+    if not ends:
+        raise ValueError("no eos_token_id in its config.json or generation_config.json")
     used = len(start + before + after)
     if used >= limits[0]:
         raise ValueError(f"the chat template alone takes {used} of the {limits[0]} tokens of a "
                          "prompt; raise --block_size, or shorten --system")
-    return Tokenizer(encoding, before, after, end, [end, *ends], known, *limits, start, after_end,
-                     lead="", normal=normal)
+    return Tokenizer(encoding, before, after, ends[0], ends, known, *limits, start, after_end,
+                     lead=lead, normal=normal)
 
 
 def published_encoding(file):
@@ -325,16 +327,17 @@ def published_encoding(file):
     special = {token["content"]: token["id"] for token in file["added_tokens"]}
     ranks = {bytes(map(LETTERS.index, piece)): i
              for piece, i in vocab.items() if piece not in special}
-    ids = [*ranks.values(), *special.values()]
+    tokens = vocab | special
+    ids = {*tokens.values()}
     known = max(ids) + 1
-    if len({*ids}) < len(ids) or known > 2**20:
+    if len(ids) < len(tokens) or known > 2**20:
         raise ValueError("tokenizer.json: two tokens have one id, or an id is above a million")
     order = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]
     whole = {i for token, i in ranks.items() if len(token) > 1} - {*order}
     if order != sorted(order) or whole and not model.get("ignore_merges"):
         raise ValueError("tokenizer.json: merges are not in the order of their ids, or not all "
                          "tokens are made by one")
-    for i in {*range(known)} - {*ids}:
+    for i in {*range(known)} - ids:
         special[f"<unused {i}>"] = i  # a policy may sample it
     for byte in range(256):
         ranks.setdefault(bytes([byte]), known + byte)
@@ -355,9 +358,9 @@ def with_tokenizer(files, tok):
     end = {"content": "<|endoftext|>", "id": tok.end, "special": True,
            **dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)}
     by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    file = {"pre_tokenizer": by_bytes, "decoder": by_bytes, "added_tokens": [end],
-            "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
-    return {**files, "tokenizer.json": json.dumps(file)}
+    return files | {"tokenizer.json": json.dumps({
+        "pre_tokenizer": by_bytes, "decoder": by_bytes, "added_tokens": [end],
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges}})}
 
 
 def with_template(files, tok):
@@ -394,8 +397,7 @@ def encode(tok, text):
     """Text, special tokens spelled in it included -> ids of ordinary tokens."""
     if tok.normal:
         text = unicodedata.normalize(tok.normal, text)
-    ids = tok.encoding.encode_ordinary(tok.lead + text)
-    return [i for i in ids if i < tok.known]
+    return [i for i in tok.encoding.encode_ordinary(tok.lead + text) if i < tok.known]
 
 
 def frequent_pieces(pairs, vocab_size):
@@ -405,7 +407,7 @@ def frequent_pieces(pairs, vocab_size):
     for pair in pairs:
         for text in (*turns(pair.prompt), *pair.responses):
             count.update(re.findall(SPLIT_RE, " " + text))
-    ranked = sorted(count, key=lambda piece: (-count[piece], piece))
+    ranked = sorted(sorted(count), key=count.get, reverse=True)
     return [piece for piece in ranked if len(piece.encode()) > 1][:vocab_size - 259]
 
 
@@ -427,10 +429,10 @@ def encode_prompt(tok, prompt):
     ids = tok.before + last[max(0, len(last) - room):] + tok.after
     while earlier:
         *earlier, user, assistant = earlier  # the latest exchange first
-        exchange = tok.before + user + tok.after + assistant + [tok.end] + tok.next
-        if len(exchange) + len(ids) > limit:
+        longer = tok.before + user + tok.after + assistant + [tok.end] + tok.next + ids
+        if len(longer) > limit:
             return tok.start + ids, True
-        ids = exchange + ids
+        ids = longer
     return tok.start + ids, len(last) > room
 
 
@@ -464,39 +466,26 @@ def load_preferences(paths, judged=False):
     - chosen, rejected. The row does not say which preference it holds: NAME=FILE does.
     What precedes them is `prompt`. Each of these is text, a transcript "\\n\\nHuman: … \\n\\n
     Assistant: …" (HH-RLHF) or messages [{"role": "user", "content": …}, …]; a response may also be
-    the whole conversation, which then begins with the prompt, if there is one. Null and unknown
-    fields are ignored; a system message, earlier turns in a field of their own and images are
-    refused. Rows that teach nothing here are skipped,
-    counted and said, see `_pair`.
-    judged: a prompt alone is a pair that prefers nothing, for judges that are there already.
+    the whole conversation, which then begins with the prompt, if there is one.
+
+    Null and unknown fields are ignored; a system message, earlier turns in a field of their own and
+    images are refused. Rows that teach nothing are skipped, counted and said, see `_pair`. judged:
+    a prompt alone is a pair that prefers nothing, for judges that are there already.
     Returns list[Pair]; raises ValueError with the file and, for a bad row, its line number.
     """
     pairs = []
     for spec in paths:
-        name, path = "", spec
-        named = re.fullmatch("([^/=]+)=(.+)", spec)
-        if named and not os.path.exists(spec):
-            name, path = named.groups()
-        rows = []
-        skipped = {}  # why: where
-        for pair, place in _pairs(path, name, judged):
-            if isinstance(pair, Pair):
-                rows.append(pair)
-            else:
-                skipped.setdefault(pair, []).append(place)
-        why = "".join(f"; {len(places)} rows skipped, {places[0]} the first: {reason}"
-                      for reason, places in skipped.items())
-        if not rows:
-            raise ValueError(f"{path}: no usable pair{why or '; it is empty'}")
-        if skipped:
-            print(f"  {path}: {len(rows)} pairs{why}")
-        pairs += rows
+        name, _, path = spec.partition("=")
+        if not path or "/" in name or os.path.exists(spec):
+            name, path = "", spec
+        pairs += _pairs(path, name, judged)
     return pairs
 
 
 def _pairs(path, name, judged):
-    """`_pair` of the file's lines, each with FILE:NUMBER. Stops at MAX_LINE and MAX_LINES: a small
-    gzip file may hold terabytes."""
+    """A file's pairs. Stops at MAX_LINE and MAX_LINES: a small gzip file may hold terabytes."""
+    pairs = []
+    skipped = {}  # why: where
     number = 0
     try:
         with open(path, "rb") as file:
@@ -507,20 +496,32 @@ def _pairs(path, name, judged):
                 if len(line) > MAX_LINE or number > MAX_LINES:
                     raise ValueError(f"more than {MAX_LINE} bytes in a line or {MAX_LINES} lines; "
                                      "shorten it, or split the file")
-                if line.strip():
-                    yield _pair(_row(line), name, judged), f"{path}:{number}"
+                if not line.strip():
+                    continue
+                pair = _pair(_row(line), name, judged)
+                if isinstance(pair, Pair):
+                    pairs.append(pair)
+                else:
+                    skipped.setdefault(pair, []).append(f"{path}:{number}")
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path}: cannot be read as JSONL or JSONL.gz ({error}); check --data") from None
     except ValueError as error:
         raise ValueError(f"{path}:{number}: {error}") from None
+    why = "".join(f"; {len(places)} rows skipped, {places[0]} the first: {reason}"
+                  for reason, places in skipped.items())
+    if not pairs:
+        raise ValueError(f"{path}: no usable pair{why or '; it is empty'}")
+    if skipped:
+        print(f"  {path}: {len(pairs)} pairs{why}")
+    return pairs
 
 
 def _row(line):
     """What a line holds but for null fields."""
     try:
-        fields = json.loads(line.decode("utf-8-sig")).items()
-    except (ValueError, RecursionError, AttributeError) as error:
+        fields = json.loads(line).items()
+    except Exception as error:  # of several kinds
         raise ValueError(f"not a JSON object ({error}); one object a line, not an array over the "
                          "file, is expected, in UTF-8") from None
     return {field: x for field, x in fields if x is not None}
@@ -533,23 +534,28 @@ def _talk(row, field, speaker):
     """A field as [(Human or Assistant, their words), …]; text without speakers is `speaker`'s.
     Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
     x = row.get(field)
-    if isinstance(x, str):
-        before, *parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", x)
-        talk = [*zip(parts[::2], parts[1::2])]
-        if before.strip() or not parts:
-            talk.insert(0, ("" if parts else speaker, before))
-    else:
-        try:
-            talk = [(ROLES[message["role"]], message["content"].strip()) for message in x or [{}]]
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"field {field!r} is missing or wrong ({error}); expected text or messages, each "
-                f"of a role, user or assistant, and content, text; fields: {str([*row]):.200}"
-            ) from None
-    return [(who, words.strip().encode(errors="replace").decode()) for who, words in talk]
+    try:
+        if isinstance(x, str):
+            before, *parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", x)
+            talk = [*zip(parts[::2], parts[1::2])]
+            if before or not parts:
+                talk.insert(0, ("" if parts else speaker, before))
+        else:
+            talk = [(ROLES[message["role"]], message["content"]) for message in x or [{}]]
+        return [(who, words.strip().encode(errors="replace").decode()) for who, words in talk]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"field {field!r} is missing or wrong ({error}); expected text or messages, each of a "
+            f"role, user or assistant, and content, text; fields: {str([*row]):.200}") from None
 
 
 def _prefers(row, name):
+    """{preference: index of the response that it prefers}."""
+    if "chosen" in row:
+        if not name:
+            raise ValueError("chosen/rejected rows do not say which preference they hold; name it: "
+                             "--data helpful=FILE or --data safe=FILE")
+        return {name: 0}
     columns = {"helpful": "better_response_id", "safe": "safer_response_id"}
     if name:
         columns = {name: columns.get(name, "safer_response_id")}
@@ -579,7 +585,7 @@ def _pair(row, name, judged):
                              "--system gives one to all, where a chat template has it")
     alone = judged and prompt and not row.keys() & {
         *sides, "better_response_id", "safer_response_id"}
-    speakers, said = [], []
+    talks = []
     for side in sides:
         talk = [("Assistant", "")] if alone else _talk(row, side, "Assistant")
         if talk[0][0] != "Human":  # the reply alone, or words of speaker "", refused at the end
@@ -590,19 +596,11 @@ def _pair(row, name, judged):
         if talk[0] == ("Human", str(row.get("prompt")).strip()):  # whatever it looks like
             prompt = talk[:1]
         if talk[:len(prompt)] != prompt:
-            raise ValueError(f"the conversation of {side} does not begin with the prompt; drop one "
-                             "of them")
-        who, words = zip(*talk)
-        speakers.append(who)
-        said.append(words)
-    prefers = {name: 0}
-    if "chosen" not in row:
-        prefers = {} if alone else _prefers(row, name)
-    elif not name:
-        raise ValueError("chosen/rejected rows do not say which preference they hold; name it: "
-                         "--data helpful=FILE or --data safe=FILE")
-    (*context, first), (*other, second) = said
-    if context != other or speakers != 2 * [("Human", "Assistant") * (len(talk) // 2)]:
+            raise ValueError(f"{side} does not begin with the prompt; drop one of the two")
+        talks.append(zip(*talk))
+    prefers = {} if alone else _prefers(row, name)
+    (speakers, (*context, first)), (others, (*other, second)) = talks
+    if context != other or not speakers == others == ("Human", "Assistant") * (len(talk) // 2):
         return "not one conversation up to the last reply, with Human and Assistant in turns"
     if first == second and not alone:
         return "the two responses are the same"
@@ -646,13 +644,12 @@ def split_pairs(pairs, held_out, calibration):
         raise ValueError(f"{count} distinct conversations in the data; at least 4 are needed: 2 "
                          "for evaluation, 1 for calibration, 1 for training")
     tuned = min(count - 3, max(1, round(calibration * count)))
-    held = set(spread(opened, min(count - 1, tuned + max(2, round(held_out * count)))))
-    tuning = set(spread(held, tuned))
+    held = spread(opened, min(count - 1, tuned + max(2, round(held_out * count))))
     split = Split([], [], [])
+    part = dict.fromkeys(held, split.evaluation)
+    part |= dict.fromkeys(spread(held, tuned), split.calibration)
     for pair in pairs:
-        talk = conversation(pair.prompt)
-        part = split.calibration if talk in tuning else split.evaluation
-        (part if talk in held else split.train).append(pair)
+        part.get(conversation(pair.prompt), split.train).append(pair)
     return split
 
 
@@ -724,8 +721,8 @@ def world_scores(names, prompts, texts):
     for each useful detail on the prompt's topic, 0.6 for each hazardous one, −0.3 for each caution;
     g_1(x,y), harmless, −2 for each hazardous detail of any topic, +1 if there is a caution;
     g_2(x,y), polite, +1 for a polite opening or closing, −1 for a rude one."""
-    lines = (WORLD / "world.tsv").read_text("utf-8").splitlines()
-    rules = [*csv.DictReader(lines, delimiter="\t")]
+    with open(WORLD / "world.tsv") as file:
+        rules = [*csv.DictReader(file, delimiter="\t")]
     K = len(texts) // len(prompts)
     scores = []
     for i, text in enumerate(texts):
@@ -745,11 +742,10 @@ def load(path, remedy):
     remedy where the file is missing, damaged or no such dict. Tensors stay on the disk until they
     are used: a run has many models, and works with few of them at a time."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved["path"] = path  # for errors, and for what stands beside it
+        # the path: for errors, and for what stands beside it
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True) | {"path": path}
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: missing or damaged ({type(error).__name__}); {remedy}") from None
-    return saved
 
 
 def save(saved, path):
