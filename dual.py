@@ -120,15 +120,6 @@ def evaluate(problem, lam):
     return Point(lam, value, grad, hessian, gains, torch.cat(squares))
 
 
-def newton_step(point, damp):
-    """The next λ ≥ 0: the minimum of ⟨∇D,e⟩ + ⟨e,(∇²D + damp)e⟩/2, the model of D, over the steps e
-    of the free entries, cut off at 0. An entry is free if it is > 0, or 0 with D falling as it
-    grows; the others stay at 0."""
-    free = (point.lam > 0) | (point.grad < 0)
-    matrix = point.hessian * np.outer(free, free) + np.diag(damp)
-    return np.maximum(point.lam - np.linalg.solve(matrix, free * point.grad), 0)
-
-
 def minimise(problem, lam, limit):
     """Newton's method from λ: the Point where it ends, and after how many evaluations.
 
@@ -143,11 +134,15 @@ def minimise(problem, lam, limit):
         noise = ROUNDING * (problem.spread + beta + point.lam @ unit)
         if point.value < least - noise:
             raise Infeasible(problem, point.lam)
-        wrong = np.where(point.lam > 0, point.grad, np.minimum(point.grad, 0)) / unit  # KKT: all 0
+        free = (point.lam > 0) | (point.grad < 0)  # at 0 with D growing as it does: stays
+        wrong = free * point.grad / unit  # KKT: all 0
         if abs(wrong).max() <= TOLERANCE + min(noise / beta, MOST_NOISE):
             return point, evaluations
         damp = np.linalg.norm(wrong) / radius + ROUNDING / beta  # which keeps the step near radius
-        trial = evaluate(problem, newton_step(point, damp * unit ** 2))
+        # the minimum over e of ⟨∇D,e⟩ + ⟨e,(∇²D + damp)e⟩/2, the model of D, cut off at λ = 0
+        matrix = point.hessian * np.outer(free, free) + np.diag(damp * unit ** 2)
+        newton = np.linalg.solve(matrix, free * point.grad)
+        trial = evaluate(problem, np.maximum(point.lam - newton, 0))
         step = trial.lam - point.lam
         slope = -point.grad @ step  # the model promises about half of it
         length = np.linalg.norm(step * unit)
