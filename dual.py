@@ -322,8 +322,8 @@ def predict(problem, point, evaluations):
 
 def clustered(psi):
     """Mean over prompts of each row of ψ (k, N), and its standard error: (k,), (k,)."""
-    variance, mean = torch.var_mean(psi, dim=1, correction=0)
-    return mean, (variance / (psi.size(1) - 1)).sqrt()  # NaN for one prompt
+    sd, mean = torch.std_mean(psi, dim=1, correction=0)
+    return mean, sd / (psi.size(1) - 1) ** 0.5  # NaN for one prompt
 
 
 # ---- here the part to paste ends
