@@ -220,16 +220,13 @@ def prepare(score, constraint, margin, beta):
         raise ValueError(
             f"score has shape {tuple(score.shape)} and constraint {tuple(constraint.shape)}: they "
             "must be (N, K) and (N, K) or (m, N, K) with N, K, m >= 1")
-    shape = 1 + len(constraint), *score.shape
-    scores = score.new_empty(shape, dtype=torch.float64)  # (1+m, N, K), the only copy
+    scores = score.new_empty(1 + len(constraint), *score.shape, dtype=torch.float64)
     scores[0] = score
-    scores[1:] = constraint
+    scores[1:] = constraint  # (1+m, N, K), the only copy
     low = scores.amin(2)  # (1+m, N)
     high = scores.amax(2)
     mean = scores.mean(2).clamp(low, high)  # exact where all are equal
-    bad = (~mean.isfinite()).nonzero()  # (.., 2)
-    if len(bad):
-        row, prompt = bad[0].tolist()
+    for row, prompt in (~mean.isfinite()).nonzero().tolist():
         raise ValueError(f"{name_of(row)}: NaN or inf at prompt {prompt}; drop or repair it")
     margin = one_each(margin, len(constraint))
     spread, *width = (high - low).mean(1).tolist()
