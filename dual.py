@@ -358,10 +358,10 @@ def read_npz(path, beta):
         data = dict(np.load(path, allow_pickle=False))
     except Exception as error:  # numpy raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: not a readable npz file of numbers ({error})") from None
-    names = ["score", "constraint"]
-    if not data.keys() >= set(names):
-        names = ["ref_logp", "logp_r", "logp_g"]
-    if not data.keys() >= set(names):
+    for names in ["score", "constraint"], ["ref_logp", "logp_r", "logp_g"]:
+        if data.keys() >= set(names):
+            break
+    else:
         raise ValueError(f"{path} holds {sorted(data)}: it needs score and constraint, or {names}")
     shape = data[names[0]].shape
     for name in names:
