@@ -382,23 +382,23 @@ def report(args):
     """Everything the command line prints."""
     beta = args.beta
     data, score, constraint = read_npz(args.scores, beta)
-    for name in data.keys() & {"file", "allow_pickle"} if args.write else ():
-        raise ValueError(f"{args.scores}: numpy cannot write an array that is named {name}, of "
-                         f"{data[name].shape}; rename it")
     problem = prepare(score, constraint, 0.0, beta)  # what is wrong with these is said first
-    margin = parse_margin(args.margin, torch.from_numpy(problem.reach))
+    margin = parse_margin(args.margin, problem.reach)
     d = solve(score, constraint, margin, beta)
     if args.write:
-        data["s"] = score + np.tensordot(d.lam.numpy(), constraint, 1)  # (N, K) r + ⟨λ*,g⟩
+        for name in data.keys() & {"file", "allow_pickle"}:
+            raise ValueError(f"{args.scores}: numpy cannot write an array that is named {name}, of "
+                             f"{data[name].shape}; rename it")
+        data["s"] = score + np.tensordot(d.lam, constraint, 1)  # (N, K) r + ⟨λ*,g⟩
         replace_file(args.write, lambda file: np.savez(file, **data))
     if args.json:
         text = json.dumps({"margin": margin, "beta": beta, **d._asdict()},
                           default=torch.Tensor.tolist)
         print(re.sub("NaN|-?Infinity", "null", text))
         return
-    N, K = score.shape
-    text = f"{N} prompts x {K} responses, beta {beta:g}; +-: 95% interval over prompts\n"
-    for j, b in enumerate(margin.tolist()):
+    text = (f"{len(score)} prompts x {score.shape[1]} responses, beta {beta:g}; "
+            "+-: 95% interval over prompts\n")
+    for j, b in enumerate(margin):
         text += (f"constraint {j}: margin {b:.4g} of at most {d.reachable[j]:.4g}   "
                  f"lam* {d.lam[j]:.4g} +- {1.96 * d.lam_se[j]:.4g}   "
                  f"gain {d.constraint_gain[j]:.4g} +- {1.96 * d.constraint_gain_se[j]:.4g}\n")
