@@ -95,11 +95,9 @@ def evaluate(problem, lam):
     beta = problem.beta
     log_sums, gains, squares = [], [], []
     second = 0
+    slopes = problem.mean.new_tensor([1, *lam]) / beta  # (1+m,)
     for part in problem.parts:
-        g = part[1:]
-        z = part[0] / beta
-        for slope, plane in zip((lam / beta).tolist(), g):
-            z.add_(plane, alpha=slope)  # (r + ⟨λ,g⟩)/β
+        z = torch.tensordot(slopes, part, 1)  # (n, K) (r + ⟨λ,g⟩)/β
         top = z.amax(1, keepdim=True)  # (n, 1)
         p = z.sub_(top).exp_()  # in place: fresh memory takes longer than a softmax
         total = p.sum(1, keepdim=True)  # (n, 1)
@@ -108,16 +106,14 @@ def evaluate(problem, lam):
         log_sums.append(top + total.log())  # (n, 1) ln Σ_y exp((r + ⟨λ,g⟩)/β)
         gains.append(weighted.sum(2))  # (1+m, n)
         squares.append(p.square_().sum(1))  # (n,)
-        second += weighted[1:].flatten(1) @ g.flatten(1).T  # Σ_x E_π_λ[g·gᵀ]
+        second += weighted[1:].flatten(1) @ part[1:].flatten(1).T  # Σ_x E_π_λ[g·gᵀ]
     gains = torch.cat(gains, dim=1)
     gain = gains[1:]  # (m, N)
-    covariance = (second - gain @ gain.T) / gain.size(1)  # (m, m)
-
+    hessian = (second - gain @ gain.T) / gain.size(1) / beta  # ∇²D(λ) = mean_x Cov/β
     log_mean = torch.cat(log_sums).mean().item() - math.log(p.size(1))
     value = beta * log_mean - lam @ problem.margin  # D(λ) − E_ref[r]
     grad = gain.mean(1).cpu().numpy() - problem.margin  # ∇D(λ) = E_π_λ[h]
-    hessian = covariance.cpu().numpy() / beta  # ∇²D(λ) = mean_x Cov/β
-    return Point(lam, value, grad, hessian, gains, torch.cat(squares))
+    return Point(lam, value, grad, hessian.cpu().numpy(), gains, torch.cat(squares))
 
 
 def minimise(problem, lam, limit):
