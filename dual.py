@@ -141,14 +141,12 @@ def minimise(problem, lam, limit):
         trial = evaluate(problem, np.maximum(point.lam - newton, 0))
         step = trial.lam - point.lam
         slope = -point.grad @ step  # the model promises about half of it
-        length = np.linalg.norm(step * unit)
         drop = point.value - trial.value
         if drop >= ACCEPT * abs(slope) - noise:  # False for NaN
             point = trial
-            if drop >= GOOD * slope:
-                radius = max(radius, AMPLE * length)
+            radius *= GROW
         else:
-            radius = min(radius, length) / SHRINK
+            radius = min(radius, np.linalg.norm(step * unit)) / SHRINK
     if limit == LIMIT and beta < problem.spread:  # a first try at this β
         # for small β, D is nearly piecewise linear: follow λ* down from a larger one
         easier, more = minimise(problem._replace(beta=4 * beta), lam, LIMIT)
@@ -180,10 +178,10 @@ TINY = 1e-100  # keeps a division by 0 away
 TOLERANCE = 3e-11  # largest violation of KKT, in units of h
 MOST_NOISE = 1e-8  # in addition, where rounding explains it
 LIMIT = 40  # most evaluations; ten times as many for each β on the way
-AMPLE = 8  # first radius / (spread of the scores + β); least radius / length of a good step
+AMPLE = 8  # first radius / (spread of the scores + β)
+GROW = 2  # of radius, after a step that is taken
 SHRINK = 5  # length of a refused step / largest next radius
 ACCEPT = 1e-3  # least drop of D / ⟨∇D,step⟩
-GOOD = 0.35  # share of it that makes a step a good one
 CHUNK = 2 ** 17  # responses at a time; what more need does not stay in a CPU's cache
 
 # ---- 2. the input
