@@ -201,13 +201,14 @@ class Infeasible(ValueError):
         self.reachable = torch.from_numpy(problem.reach)
 
 
+@torch.no_grad()
 def prepare(score, constraint, margin, beta):
     """The Problem of this input; ValueError in one line where it is not one."""
     beta = float(beta)
     if not TINY < beta < math.inf:
         raise ValueError(f"beta is {beta}: it must be a finite number above {TINY}")
-    score = torch.as_tensor(score).detach()
-    constraint = torch.as_tensor(constraint).detach().to(score.device)
+    score = torch.as_tensor(score)
+    constraint = torch.as_tensor(constraint, device=score.device)
     if constraint.ndim == 2:
         constraint = constraint[None]  # (m, N, K)
     if constraint.ndim != 3 or constraint.shape[1:] != score.shape or constraint.numel() == 0:
