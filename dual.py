@@ -350,7 +350,7 @@ def read_npz(path, beta):
     """The arrays of an npz by name, and what they say: score (N, K) and constraint (m, N, K), by
     these names or, from PeCAN's log-probabilities, log-ratios times β, in the units of r and g."""
     try:
-        data = dict(np.load(path, allow_pickle=False))
+        data = dict(np.load(path))  # which runs no code: numpy allows pickles only where asked
     except Exception as error:  # numpy raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: not a readable npz file of numbers ({error})") from None
     for names in ["score", "constraint"], ["ref_logp", "logp_r", "logp_g"]:
