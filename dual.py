@@ -182,7 +182,7 @@ AMPLE = 8  # first radius / (spread of the scores + β)
 GROW = 2  # of radius, after a step that is taken
 SHRINK = 5  # length of a refused step / largest next radius
 ACCEPT = 1e-3  # least drop of D / ⟨∇D,step⟩
-CHUNK = 2 ** 17  # responses at a time; what more need does not stay in a CPU's cache
+CHUNK = 2 ** 17  # responses at a time, about; what more need does not stay in a CPU's cache
 
 # ---- 2. the input
 
@@ -226,7 +226,7 @@ def prepare(score, constraint, margin, beta):
     margin = one_each(margin, len(constraint))
     spread, *width = (high - low).mean(1).tolist()
     reach = (high - mean)[1:].mean(1).cpu().numpy()
-    parts = scores.sub_(mean[..., None]).split(max(1, CHUNK // scores.size(2)), dim=1)
+    parts = scores.sub_(mean[..., None]).split(1 + CHUNK // scores.size(2), dim=1)
     return Problem(parts, mean, margin, beta, spread, width + abs(margin) + TINY, reach)
 
 
