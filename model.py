@@ -275,11 +275,11 @@ class GPT(nn.Module):
         tokens, position, visible, hidden, cache = prefill(self, prompts, K, max_new_tokens)
         longest = tokens.size(1) - max_new_tokens
         response_mask = torch.zeros_like(tokens, dtype=torch.bool)  # (N·K, T)
-        logp = torch.zeros_like(hidden[:, 0])  # (N·K,)
+        logp = hidden.new_zeros(N * K)
         uniforms = uniforms.flatten(0, 1).to(self.device)  # (N·K, max_new_tokens)
         index = torch.arange(N * K, device=self.device)[:, None]  # (A, 1) which response a row is
         active = torch.ones_like(index, dtype=torch.bool)  # (A, 1) it has not ended yet
-        ends = torch.tensor([] if eos is None else eos, dtype=torch.long, device=self.device)
+        ends = tokens.new_tensor([] if eos is None else eos)
         for step in range(max_new_tokens):
             if step > 0:
                 seen = longest + step  # tokens in the cache, the newest one included
