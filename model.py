@@ -529,8 +529,8 @@ def read_published(folder):
         with torch.device("meta"):
             model = GPT(config)
         weights = {}
-        for path in weight_files(folder):
-            for name, tensor in read_tensors(path).items():
+        for file in weight_files(folder):
+            for name, tensor in read_tensors(f"{folder}/{file}").items():
                 if name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
                     continue  # no weights
                 dtype = getattr(tensor, "dtype", type(tensor))
@@ -559,12 +559,13 @@ def read_published(folder):
 
 def weight_files(folder):
     """The first that is there, as Transformers chooses; of an index the shards that it names."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if os.path.exists(f"{folder}/{name}"):
-            return [f"{folder}/{name}"]
-        if os.path.exists(f"{folder}/{name}.index.json"):
-            index = json.loads(Path(f"{folder}/{name}.index.json").read_bytes())
-            return [f"{folder}/{shard}" for shard in sorted({*index["weight_map"].values()})]
+    for name in ("model.safetensors", "model.safetensors.index.json",
+                 "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        path = Path(f"{folder}/{name}")
+        if path.exists():
+            if name.endswith("json"):
+                return {*json.loads(path.read_bytes())["weight_map"].values()}
+            return [name]
     raise ValueError("no weights")
 
 
