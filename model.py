@@ -454,11 +454,10 @@ def from_checkpoint(saved, device="cpu"):
     try:
         with torch.device("meta"):  # sizes are checked before memory is asked for
             model = GPT(GPTConfig(**saved["config"]))
-        if model.config.lora:
-            path = Path(saved["path"]).with_name("reference.pt")
-            frozen = frozen_weights(path, path.stat().st_mtime, device)
-            model.load_state_dict(frozen, assign=True, strict=False)  # a score head is not there
-            with torch.device("meta"):
+            if model.config.lora:
+                path = Path(saved["path"]).with_name("reference.pt")
+                frozen = frozen_weights(path, path.stat().st_mtime, device)
+                model.load_state_dict(frozen, assign=True, strict=False)  # lacks a score head
                 add_adapters(model)
         model.load_state_dict(saved["weights"], assign=True)
     except Exception as error:  # a damaged file raises half a dozen kinds
@@ -474,8 +473,8 @@ def from_checkpoint(saved, device="cpu"):
 @functools.lru_cache(1)
 def frozen_weights(path, written, device):
     """Those that reference.pt, as it was written then, holds for adapters."""
-    saved = load(path, "make it with --from reference")
-    return {name: weight.to(device) for name, weight in saved["frozen"].items()}
+    frozen = load(path, "make it with --from reference")["frozen"]
+    return {name: weight.to(device) for name, weight in frozen.items()}
 
 
 # ---- files: the published layout, a folder of config.json and weights
