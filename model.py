@@ -239,11 +239,10 @@ class GPT(nn.Module):
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for layer, block in enumerate(self.h):
                 past = None if cache is None else cache[:, layer]
-                given = x, turn, packing, past, visible
                 if config.checkpoint_activations:
-                    x = torch.utils.checkpoint.checkpoint(block, *given, use_reentrant=False)
-                else:
-                    x = block(*given)
+                    block = functools.partial(
+                        torch.utils.checkpoint.checkpoint, block, use_reentrant=False)
+                x = block(x, turn, packing, past, visible)
         return self.ln_f(x)
 
     def hidden_at(self, tokens, response_mask, asked, group, cache=None):
