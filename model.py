@@ -64,10 +64,9 @@ def norm(config, size):
     return kind(size, config.norm_eps)
 
 
-def rotation(config, size, position):
+def rotation(rope, size, position):
     """Rotary positions: cos and sin (…, 1, T, D/2) of position (…, T) times D/2 frequencies, with
     Llama 3.1's change of those that turn less than a few times in its first context."""
-    rope = config.rope
     exponent = torch.arange(0, size, 2, device=position.device) / size
     frequency = 1 / rope["rope_theta"] ** exponent  # (D/2,)
     if rope.get("rope_type") == "llama3":
@@ -225,7 +224,7 @@ class GPT(nn.Module):
                              "truncate the text or build a larger model")
         if position is None:
             position = torch.arange(T, device=tokens.device)
-        turn = rotation(config, self.h[0].attn.head_dim, position) if config.rope else None
+        turn = rotation(config.rope, self.h[0].attn.head_dim, position) if config.rope else None
         if packing:
             kept, _ = packing
             tokens = tokens.flatten()[kept]  # (M,)
