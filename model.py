@@ -97,9 +97,9 @@ class CausalSelfAttention(nn.Module):
             self.c_attn = nn.Linear(C, 3 * H * D)
         else:
             bias = self.family == "qwen2"
-            self.q_proj = nn.Linear(C, H * D, bias=bias)
-            self.k_proj = nn.Linear(C, shared * D, bias=bias)
-            self.v_proj = nn.Linear(C, shared * D, bias=bias)
+            self.q_proj = nn.Linear(C, H * D, bias)
+            self.k_proj = nn.Linear(C, shared * D, bias)
+            self.v_proj = nn.Linear(C, shared * D, bias)
         self.c_proj = nn.Linear(H * D, C, bias=self.family == "gpt2")
         if self.family == "qwen3":
             self.q_norm = norm(config, D)
