@@ -235,7 +235,7 @@ class GPT(nn.Module):
         # Mixed precision for the blocks only: a log-ratio is a small difference of long sums, and
         # bfloat16 rounds logits from 8 to 16 to 1/16.
         dtype = getattr(torch, config.dtype)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(self.device.type, dtype, enabled=config.dtype != "float32"):
             for layer, block in enumerate(self.h):
                 past = None if cache is None else cache[:, layer]
                 if config.checkpoint_activations:
@@ -387,9 +387,8 @@ def token_logprob(hidden, weight, targets):
         with torch.autocast(hidden.device.type, enabled=False):
             return (hidden @ part.to(hidden).T).logsumexp(1)
 
-    parts = weight.split(64 * (1 + LOGITS // (1 + 64 * len(hidden))))
-    log_sums = [torch.utils.checkpoint.checkpoint(
-        log_sum, hidden, part, use_reentrant=False) for part in parts]
+    log_sums = [torch.utils.checkpoint.checkpoint(log_sum, hidden, part, use_reentrant=False)
+                for part in weight.split(64 * (1 + LOGITS // (1 + 64 * len(hidden))))]
     logit = (hidden * F.embedding(targets, weight)).sum(1)  # (R,) of the targets
     return logit - torch.stack(log_sums).logsumexp(0)
 
@@ -641,8 +640,8 @@ def open_export(folder, others=()):
     written, or where it holds something else, which would be read with it. others: files that
     `export` writes besides."""
     os.makedirs(folder, exist_ok=True)
-    found = {name.removesuffix(".tmp") for name in os.listdir(folder)}  # of a killed run
-    foreign = found - {"config.json", "model.safetensors", *others}
+    foreign = {name.removesuffix(".tmp") for name in os.listdir(folder)}  # of a killed run
+    foreign -= {"config.json", "model.safetensors", *others}
     if foreign or not os.access(folder, os.W_OK):
         raise ValueError(
             f"{folder}: read-only, or holds {sorted(foreign)}; empty it, or export elsewhere")
