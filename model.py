@@ -526,7 +526,7 @@ def read_published(folder):
             model = GPT(config)
         weights = {}
         for file in weight_files(folder):
-            for name, tensor in read_tensors(f"{folder}/{file}").items():
+            for name, tensor in read_tensors(f"{folder}/{file}"):
                 if name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
                     continue  # no weights
                 dtype = getattr(tensor, "dtype", type(tensor))
@@ -566,11 +566,11 @@ def weight_files(folder):
 
 
 def read_tensors(path):
-    """{name: tensor} of a file. safetensors: the header's length in 8 bytes, the header as JSON,
-    then raw bytes, of one tensor after the other."""
+    """Each name and tensor of a file. safetensors: the header's length in 8 bytes, the header as
+    JSON, then raw bytes, of one tensor after the other."""
     if path.endswith(".bin"):
-        return torch.load(path, map_location="cpu", weights_only=True)
-    tensors = {}
+        yield from torch.load(path, map_location="cpu", weights_only=True).items()
+        return
     last = 0
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -585,8 +585,7 @@ def read_tensors(path):
                     f"{name} is {entry}: expected one of {', '.join(DTYPES)}, from {last}")
             last = end
             content = torch.from_numpy(np.fromfile(file, np.uint8, end - begin))
-            tensors[name] = content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors
+            yield name, content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def export(model, folder, files={}, **changes):
