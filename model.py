@@ -92,16 +92,16 @@ class CausalSelfAttention(nn.Module):
         shared = config.n_kv_head or H
         self.heads = [H, shared, shared]  # of queries, keys, values
         self.head_dim = D = config.head_dim or C // H
-        self.family = config.family
-        if self.family == "gpt2":
+        self.family = family = config.family
+        if family == "gpt2":
             self.c_attn = nn.Linear(C, 3 * H * D)
         else:
-            bias = self.family == "qwen2"
+            bias = family == "qwen2"
             self.q_proj = nn.Linear(C, H * D, bias)
             self.k_proj = nn.Linear(C, shared * D, bias)
             self.v_proj = nn.Linear(C, shared * D, bias)
-        self.c_proj = nn.Linear(H * D, C, bias=self.family == "gpt2")
-        if self.family == "qwen3":
+        self.c_proj = nn.Linear(H * D, C, bias=family == "gpt2")
+        if family == "qwen3":
             self.q_norm = norm(config, D)
             self.k_norm = norm(config, D)
 
