@@ -316,11 +316,8 @@ def add_adapters(model):
         if isinstance(linear, nn.Linear):
             linear.lora_A = nn.Parameter(torch.randn(rank, linear.in_features))
             linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
-            linear.register_forward_hook(adapted)
-
-
-def adapted(linear, given, y):
-    return y + given[0] @ linear.lora_A.T @ linear.lora_B.T
+            linear.register_forward_hook(
+                lambda linear, given, y: y + given[0] @ linear.lora_A.T @ linear.lora_B.T)
 
 
 @torch.no_grad()
