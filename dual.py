@@ -61,9 +61,9 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np  # for what has m entries: a fifth of torch's overhead
+from torch import Tensor
 
 Array = np.ndarray
-Tensor = torch.Tensor
 
 # ---- 1. the method
 
