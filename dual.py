@@ -23,8 +23,9 @@ the units of r and g, with r → β·ln π_r/π_ref, g → β·ln π_g/π_ref.
 Convergence. In units of r, x = λ·unit, the step e is to the minimum of the quadratic model of D
 plus damp·‖e‖²/2, cut off at λ = 0, with damp = v/radius and v the norm of the violation of KKT:
 without the cut a lower model means ‖e‖ ≤ 2·radius. A step that lowers D by too little of its slope
-is refused, and shrinks radius, which ends in short steps down the projected gradient. Near λ* v
-vanishes, and convergence is quadratic where ∇²D is regular. What has not converged raises.
+is refused, and shrinks radius, which ends in short steps down the projected gradient; any other
+doubles it. Near λ* v vanishes, and convergence is quadratic where ∇²D is regular. What has not
+converged raises.
 
 Infeasible margins let D fall for ever. With the recession function R(d) = mean_x max_y ⟨d,h⟩,
 D(λ) ≥ R(λ) + mean_x min_y r − β ln K. A λ where D is below the last two terms has R(λ) < 0: the
@@ -130,7 +131,7 @@ def minimise(problem, lam, limit):
         noise = ROUNDING * (problem.spread + beta + point.lam @ unit)
         if point.value < least - noise:
             raise Infeasible(problem, point.lam)
-        free = (point.lam > 0) | (point.grad < 0)  # at 0 with D growing as it does: stays
+        free = (point.lam > 0) | (point.grad < 0)  # may move; the others are best at 0
         wrong = free * point.grad / unit  # KKT: all 0
         if abs(wrong).max() <= TOLERANCE + min(noise / beta, MOST_NOISE):
             return point, evaluations
