@@ -346,7 +346,7 @@ def sequence_logprob(model, tokens, response_mask, group=1):
     asked = F.pad(response_mask[:, 1:], (0, 1))  # position t predicts t+1
     hidden = model.hidden_at(tokens, response_mask, asked, group)  # (R, C)
     row, column = asked.nonzero(as_tuple=True)  # (R,)
-    logp = token_logprob(hidden, model.output_weight, tokens[row, column + 1].long())  # (R,)
+    logp = token_logprob(hidden, model.output_weight, tokens[row, column + 1])  # (R,)
     return logp.new_zeros(len(tokens)).index_add(0, row.to(logp.device), logp)
 
 
