@@ -59,9 +59,6 @@ class GPTConfig:
     rope: dict = None  # of the Llama family: rope_theta and what else config.json calls so
 
 
-matrix = functools.partial(nn.Linear, bias=False)  # a linear layer that is W alone
-
-
 def norm(config, size):
     kind = nn.LayerNorm if config.family == "gpt2" else nn.RMSNorm
     return kind(size, config.norm_eps)
@@ -147,9 +144,9 @@ class MLP(nn.Module):
         inner = config.n_inner or 4 * C
         self.gated = config.family != "gpt2"
         if self.gated:
-            self.gate_proj = matrix(C, inner)
-            self.up_proj = matrix(C, inner)
-            self.down_proj = matrix(inner, C)
+            self.gate_proj = nn.Linear(C, inner, bias=False)
+            self.up_proj = nn.Linear(C, inner, bias=False)
+            self.down_proj = nn.Linear(inner, C, bias=False)
         else:
             self.c_fc = nn.Linear(C, inner)
             self.c_proj = nn.Linear(inner, C)
@@ -184,9 +181,9 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = norm(config, C)
         if not config.tied:
-            self.lm_head = matrix(C, config.vocab_size)
+            self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         if config.score_head:
-            self.score_head = matrix(C, 1)
+            self.score_head = nn.Linear(C, 1, bias=False)
         for name, parameter in self.named_parameters():  # GPT-2's initialisation
             std = 0.02
             if name.endswith("c_proj.weight"):  # onto the residual stream: n_layer of each
