@@ -23,8 +23,9 @@ the units of r and g, with r → β·ln π_r/π_ref, g → β·ln π_g/π_ref.
 Convergence. In units of r, x = λ·unit, the step e is to the minimum of the quadratic model of D
 plus damp·‖e‖²/2, cut off at λ = 0, with damp = v/radius and v the norm of the violation of KKT:
 without the cut a lower model means ‖e‖ ≤ 2·radius. A step that lowers D by too little of its slope
-is refused, and shrinks radius, which ends in short steps down the projected gradient. Near λ* v
-vanishes, and convergence is quadratic where ∇²D is regular. What has not converged raises.
+is refused, and shrinks radius, which ends in short steps down the projected gradient; any other
+doubles it. Near λ* v vanishes, and convergence is quadratic where ∇²D is regular. What has not
+converged raises.
 
 Infeasible margins let D fall for ever. With the recession function R(d) = mean_x max_y ⟨d,h⟩,
 D(λ) ≥ R(λ) + mean_x min_y r − β ln K. A λ where D is below the last two terms has R(λ) < 0: the
@@ -61,9 +62,9 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np  # for what has m entries: a fifth of torch's overhead
+from torch import Tensor
 
 Array = np.ndarray
-Tensor = torch.Tensor
 
 # ---- 1. the method
 
@@ -95,11 +96,9 @@ def evaluate(problem, lam):
     beta = problem.beta
     log_sums, gains, squares = [], [], []
     second = 0
+    slopes = problem.mean.new_tensor([1, *lam]) / beta  # (1+m,)
     for part in problem.parts:
-        g = part[1:]
-        z = part[0] / beta
-        for slope, plane in zip((lam / beta).tolist(), g):
-            z.add_(plane, alpha=slope)  # (r + ⟨λ,g⟩)/β
+        z = torch.tensordot(slopes, part, 1)  # (n, K) (r + ⟨λ,g⟩)/β
         top = z.amax(1, keepdim=True)  # (n, 1)
         p = z.sub_(top).exp_()  # in place: fresh memory takes longer than a softmax
         total = p.sum(1, keepdim=True)  # (n, 1)
@@ -108,25 +107,14 @@ def evaluate(problem, lam):
         log_sums.append(top + total.log())  # (n, 1) ln Σ_y exp((r + ⟨λ,g⟩)/β)
         gains.append(weighted.sum(2))  # (1+m, n)
         squares.append(p.square_().sum(1))  # (n,)
-        second += weighted[1:].flatten(1) @ g.flatten(1).T  # Σ_x E_π_λ[g·gᵀ]
+        second += weighted[1:].flatten(1) @ part[1:].flatten(1).T  # Σ_x E_π_λ[g·gᵀ]
     gains = torch.cat(gains, dim=1)
     gain = gains[1:]  # (m, N)
-    covariance = (second - gain @ gain.T) / gain.size(1)  # (m, m)
-
+    hessian = (second - gain @ gain.T) / gain.size(1) / beta  # ∇²D(λ) = mean_x Cov/β
     log_mean = torch.cat(log_sums).mean().item() - math.log(p.size(1))
     value = beta * log_mean - lam @ problem.margin  # D(λ) − E_ref[r]
     grad = gain.mean(1).cpu().numpy() - problem.margin  # ∇D(λ) = E_π_λ[h]
-    hessian = covariance.cpu().numpy() / beta  # ∇²D(λ) = mean_x Cov/β
-    return Point(lam, value, grad, hessian, gains, torch.cat(squares))
-
-
-def newton_step(point, damp):
-    """The next λ ≥ 0: the minimum of ⟨∇D,e⟩ + ⟨e,(∇²D + damp)e⟩/2, the model of D, over the steps e
-    of the free entries, cut off at 0. An entry is free if it is > 0, or 0 with D falling as it
-    grows; the others stay at 0."""
-    free = (point.lam > 0) | (point.grad < 0)
-    matrix = point.hessian * np.outer(free, free) + np.diag(damp)
-    return np.maximum(point.lam - np.linalg.solve(matrix, free * point.grad), 0)
+    return Point(lam, value, grad, hessian.cpu().numpy(), gains, torch.cat(squares))
 
 
 def minimise(problem, lam, limit):
@@ -143,21 +131,23 @@ def minimise(problem, lam, limit):
         noise = ROUNDING * (problem.spread + beta + point.lam @ unit)
         if point.value < least - noise:
             raise Infeasible(problem, point.lam)
-        wrong = np.where(point.lam > 0, point.grad, np.minimum(point.grad, 0)) / unit  # KKT: all 0
+        free = (point.lam > 0) | (point.grad < 0)  # may move; the others are best at 0
+        wrong = free * point.grad / unit  # KKT: all 0
         if abs(wrong).max() <= TOLERANCE + min(noise / beta, MOST_NOISE):
             return point, evaluations
         damp = np.linalg.norm(wrong) / radius + ROUNDING / beta  # which keeps the step near radius
-        trial = evaluate(problem, newton_step(point, damp * unit ** 2))
+        # the minimum over e of ⟨∇D,e⟩ + ⟨e,(∇²D + damp)e⟩/2, the model of D, cut off at λ = 0
+        matrix = point.hessian * np.outer(free, free) + np.diag(damp * unit ** 2)
+        newton = np.linalg.solve(matrix, free * point.grad)
+        trial = evaluate(problem, np.maximum(point.lam - newton, 0))
         step = trial.lam - point.lam
         slope = -point.grad @ step  # the model promises about half of it
-        length = np.linalg.norm(step * unit)
         drop = point.value - trial.value
         if drop >= ACCEPT * abs(slope) - noise:  # False for NaN
             point = trial
-            if drop >= GOOD * slope:
-                radius = max(radius, AMPLE * length)
+            radius *= GROW
         else:
-            radius = min(radius, length) / SHRINK
+            radius = min(radius, np.linalg.norm(step * unit)) / SHRINK
     if limit == LIMIT and beta < problem.spread:  # a first try at this β
         # for small β, D is nearly piecewise linear: follow λ* down from a larger one
         easier, more = minimise(problem._replace(beta=4 * beta), lam, LIMIT)
@@ -189,11 +179,11 @@ TINY = 1e-100  # keeps a division by 0 away
 TOLERANCE = 3e-11  # largest violation of KKT, in units of h
 MOST_NOISE = 1e-8  # in addition, where rounding explains it
 LIMIT = 40  # most evaluations; ten times as many for each β on the way
-AMPLE = 8  # first radius / (spread of the scores + β); least radius / length of a good step
+AMPLE = 8  # first radius / (spread of the scores + β)
+GROW = 2  # of radius, after a step that is taken
 SHRINK = 5  # length of a refused step / largest next radius
 ACCEPT = 1e-3  # least drop of D / ⟨∇D,step⟩
-GOOD = 0.35  # share of it that makes a step a good one
-CHUNK = 2 ** 17  # responses at a time; what more need does not stay in a CPU's cache
+CHUNK = 2 ** 17  # responses at a time, about; what more need does not stay in a CPU's cache
 
 # ---- 2. the input
 
@@ -212,34 +202,32 @@ class Infeasible(ValueError):
         self.reachable = torch.from_numpy(problem.reach)
 
 
+@torch.no_grad()
 def prepare(score, constraint, margin, beta):
     """The Problem of this input; ValueError in one line where it is not one."""
     beta = float(beta)
     if not TINY < beta < math.inf:
         raise ValueError(f"beta is {beta}: it must be a finite number above {TINY}")
-    score = torch.as_tensor(score).detach()
-    constraint = torch.as_tensor(constraint).detach().to(score.device)
+    score = torch.as_tensor(score)
+    constraint = torch.as_tensor(constraint, device=score.device)
     if constraint.ndim == 2:
         constraint = constraint[None]  # (m, N, K)
     if constraint.ndim != 3 or constraint.shape[1:] != score.shape or constraint.numel() == 0:
         raise ValueError(
             f"score has shape {tuple(score.shape)} and constraint {tuple(constraint.shape)}: they "
             "must be (N, K) and (N, K) or (m, N, K) with N, K, m >= 1")
-    shape = 1 + len(constraint), *score.shape
-    scores = score.new_empty(shape, dtype=torch.float64)  # (1+m, N, K), the only copy
+    scores = score.new_empty(1 + len(constraint), *score.shape, dtype=torch.float64)
     scores[0] = score
-    scores[1:] = constraint
+    scores[1:] = constraint  # (1+m, N, K), the only copy
     low = scores.amin(2)  # (1+m, N)
     high = scores.amax(2)
     mean = scores.mean(2).clamp(low, high)  # exact where all are equal
-    bad = (~mean.isfinite()).nonzero()  # (.., 2)
-    if len(bad):
-        row, prompt = bad[0].tolist()
+    for row, prompt in (~mean.isfinite()).nonzero().tolist():
         raise ValueError(f"{name_of(row)}: NaN or inf at prompt {prompt}; drop or repair it")
     margin = one_each(margin, len(constraint))
     spread, *width = (high - low).mean(1).tolist()
     reach = (high - mean)[1:].mean(1).cpu().numpy()
-    parts = scores.sub_(mean[..., None]).split(max(1, CHUNK // scores.size(2)), dim=1)
+    parts = scores.sub_(mean[..., None]).split(1 + CHUNK // scores.size(2), dim=1)
     return Problem(parts, mean, margin, beta, spread, width + abs(margin) + TINY, reach)
 
 
@@ -327,8 +315,8 @@ def predict(problem, point, evaluations):
 
 def clustered(psi):
     """Mean over prompts of each row of ψ (k, N), and its standard error: (k,), (k,)."""
-    variance, mean = torch.var_mean(psi, dim=1, correction=0)
-    return mean, (variance / (psi.size(1) - 1)).sqrt()  # NaN for one prompt
+    sd, mean = torch.std_mean(psi, dim=1, correction=0)
+    return mean, sd / (psi.size(1) - 1) ** 0.5  # NaN for one prompt
 
 
 # ---- here the part to paste ends
@@ -363,13 +351,13 @@ def read_npz(path, beta):
     """The arrays of an npz by name, and what they say: score (N, K) and constraint (m, N, K), by
     these names or, from PeCAN's log-probabilities, log-ratios times β, in the units of r and g."""
     try:
-        data = dict(np.load(path, allow_pickle=False))
+        data = dict(np.load(path))  # which runs no code: numpy allows pickles only where asked
     except Exception as error:  # numpy raises half a dozen kinds for a damaged file
         raise ValueError(f"{path}: not a readable npz file of numbers ({error})") from None
-    names = ["score", "constraint"]
-    if not data.keys() >= set(names):
-        names = ["ref_logp", "logp_r", "logp_g"]
-    if not data.keys() >= set(names):
+    for names in ["score", "constraint"], ["ref_logp", "logp_r", "logp_g"]:
+        if data.keys() >= set(names):
+            break
+    else:
         raise ValueError(f"{path} holds {sorted(data)}: it needs score and constraint, or {names}")
     shape = data[names[0]].shape
     for name in names:
@@ -390,23 +378,23 @@ def report(args):
     """Everything the command line prints."""
     beta = args.beta
     data, score, constraint = read_npz(args.scores, beta)
-    for name in data.keys() & {"file", "allow_pickle"} if args.write else ():
-        raise ValueError(f"{args.scores}: numpy cannot write an array that is named {name}, of "
-                         f"{data[name].shape}; rename it")
     problem = prepare(score, constraint, 0.0, beta)  # what is wrong with these is said first
-    margin = parse_margin(args.margin, torch.from_numpy(problem.reach))
+    margin = parse_margin(args.margin, problem.reach)
     d = solve(score, constraint, margin, beta)
     if args.write:
-        data["s"] = score + np.tensordot(d.lam.numpy(), constraint, 1)  # (N, K) r + ⟨λ*,g⟩
+        for name in data.keys() & {"file", "allow_pickle"}:
+            raise ValueError(f"{args.scores}: numpy cannot write an array that is named {name}, of "
+                             f"{data[name].shape}; rename it")
+        data["s"] = score + np.tensordot(d.lam, constraint, 1)  # (N, K) r + ⟨λ*,g⟩
         replace_file(args.write, lambda file: np.savez(file, **data))
     if args.json:
         text = json.dumps({"margin": margin, "beta": beta, **d._asdict()},
                           default=torch.Tensor.tolist)
         print(re.sub("NaN|-?Infinity", "null", text))
         return
-    N, K = score.shape
-    text = f"{N} prompts x {K} responses, beta {beta:g}; +-: 95% interval over prompts\n"
-    for j, b in enumerate(margin.tolist()):
+    text = (f"{len(score)} prompts x {score.shape[1]} responses, beta {beta:g}; "
+            "+-: 95% interval over prompts\n")
+    for j, b in enumerate(margin):
         text += (f"constraint {j}: margin {b:.4g} of at most {d.reachable[j]:.4g}   "
                  f"lam* {d.lam[j]:.4g} +- {1.96 * d.lam_se[j]:.4g}   "
                  f"gain {d.constraint_gain[j]:.4g} +- {1.96 * d.constraint_gain_se[j]:.4g}\n")

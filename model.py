@@ -32,8 +32,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 from data import in_one_line, load, replace_file
 
@@ -64,10 +64,9 @@ def norm(config, size):
     return kind(size, config.norm_eps)
 
 
-def rotation(config, size, position):
+def rotation(rope, size, position):
     """Rotary positions: cos and sin (…, 1, T, D/2) of position (…, T) times D/2 frequencies, with
     Llama 3.1's change of those that turn less than a few times in its first context."""
-    rope = config.rope
     exponent = torch.arange(0, size, 2, device=position.device) / size
     frequency = 1 / rope["rope_theta"] ** exponent  # (D/2,)
     if rope.get("rope_type") == "llama3":
@@ -93,16 +92,16 @@ class CausalSelfAttention(nn.Module):
         shared = config.n_kv_head or H
         self.heads = [H, shared, shared]  # of queries, keys, values
         self.head_dim = D = config.head_dim or C // H
-        self.family = config.family
-        if self.family == "gpt2":
+        self.family = family = config.family
+        if family == "gpt2":
             self.c_attn = nn.Linear(C, 3 * H * D)
         else:
-            bias = self.family == "qwen2"
-            self.q_proj = nn.Linear(C, H * D, bias=bias)
-            self.k_proj = nn.Linear(C, shared * D, bias=bias)
-            self.v_proj = nn.Linear(C, shared * D, bias=bias)
-        self.c_proj = nn.Linear(H * D, C, bias=self.family == "gpt2")
-        if self.family == "qwen3":
+            bias = family == "qwen2"
+            self.q_proj = nn.Linear(C, H * D, bias)
+            self.k_proj = nn.Linear(C, shared * D, bias)
+            self.v_proj = nn.Linear(C, shared * D, bias)
+        self.c_proj = nn.Linear(H * D, C, bias=family == "gpt2")
+        if family == "qwen3":
             self.q_norm = norm(config, D)
             self.k_norm = norm(config, D)
 
@@ -231,7 +230,7 @@ class GPT(nn.Module):
                              "truncate the text or build a larger model")
         if position is None:
             position = torch.arange(T, device=tokens.device)
-        turn = rotation(config, self.h[0].attn.head_dim, position) if config.rope else None
+        turn = rotation(config.rope, self.h[0].attn.head_dim, position) if config.rope else None
         if packing:
             kept, _ = packing
             tokens = tokens.flatten()[kept]  # (M,)
@@ -242,11 +241,10 @@ class GPT(nn.Module):
         with self.mixed_precision():
             for layer, block in enumerate(self.h):
                 past = None if cache is None else cache[:, layer]
-                given = x, turn, packing, past, visible
                 if config.checkpoint_activations:
-                    x = torch.utils.checkpoint.checkpoint(block, *given, use_reentrant=False)
-                else:
-                    x = block(*given)
+                    block = functools.partial(
+                        torch.utils.checkpoint.checkpoint, block, use_reentrant=False)
+                x = block(x, turn, packing, past, visible)
         return self.ln_f(x)
 
     def hidden_at(self, tokens, response_mask, asked, group, cache=None):
@@ -278,11 +276,11 @@ class GPT(nn.Module):
         tokens, position, visible, hidden, cache = prefill(self, prompts, K, max_new_tokens)
         longest = tokens.size(1) - max_new_tokens
         response_mask = torch.zeros_like(tokens, dtype=torch.bool)  # (N·K, T)
-        logp = torch.zeros_like(hidden[:, 0])  # (N·K,)
+        logp = hidden.new_zeros(N * K)
         uniforms = uniforms.flatten(0, 1).to(self.device)  # (N·K, max_new_tokens)
         index = torch.arange(N * K, device=self.device)[:, None]  # (A, 1) which response a row is
         active = torch.ones_like(index, dtype=torch.bool)  # (A, 1) it has not ended yet
-        ends = torch.tensor([] if eos is None else eos, dtype=torch.long, device=self.device)
+        ends = tokens.new_tensor([] if eos is None else eos)
         with self.mixed_precision():
             for step in range(max_new_tokens):
                 if step > 0:
@@ -323,11 +321,8 @@ def add_adapters(model):
         if isinstance(linear, nn.Linear):
             linear.lora_A = nn.Parameter(torch.randn(rank, linear.in_features))
             linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
-            linear.register_forward_hook(adapted)
-
-
-def adapted(linear, given, y):
-    return y + given[0] @ linear.lora_A.T @ linear.lora_B.T
+            linear.register_forward_hook(
+                lambda linear, given, y: y + given[0] @ linear.lora_A.T @ linear.lora_B.T)
 
 
 @torch.no_grad()
@@ -353,7 +348,7 @@ def sequence_logprob(model, tokens, response_mask, group=1):
     asked = F.pad(response_mask[:, 1:], (0, 1))  # position t predicts t+1
     hidden = model.hidden_at(tokens, response_mask, asked, group)  # (R, C)
     row, column = asked.nonzero(as_tuple=True)  # (R,)
-    logp = token_logprob(hidden, model.output_weight, tokens[row, column + 1].long())  # (R,)
+    logp = token_logprob(hidden, model.output_weight, tokens[row, column + 1])  # (R,)
     return logp.new_zeros(len(tokens)).index_add(0, row.to(logp.device), logp)
 
 
@@ -394,9 +389,8 @@ def token_logprob(hidden, weight, targets):
         with torch.autocast(hidden.device.type, enabled=False):
             return (hidden @ part.to(hidden).T).logsumexp(1)
 
-    parts = weight.split(64 * (1 + LOGITS // (1 + 64 * len(hidden))))
-    log_sums = [torch.utils.checkpoint.checkpoint(
-        log_sum, hidden, part, use_reentrant=False) for part in parts]
+    log_sums = [torch.utils.checkpoint.checkpoint(log_sum, hidden, part, use_reentrant=False)
+                for part in weight.split(64 * (1 + LOGITS // (1 + 64 * len(hidden))))]
     logit = (hidden * F.embedding(targets, weight)).sum(1)  # (R,) of the targets
     return logit - torch.stack(log_sums).logsumexp(0)
 
@@ -460,11 +454,10 @@ def from_checkpoint(saved, device="cpu"):
     try:
         with torch.device("meta"):  # sizes are checked before memory is asked for
             model = GPT(GPTConfig(**saved["config"]))
-        if model.config.lora:
-            path = Path(saved["path"]).with_name("reference.pt")
-            frozen = frozen_weights(path, path.stat().st_mtime, device)
-            model.load_state_dict(frozen, assign=True, strict=False)  # a score head is not there
-            with torch.device("meta"):
+            if model.config.lora:
+                path = Path(saved["path"]).with_name("reference.pt")
+                frozen = frozen_weights(path, path.stat().st_mtime, device)
+                model.load_state_dict(frozen, assign=True, strict=False)  # lacks a score head
                 add_adapters(model)
         model.load_state_dict(saved["weights"], assign=True)
     except Exception as error:  # a damaged file raises half a dozen kinds
@@ -480,8 +473,8 @@ def from_checkpoint(saved, device="cpu"):
 @functools.lru_cache(1)
 def frozen_weights(path, written, device):
     """Those that reference.pt, as it was written then, holds for adapters."""
-    saved = load(path, "make it with --from reference")
-    return {name: weight.to(device) for name, weight in saved["frozen"].items()}
+    frozen = load(path, "make it with --from reference")["frozen"]
+    return {name: weight.to(device) for name, weight in frozen.items()}
 
 
 # ---- files: the published layout, a folder of config.json and weights
@@ -535,8 +528,8 @@ def read_published(folder):
         with torch.device("meta"):
             model = GPT(config)
         weights = {}
-        for path in weight_files(folder):
-            for name, tensor in read_tensors(path).items():
+        for file in weight_files(folder):
+            for name, tensor in read_tensors(f"{folder}/{file}"):
                 if name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
                     continue  # no weights
                 dtype = getattr(tensor, "dtype", type(tensor))
@@ -565,21 +558,22 @@ def read_published(folder):
 
 def weight_files(folder):
     """The first that is there, as Transformers chooses; of an index the shards that it names."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if os.path.exists(f"{folder}/{name}"):
-            return [f"{folder}/{name}"]
-        if os.path.exists(f"{folder}/{name}.index.json"):
-            index = json.loads(Path(f"{folder}/{name}.index.json").read_bytes())
-            return [f"{folder}/{shard}" for shard in sorted({*index["weight_map"].values()})]
+    for name in ("model.safetensors", "model.safetensors.index.json",
+                 "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        path = Path(f"{folder}/{name}")
+        if path.exists():
+            if name.endswith("json"):
+                return {*json.loads(path.read_bytes())["weight_map"].values()}
+            return [name]
     raise ValueError("no weights")
 
 
 def read_tensors(path):
-    """{name: tensor} of a file. safetensors: the header's length in 8 bytes, the header as JSON,
-    then raw bytes, of one tensor after the other."""
+    """Each name and tensor of a file. safetensors: the header's length in 8 bytes, the header as
+    JSON, then raw bytes, of one tensor after the other."""
     if path.endswith(".bin"):
-        return torch.load(path, map_location="cpu", weights_only=True)
-    tensors = {}
+        yield from torch.load(path, map_location="cpu", weights_only=True).items()
+        return
     last = 0
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -594,8 +588,7 @@ def read_tensors(path):
                     f"{name} is {entry}: expected one of {', '.join(DTYPES)}, from {last}")
             last = end
             content = torch.from_numpy(np.fromfile(file, np.uint8, end - begin))
-            tensors[name] = content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors
+            yield name, content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def export(model, folder, files={}, **changes):
@@ -649,8 +642,8 @@ def open_export(folder, others=()):
     written, or where it holds something else, which would be read with it. others: files that
     `export` writes besides."""
     os.makedirs(folder, exist_ok=True)
-    found = {name.removesuffix(".tmp") for name in os.listdir(folder)}  # of a killed run
-    foreign = found - {"config.json", "model.safetensors", *others}
+    foreign = {name.removesuffix(".tmp") for name in os.listdir(folder)}  # of a killed run
+    foreign -= {"config.json", "model.safetensors", *others}
     if foreign or not os.access(folder, os.W_OK):
         raise ValueError(
             f"{folder}: read-only, or holds {sorted(foreign)}; empty it, or export elsewhere")
