@@ -182,7 +182,7 @@ LIMIT = 40  # most evaluations; ten times as many for each β on the way
 AMPLE = 8  # first radius / (spread of the scores + β)
 GROW = 2  # of radius, after a step that is taken
 SHRINK = 5  # length of a refused step / largest next radius
-ACCEPT = 1e-3  # least drop of D / ⟨∇D,step⟩
+ACCEPT = 1e-3  # least drop of D / slope
 CHUNK = 2 ** 17  # responses at a time, about; what more need does not stay in a CPU's cache
 
 # ---- 2. the input
