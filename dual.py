@@ -327,8 +327,8 @@ def predict(problem, point, evaluations):
 
 def clustered(psi):
     """Mean over prompts of each row of ψ (k, N), and its standard error: (k,), (k,)."""
-    variance, mean = torch.var_mean(psi, dim=1, correction=0)
-    return mean, (variance / (psi.size(1) - 1)).sqrt()  # NaN for one prompt
+    error = psi.std(1, correction=0) / math.sqrt(psi.size(1) - 1)  # NaN for one prompt
+    return psi.mean(1), error
 
 
 # ---- here the part to paste ends

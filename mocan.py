@@ -638,11 +638,10 @@ def compare(scores, log_ratio, weight, ref_scores):
     their 95 % intervals over prompts (taken as independent), as results.json has them."""
     gain = (weight * scores.double()).sum(2) - ref_scores.double().mean(2)  # (1+m, N)
     kl = (weight * log_ratio).sum(1)  # (N,)
-    found = torch.cat([gain, kl[None]])  # (2+m, N)
-    error = 1.96 * found.std(1) / math.sqrt(found.size(1))
-    found = found.mean(1)
-    reward_gain, *constraint_gain, kl = found.tolist()
-    reward_ci, *constraint_ci, kl_ci = torch.stack([found - error, found + error], dim=1).tolist()
+    mean, error = dual.clustered(torch.cat([gain, kl[None]]))  # (2+m,), (2+m,)
+    reward_gain, *constraint_gain, kl = mean.tolist()
+    ends = torch.stack([mean - 1.96 * error, mean + 1.96 * error], dim=1)  # (2+m, 2)
+    reward_ci, *constraint_ci, kl_ci = ends.tolist()
     return {"reward_gain": reward_gain, "reward_gain_ci": reward_ci,
             "constraint_gain": constraint_gain, "constraint_gain_ci": constraint_ci,
             "kl": kl, "kl_ci": kl_ci}
