@@ -654,24 +654,21 @@ def optima(sample, ref, logp, margin, beta):
     From a policy's Sample and the reference's as one of 2K responses of the even mixture of both:
     near the policy, and nowhere far below π_ref. logp (N, K): the policy's ln π of ref's.
     """
-    logp = torch.cat([sample.logp, logp], dim=1)  # (N, 2K)
-    ref_logp = torch.cat([sample.ref_logp, ref.ref_logp], dim=1)  # (N, 2K)
-    scores = torch.cat([sample.scores, ref.scores], dim=2)  # (1+m, N, 2K)
-    second = torch.cat([sample.second, ref.second], dim=2)
-    mixed = torch.logaddexp(logp, ref_logp) - math.log(2)  # (N, 2K)
-    both = Sample(None, mixed, ref_logp, scores)
+    parts = zip(sample[1:], ref._replace(logp=logp)[1:])  # all but the pools
+    both = Sample(None, *[torch.cat(part, dim=-1) for part in parts])  # (…, N, 2K)
+    mixed = torch.logaddexp(both.logp, both.ref_logp) - math.log(2)  # (N, 2K)
     try:
-        lam = solve_from(both, ref.mean_g, margin, beta).lam
+        lam = solve_from(both._replace(logp=mixed), ref.mean_g, margin, beta).lam
     except (dual.Infeasible, FloatingPointError) as error:
         print(f"  no optimum by these responses: {error}")
         return []
     rows = []
     for t in range(31):
         at = t / 15 * lam
-        tilt = total_score(scores.double(), at) / beta
-        log_weight = tilt - (mixed - ref_logp)  # (N, 2K) ln π_λ/π_mixed + ln Z
+        tilt = total_score(both.scores.double(), at) / beta
+        log_weight = tilt - (mixed - both.ref_logp)  # (N, 2K) ln π_λ/π_mixed + ln Z
         log_z = log_weight.logsumexp(1, keepdim=True) - math.log(log_weight.size(1))
         how = tilt - log_z, log_weight.softmax(1)
-        rows.append({"lam": at.tolist(), **compare(scores, *how, ref.scores),
-                     "second": compare(second, *how, ref.second)})
+        rows.append({"lam": at.tolist(), **compare(both.scores, *how, ref.scores),
+                     "second": compare(both.second, *how, ref.second)})
     return rows
