@@ -239,7 +239,6 @@ class Progress:
         self.recipe = recipe
         self.parts = parts
         self.done = []  # the loss of each step, or the samples of each batch
-        self.before = 0  # of these, by a run that was killed
         self.best = {"loss": math.inf, "worse": 0}  # see `consider`
         self.loss = 0.0  # of the step's micro-batches so far
         self.began = self.due = time.monotonic()
@@ -248,11 +247,11 @@ class Progress:
             saved = load(f"{run.out}/checkpoint.pt", "remove it, which begins the last stage anew")
             if saved["loop"] == [run.run, recipe.stage]:
                 self.done = saved["done"]
-                self.before = len(self.done)
                 self.best = saved["best"]
                 for name, part in parts.items():
                     part.load_state_dict(saved[name])
                 print(f"  {recipe.stage}: goes on after {len(self.done)} of {recipe.steps}")
+        self.before = len(self.done)  # steps or batches of a run that was killed
 
     def add(self, loss):
         """A micro-batch's; it stays on the device until it is read."""
