@@ -266,20 +266,21 @@ class Progress:
         """After every step or batch: the loss, or the samples."""
         self.done.append(result)
         step = len(self.done)
-        steps, run = self.recipe.steps, self.recipe.run
+        recipe = self.recipe
         now = time.monotonic()
-        if step < steps and now < self.due:
+        if step < recipe.steps and now < self.due:
             return
         loss = f"  loss {self.losses()[-1]:.4f}" if self.parts else ""
         seconds = now - self.began + 1e-9
         rate = (step - self.before) / seconds
-        print(f"  {self.recipe.stage} {step}/{steps}{loss}  {rate:.1f}/s  "
-              f"{seconds:.0f} s elapsed, {(steps - step) / rate:.0f} s left", flush=True)
+        print(f"  {recipe.stage} {step}/{recipe.steps}{loss}  {rate:.1f}/s  "
+              f"{seconds:.0f} s elapsed, {(recipe.steps - step) / rate:.0f} s left", flush=True)
         self.due = now + 10
+        run = recipe.run
         if run:
             states = {name: part.state_dict() for name, part in self.parts.items()}
-            save({"loop": [run.run, self.recipe.stage], "done": self.done, "best": self.best,
-                  **states}, f"{run.out}/checkpoint.pt")
+            save({"loop": [run.run, recipe.stage], "done": self.done, "best": self.best, **states},
+                 f"{run.out}/checkpoint.pt")
             saved = time.monotonic()
             self.due = saved + max(run.checkpoint_every, 50 * (saved - now))
 
