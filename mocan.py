@@ -460,13 +460,13 @@ def ready_judges(specs, names, pairs, device):
     """Two {preference: what score_pool takes} of published score models, each of specs NAME=FOLDER,
     or NAME=-FOLDER of a cost: a name's first, and its second. Their scores stay in their own units;
     what the calibration pairs say of them is printed."""
-    judges = [{}, {}]
+    first, second = {}, {}
     for spec in specs:
         name, _, folder = spec.partition("=")
         sign = -1 if folder.startswith("-") else 1
         folder = folder.removeprefix("-")
-        free = [some for some in judges if name not in some]
-        if name not in names or not folder or not free:
+        judges = second if name in first else first
+        if name not in names or not folder or name in second:
             raise ValueError(f"--judge {spec}: expected NAME=FOLDER, or NAME=-FOLDER of a cost, "
                              f"one or two for each NAME of {', '.join(names)}")
         model = GPT.from_pretrained(folder).to(device)
@@ -487,11 +487,11 @@ def ready_judges(specs, names, pairs, device):
             say_agreement(f"{name} judge, calibration",
                           sign * map_pool(model, preferences(pairs, name, pool)))
         changed = max(file.stat().st_mtime for file in os.scandir(folder))
-        free[0][name] = {"run": f"{spec} {changed}", "folder": folder, "sign": sign, "tok": tok,
-                         "pairs": sign * map_pool(model, pool)}
-    if judges[1] and judges[1].keys() != judges[0].keys():
+        judges[name] = {"run": f"{spec} {changed}", "folder": folder, "sign": sign, "tok": tok,
+                        "pairs": sign * map_pool(model, pool)}
+    if second and second.keys() != first.keys():
         raise ValueError("--judge: a second one for each NAME that has a first, or for none")
-    return judges
+    return [first, second]
 
 
 # ---- confirmation: scores in units that another judge confirms
