@@ -541,9 +541,8 @@ def confirm(said, judges, names):
     generator = torch.Generator().manual_seed(0)
     draws = []
     for _ in range(100):  # the bootstrap over prompts and pairs
-        n = torch.randint(N, (N,), generator=generator)
-        p = torch.randint(P, (P,), generator=generator)
-        draws.append(slopes(n, p)[1])
+        drawn = [torch.randint(size, (size,), generator=generator) for size in (N, P)]
+        draws.append(slopes(*drawn)[1])
     draws = torch.stack(draws)
     error = draws.std(0)
     agree = F.cosine_similarity(*map(within, said))
