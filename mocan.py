@@ -598,7 +598,7 @@ def calibrate(chosen, rejected):
     tau = 0.0
     for _ in range(50):
         p = torch.sigmoid(-tau * lead)  # probability of the choice that was not made
-        slope = (p * lead).sum()
+        slope = p @ lead
         curvature = (p * (1 - p) * lead * lead).sum().clamp_min(1e-12)
         tau = (tau + slope / curvature).clamp(0, 100)
     return tau
