@@ -627,8 +627,7 @@ def continued(parser, given):
     out = given.get("out", Config.out)
     path = f"{out}/run.json"
     try:
-        with open(path) as file:
-            kept = {**json.load(file)["config"], "out": out}
+        kept = {**json.loads(Path(path).read_text())["config"], "out": out}
     except Exception:  # a damaged file raises half a dozen kinds
         parser.error(f"--from and --resume continue a run, but {path} is missing or damaged; "
                      "leave the flag out, which begins anew")
