@@ -446,8 +446,8 @@ def evaluate(c, reference, policies, judges, confirmed, names, margin, split, to
         pool, logp = mocan.sample_pool(
             policy, tok, prompts, c.eval_responses,
             recipe(c, "evaluate")._replace(stage=f"evaluate {name}"))  # the same noise for all
-        said = [mocan.score_pool(some, names, prompts, pool, tok, c.device) for some in judges]
-        said = mocan.in_units(units, said)
+        said = mocan.in_units(units, [
+            mocan.score_pool(some, names, prompts, pool, tok, c.device) for some in judges])
         samples = mocan.Sample(pool, logp, mocan.map_pool(model, pool), said[0], said[-1])
         if not rows:
             ref = samples
