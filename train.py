@@ -412,12 +412,13 @@ def update(c, label, policy, scored, samples, margin, found):
         model = from_checkpoint(policy, c.device)
         steps, lr = (c.shot_steps, c.shot_lr) if shot else (c.steps, c.lr)
         plan = recipe(c, label, steps, lr)._replace(key=f"{c.seed}/{stage}")  # all shots draw alike
+        given = model, samples, found.lam, c.beta, c.group, plan
         if stage == "mocan":
-            mocan.train_mocan(model, samples, found.lam, c.beta, c.group, plan)
+            mocan.train_mocan(*given)
         else:
-            pecan.train_pecan(model, samples, found.lam, c.beta, c.group, plan)
-        predicted = {**found._asdict(), "gain": gain, "gain_se": error}
-        finish(saved, **to_checkpoint(model), lam=found.lam.tolist(), predicted=predicted)
+            pecan.train_pecan(*given)
+        finish(saved, **to_checkpoint(model), lam=found.lam.tolist(),
+               predicted={**found._asdict(), "gain": gain, "gain_se": error})
     return saved
 
 
