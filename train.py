@@ -336,17 +336,16 @@ def prealign(c, reference, split, pools, names, judges):
     if judges[1:]:
         split = split._replace(train=mocan.half(split.train, 0))
     for name in names:
-        label = f"dpo-{name}"
-        dpo[name] = saved = artifact(c, "prealign", f"{label}.pt", reference=reference)
+        dpo[name] = saved = artifact(c, "prealign", f"dpo-{name}.pt", reference=reference)
         if "began" in saved:
             policy = from_checkpoint(reference, c.device)
             before = mocan.map_pool(policy, pools["calibration"])
             training, calibration = [mocan.preferences(getattr(split, part), name, pools[part])
                                      for part in ("train", "calibration")]
             _, tau = pecan.prealign(policy, training, calibration, c.beta,
-                                    recipe(c, label, c.prealign_steps, c.prealign_lr))
-            implicit = c.beta * tau * (mocan.map_pool(policy, pools["calibration"]) - before)
-            finish(saved, **to_checkpoint(policy), tau=tau, pairs=implicit)
+                                    recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr))
+            log_ratio = mocan.map_pool(policy, pools["calibration"]) - before  # (P, 2)
+            finish(saved, **to_checkpoint(policy), tau=tau, pairs=c.beta * tau * log_ratio)
     return dpo
 
 
