@@ -507,6 +507,15 @@ def regression(first, second):
     return b @ a.T @ torch.linalg.pinv(a @ a.T, hermitian=True)
 
 
+def slopes(said, pairs):
+    """kept (1+m,) and M (1+m, 1+m) of `confirm`, from both judges' scores (2, 1+m, N, K) of
+    responses and (2, 1+m, P, 2) of calibration pairs."""
+    a, b = map(within, pairs)  # (1+m, 2P)
+    square = (a * a).sum(1)  # (1+m,)
+    kept = torch.where(square > 1e-9, (a * b).sum(1) / square, 1)  # 1 where no pair says
+    return kept, regression(*said) / kept[:, None]
+
+
 def confirm(said, judges, names):
     """What of the first scores A, of judges or of PeCAN's policies, is confirmed by those of other
     judges, B, who learned the same preferences from other conversations.
@@ -528,20 +537,15 @@ def confirm(said, judges, names):
         if judges[0]:
             print("  nothing confirms these scores: no second judges")
         return unconfirmed(said, names)
-    pairs = [torch.stack([some[name]["pairs"] for name in names]) for some in judges]  # (1+m, P, 2)
-    N, P = said[0].size(1), pairs[0].size(1)
-
-    def slopes(n, p):
-        a, b = [within(x[:, p]) for x in pairs]
-        square = (a * a).sum(1)  # (1+m,)
-        kept = torch.where(square > 1e-9, (a * b).sum(1) / square, 1)  # 1 where no pair says
-        return kept, regression(*[x[:, n] for x in said]) / kept[:, None]
-
-    kept, M = slopes(torch.arange(N), torch.arange(P))
+    said = torch.stack(said)  # (2, 1+m, N, K)
+    pairs = torch.stack([
+        torch.stack([some[name]["pairs"] for name in names]) for some in judges])  # (2, 1+m, P, 2)
+    kept, M = slopes(said, pairs)
     generator = torch.Generator().manual_seed(0)
     draws = []
     for _ in range(100):  # the bootstrap over prompts and pairs
-        drawn = [torch.randint(size, (size,), generator=generator) for size in (N, P)]
+        drawn = [x[:, :, torch.randint(x.size(2), x.shape[2:3], generator=generator)]
+                 for x in (said, pairs)]
         draws.append(slopes(*drawn)[1])
     draws = torch.stack(draws)
     error = draws.std(0)
