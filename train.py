@@ -611,14 +611,14 @@ def build_parser():
     parser._negative_number_matcher = dual.NEGATIVE
     comments = dict(re.findall(r"^    (\w+) = .*  # (.*)$", inspect.getsource(Config), re.M))
     for name, default in SETTINGS.items():
-        text = f"{comments[name]} (default: {default})".replace("%", "%%")
         options = {"type": type(default), "choices": CHOICES.get(name)}
         if default is False:
             options = {"action": "store_true"}
         elif default == []:
             options = {"nargs": "+", "action": "extend"}
-        flag = "--from" if name == "start" else f"--{name}"
-        parser.add_argument(flag, dest=name, help=text, **options)
+        parser.add_argument(
+            "--from" if name == "start" else f"--{name}", dest=name, **options,
+            help=f"{comments[name]} (default: {default})".replace("%", "%%"))
     return parser
 
 
