@@ -513,8 +513,9 @@ def holds(gain, ci, b):
 
 def export_models(c, policies, judges, tokenizer, tok):
     """The policies, and the score models that were learned here."""
-    learned = [saved for some in judges for saved in some.values() if "weights" in saved]
-    for saved in [*policies.values(), *learned] if c.export else ():
+    models = [saved for some in [policies, *judges] for saved in some.values()
+              if "weights" in saved]
+    for saved in models if c.export else ():
         folder = f"{c.export}/{Path(saved['path']).stem}"
         changes = {}
         if saved["config"]["score_head"]:  # it is read at the last token that is no padding
