@@ -37,7 +37,6 @@ import json
 import math
 import os
 import re
-import secrets
 import sys
 import time
 import warnings
@@ -597,7 +596,7 @@ def settings(argv):
     base = vars(parser.parse_args(flags.split()))
     if "resume" in given or "start" in given:
         base = continued(parser, given)
-    c = Config(**{"run": secrets.token_hex(8), **SETTINGS, **base, **given})
+    c = Config(**{"run": f"{time.time_ns()}", **SETTINGS, **base, **given})
     check(parser, c)
     return c
 
