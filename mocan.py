@@ -97,8 +97,8 @@ def sample_pool(policy, tok, prompts, K, recipe):
         if first + me < len(batches):  # one for each rank, while some are left
             n = batches[first + me]
             chance = uniforms(recipe.key, n.tolist(), K, tok.response_limit)
-            rows = policy.generate([ids[i] for i in n], chance, eos=tok.ends)
-            sampled = [x.cpu() for x in rows]
+            sampled = [x.cpu() for x in policy.generate(
+                [ids[i] for i in n], chance, eos=tok.ends)]
         for batch in filter(len, gather(sampled)):
             progress.report(batch)
     tokens, response_mask, logp = [
