@@ -165,7 +165,7 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
-    for lr, batches, _ in schedule(pool, group, recipe, progress):
+    for lr, batches, _ in progress.schedule(pool, group):
         optimizer.param_groups[0]["lr"] = lr
         # (B,) prompts of this rank, (B, G) some of the K responses, (W,) prompts of all ranks
         for n, k, whole in batches:
@@ -212,28 +212,10 @@ def lr_at(step, recipe):
     return recipe.lr * warm * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
-def schedule(pool, group, recipe, progress):
-    """Yield (lr, batches, ends_epoch) for the steps that are left, or until two epochs have brought
-    nothing to a loop that considers it. batches: (n, k, whole) of each micro-batch, this rank's
-    prompts n (B,), groups k (B, G) of their responses, and the prompts of all ranks (W,); where
-    those are too few, a rank has none. ends_epoch: whether as many pairs have been seen as the pool
-    has (group 2), to within a step, or it is the last one."""
-    me, ranks = rank()
-    batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
-    epoch = max(1, len(pool.tokens) // (recipe.batch * recipe.accumulate))  # steps
-    for step in range(recipe.steps):
-        found = [next(batches) for _ in range(recipe.accumulate)]  # also for steps already done
-        if progress.best["worse"] == 2:
-            return
-        if step >= len(progress.done):  # none that a killed run has done
-            mine = [(n[me::ranks], k[me::ranks], n) for n, k in found if len(n) > me]
-            ends_epoch = (step + 1) % epoch == 0 or step + 1 == recipe.steps
-            yield lr_at(step, recipe), mine, ends_epoch
-
-
 class Progress:
-    """What a loop has done. Every so many seconds, more seldom where that takes over 2 % of the
-    time, it says so and writes a checkpoint, from which a run that is resumed goes on."""
+    """What a loop has done and has left to do. Every so many seconds, more seldom where that takes
+    over 2 % of the time, it says so and writes a checkpoint, from which a run that is resumed goes
+    on."""
 
     def __init__(self, recipe, **parts):  # the model and the optimizer of a training
         self.recipe = recipe
@@ -252,6 +234,25 @@ class Progress:
                     part.load_state_dict(saved[name])
                 print(f"  {recipe.stage}: goes on after {len(self.done)} of {recipe.steps}")
         self.before = len(self.done)  # steps or batches of a run that was killed
+
+    def schedule(self, pool, group):
+        """Yield (lr, batches, ends_epoch) for the steps that are left, or until two epochs have
+        brought nothing to a loop that considers it. batches: (n, k, whole) of each micro-batch,
+        this rank's prompts n (B,), groups k (B, G) of their responses, and the prompts of all ranks
+        (W,); where those are too few, a rank has none. ends_epoch: whether as many pairs have been
+        seen as the pool has (group 2), to within a step, or it is the last one."""
+        recipe = self.recipe
+        me, ranks = rank()
+        batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
+        epoch = max(1, len(pool.tokens) // (recipe.batch * recipe.accumulate))  # steps
+        for step in range(recipe.steps):
+            found = [next(batches) for _ in range(recipe.accumulate)]  # also for steps already done
+            if self.best["worse"] == 2:
+                return
+            if step >= len(self.done):  # none that a killed run has done
+                mine = [(n[me::ranks], k[me::ranks], n) for n, k in found if len(n) > me]
+                ends_epoch = (step + 1) % epoch == 0 or step + 1 == recipe.steps
+                yield lr_at(step, recipe), mine, ends_epoch
 
     def add(self, loss):
         """A micro-batch's; it stays on the device until it is read."""
@@ -369,7 +370,7 @@ def train_reference(model, pool, calibration, recipe):
     -> the loss of every step."""
     optimizer = adamw(model)
     progress = Progress(recipe, model=model, optimizer=optimizer)
-    for lr, batches, ends_epoch in schedule(pool, 2, recipe, progress):
+    for lr, batches, ends_epoch in progress.schedule(pool, 2):
         optimizer.param_groups[0]["lr"] = lr
         for n, k, whole in batches:  # (B,) pairs, (B, 2) both responses
             tokens, response_mask = take_text(pool, n, k, model.device)  # (B·2, T)
@@ -416,7 +417,7 @@ def train_score(model, pool, calibration, recipe):
     epochs as help on the calibration pool -> the loss of every step."""
     optimizer = adamw(model)
     progress = Progress(recipe, model=model, optimizer=optimizer)
-    for lr, batches, ends_epoch in schedule(pool, 2, recipe, progress):
+    for lr, batches, ends_epoch in progress.schedule(pool, 2):
         optimizer.param_groups[0]["lr"] = lr
         for n, k, whole in batches:  # (B,) pairs
             k = k.sort(1).values  # (B, 2) chosen, rejected
