@@ -578,7 +578,7 @@ def finish(saved, **content):
 # ---- the command line
 def settings(argv):
     """Defaults, then the flags that --quick (else --data) and --init stand for, or those of the run
-    that --from continues, then the command line. Bad values exit with code 2."""
+    that --from or --resume continues, then the command line. Bad values exit with code 2."""
     parser = build_parser()
     given = vars(parser.parse_args(argv))
     flags = "--dtype float32 " if given.get("device") == "cpu" else ""
@@ -594,8 +594,19 @@ def settings(argv):
         if chat and given.get("template") != "plain":
             flags += "--sft_steps 0 "
     base = vars(parser.parse_args(flags.split()))
-    if "resume" in given or "start" in given:
-        base = continued(parser, given)
+    if "resume" in given or "start" in given:  # they continue a run
+        out = given.get("out", Config.out)
+        path = f"{out}/run.json"
+        try:
+            base = {**json.loads(Path(path).read_text())["config"], "out": out}
+        except Exception:  # a damaged file raises half a dozen kinds
+            parser.error(f"--from and --resume continue a run, but {path} is missing or damaged; "
+                         "leave the flag out, which begins anew")
+        if "resume" not in given:
+            base.pop("run", None)
+        elif given.keys() - {"resume", "out", "device", "checkpoint_every"}:
+            parser.error("--resume keeps the run's settings; next to it only --out, --device and "
+                         "--checkpoint_every may stand; --from changes settings")
     c = Config(**{"run": f"{time.time_ns()}", **SETTINGS, **base, **given})
     check(parser, c)
     return c
@@ -620,23 +631,6 @@ def build_parser():
             "--from" if name == "start" else f"--{name}", dest=name, **options,
             help=f"{comments[name]} (default: {default})".replace("%", "%%"))
     return parser
-
-
-def continued(parser, given):
-    """The settings of the run that --from or --resume continues."""
-    out = given.get("out", Config.out)
-    path = f"{out}/run.json"
-    try:
-        kept = {**json.loads(Path(path).read_text())["config"], "out": out}
-    except Exception:  # a damaged file raises half a dozen kinds
-        parser.error(f"--from and --resume continue a run, but {path} is missing or damaged; "
-                     "leave the flag out, which begins anew")
-    if "resume" not in given:
-        kept.pop("run", None)
-    elif given.keys() - {"resume", "out", "device", "checkpoint_every"}:
-        parser.error("--resume keeps the run's settings; next to it only --out, --device and "
-                     "--checkpoint_every may stand; --from changes settings")
-    return kept
 
 
 def check(parser, c):
