@@ -595,10 +595,9 @@ def settings(argv):
             flags += "--sft_steps 0 "
     base = vars(parser.parse_args(flags.split()))
     if "resume" in given or "start" in given:  # they continue a run
-        out = given.get("out", Config.out)
-        path = f"{out}/run.json"
-        try:
-            base = {**json.loads(Path(path).read_text())["config"], "out": out}
+        path = f"{given.get('out', Config.out)}/run.json"
+        try:  # the folder may have moved since
+            base = json.loads(Path(path).read_text())["config"] | {"out": Config.out}
         except Exception:  # a damaged file raises half a dozen kinds
             parser.error(f"--from and --resume continue a run, but {path} is missing or damaged; "
                          "leave the flag out, which begins anew")
