@@ -259,7 +259,22 @@ def open_tokenizer(c, split):
 def train_reference(c, tok, tokenizer, pools):
     saved = artifact(c, "reference", "reference.pt", tokenizer=tokenizer)
     if "began" in saved:
-        model = first_model(c, tok)
+        torch.manual_seed(data.stream(c.seed, "reference").initial_seed())
+        config = GPTConfig(tok.known, c.block_size, c.n_layer, c.n_head, c.n_embd)
+        model = GPT.from_pretrained(c.init) if c.init else GPT(config)
+        sizes = model.config
+        if sizes.score_head:
+            raise ValueError(f"{c.init} is a score model, for --judge, not a policy")
+        spare = sizes.vocab_size - tok.known
+        if tok.encoding.name == "published":  # a model's own vocabulary may be rounded up
+            spare = min(spare, 0)
+        if spare or sizes.block_size < c.block_size:
+            raise ValueError(
+                f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; the "
+                f"tokenizer, {tok.encoding.name} (its own would be in tokenizer.json), has "
+                f"{tok.known} tokens, and --block_size is {c.block_size}")
+        model.config = replace(sizes, dtype=c.dtype, lora=c.lora,
+                               checkpoint_activations=c.checkpoint_activations)
         if c.lora and c.init:  # else there is nothing yet to adapt
             add_adapters(model)
         if c.sft_steps:
@@ -273,26 +288,6 @@ def train_reference(c, tok, tokenizer, pools):
         finish(saved, **to_checkpoint(model))
     saved.pop("frozen", None)  # from_checkpoint reads it, and keeps one copy
     return saved
-
-
-def first_model(c, tok):
-    torch.manual_seed(data.stream(c.seed, "reference").initial_seed())
-    config = GPTConfig(tok.known, c.block_size, c.n_layer, c.n_head, c.n_embd)
-    model = GPT.from_pretrained(c.init) if c.init else GPT(config)
-    sizes = model.config
-    if sizes.score_head:
-        raise ValueError(f"{c.init} is a score model, for --judge, not a policy")
-    spare = sizes.vocab_size - tok.known
-    if tok.encoding.name == "published":  # a model's own vocabulary may be rounded up
-        spare = min(spare, 0)
-    if spare or sizes.block_size < c.block_size:
-        raise ValueError(
-            f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; the "
-            f"tokenizer, {tok.encoding.name} (its own would be in tokenizer.json), has {tok.known} "
-            f"tokens, and --block_size is {c.block_size}")
-    model.config = replace(sizes, dtype=c.dtype, lora=c.lora,
-                           checkpoint_activations=c.checkpoint_activations)
-    return model
 
 
 def train_judges(c, reference, split, pools, names):
