@@ -297,13 +297,12 @@ class Progress:
 
     def consider(self, loss):
         """Early stopping: keeps the weights with the least calibration loss; see `schedule`."""
+        weights = copy.deepcopy(self.parts["model"].state_dict())
+        self.best.setdefault("weights", weights)  # though no loss is ever finite
         self.best["worse"] += 1
-        better = loss < self.best["loss"]
-        if better:
+        if loss < self.best["loss"]:
             print(f"  calibration loss {loss:.4f}")
-            self.best |= {"loss": loss, "worse": 0}
-        if better or "weights" not in self.best:  # though no loss is ever finite
-            self.best["weights"] = copy.deepcopy(self.parts["model"].state_dict())
+            self.best |= {"loss": loss, "worse": 0, "weights": weights}
 
 
 SCORED = 64  # responses at once, in whole prompts; what more need does not stay in a CPU's cache
