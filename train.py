@@ -232,8 +232,8 @@ def enter(c):
 # ---- the stages: each returns its artifact, made now if it is not there
 def open_tokenizer(c, split):
     """The tokenizer, and its artifact."""
-    digest = hashlib.sha256(repr(split).encode()).hexdigest()
-    saved = artifact(c, "reference", "tokenizer.pt", data=digest)
+    saved = artifact(c, "reference", "tokenizer.pt",
+                     data=hashlib.sha256(repr(split).encode()).hexdigest())
     if "began" in saved:
         pieces = None  # GPT-2's own
         if c.tokenizer == "vocab":
@@ -313,8 +313,8 @@ def train_judges(c, reference, split, pools, names):
                 model = from_checkpoint({**reference, **start}, c.device)  # all scores are 0
                 parts = [mocan.preferences(getattr(mine, part), name, pool)
                          for part, pool in pools.items()]
-                plan = recipe(c, label, c.score_steps, c.score_lr)
-                mocan.learn_score(model, label, *parts, plan, c.judge_runs)
+                mocan.learn_score(model, label, *parts,
+                                  recipe(c, label, c.score_steps, c.score_lr), c.judge_runs)
                 finish(saved, **to_checkpoint(model),
                        pairs=mocan.map_pool(model, pools["calibration"]))
     return judges
@@ -347,8 +347,8 @@ def sample(c, name, K, policy, reference, tok, prompts):
     """Responses of a policy, at first of the reference, for MoCAN and PeCAN alike."""
     saved = artifact(c, name.split()[0], f"{name}.pt", policy=policy)
     if "began" in saved:
-        model = from_checkpoint(policy, c.device)
-        pool, logp = mocan.sample_pool(model, tok, prompts, K, recipe(c, name))
+        pool, logp = mocan.sample_pool(
+            from_checkpoint(policy, c.device), tok, prompts, K, recipe(c, name))
         ref_logp = logp
         if policy is not reference:
             ref_logp = mocan.map_pool(from_checkpoint(reference, c.device), pool)
@@ -416,8 +416,8 @@ def update(c, label, policy, scored, samples, margin, found):
 
 
 def recipe(c, stage, steps=0, lr=0.0):
-    batch = c.batch if steps else c.sample_batch
-    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", batch, c.accumulate, c,
+    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}",
+                        c.batch if steps else c.sample_batch, c.accumulate, c,
                         min(20, steps // 10))  # of warm-up
 
 
