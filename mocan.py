@@ -610,8 +610,7 @@ def calibrate(chosen, rejected):
 
 def calibrated_loss(chosen, rejected):
     """Bradley–Terry loss at the best temperature: what the scores know, whatever their scale."""
-    tau = calibrate(chosen, rejected)
-    return -F.logsigmoid(tau * (chosen - rejected)).mean().item()
+    return -F.logsigmoid(calibrate(chosen, rejected) * (chosen - rejected)).mean().item()
 
 
 def temperature(name, score):
@@ -643,8 +642,8 @@ def compare(scores, log_ratio, weight, ref_scores):
     kl = (weight * log_ratio).sum(1)  # (N,)
     mean, error = dual.clustered(torch.cat([gain, kl[None]]))  # (2+m,), (2+m,)
     reward_gain, *constraint_gain, kl = mean.tolist()
-    ends = torch.stack([mean - 1.96 * error, mean + 1.96 * error], dim=1)  # (2+m, 2)
-    reward_ci, *constraint_ci, kl_ci = ends.tolist()
+    reward_ci, *constraint_ci, kl_ci = torch.stack(
+        [mean - 1.96 * error, mean + 1.96 * error], dim=1).tolist()  # (2+m, 2)
     return {"reward_gain": reward_gain, "reward_gain_ci": reward_ci,
             "constraint_gain": constraint_gain, "constraint_gain_ci": constraint_ci,
             "kl": kl, "kl_ci": kl_ci}
