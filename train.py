@@ -428,7 +428,7 @@ def evaluate(c, reference, policies, judges, confirmed, names, margin, split, to
     remember(c)
     if c.algo == "pecan":  # no judge labels: the second ones measure, in the units of its scores
         judges = judges[-1:]
-    confirmed = confirmed[c.algo.replace("all", "mocan")]
+    confirmed, *_ = confirmed.values()  # MoCAN's, where both ran
     units = confirmed["units"][-len(judges):]
     prompts = data.spread([pair.prompt for pair in split.evaluation], c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
