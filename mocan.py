@@ -422,7 +422,7 @@ def train_score(model, pool, calibration, recipe):
             k = k.sort(1).values  # (B, 2) chosen, rejected
             tokens, response_mask = take_text(pool, n, k, model.device)  # (B·2, T)
             score = model.score(tokens, response_mask, 2).view(k.shape)  # (B, 2)
-            loss = score_loss(score[:, 0], score[:, 1]).sum() / len(whole)
+            loss = score_loss(*score.T).sum() / len(whole)
             (loss / recipe.accumulate).backward()
             progress.add(loss)
         add_up_gradients(model)
