@@ -117,10 +117,7 @@ def prealign(policy, pool, calibration, beta, recipe):
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·2, T)
             logp = sequence_logprob(policy, tokens, response_mask, 2).view(k.shape)  # (B, 2)
             ref = take(ref_logp, n, k, policy.device)  # (B, 2)
-            loss = preference_loss(
-                logp[:, 0], logp[:, 1],
-                ref[:, 0], ref[:, 1],
-                beta).sum() / len(whole)  # of (B,)
+            loss = preference_loss(*logp.T, *ref.T, beta).sum() / len(whole)  # of (B,)
             (loss / recipe.accumulate).backward()
             progress.add(loss)
         add_up_gradients(policy)
