@@ -43,6 +43,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import dual
@@ -74,11 +75,11 @@ def preference_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_reject
 # ---- 1. sample
 class Sample(NamedTuple):
     """K responses of a policy π₁ to each of N prompts; in the first shot π₁ is π_ref."""
-    pool: Pool              # (N, K, T)
-    logp: torch.Tensor      # (N, K) ln π₁(y|x)
-    ref_logp: torch.Tensor  # (N, K) ln π_ref(y|x)
-    scores: torch.Tensor    # (1+m, N, K) r, g_1 … g_m
-    second: torch.Tensor = None  # (1+m, N, K) by judges that label nothing, or the same
+    pool: Pool        # (N, K, T)
+    logp: Tensor      # (N, K) ln π₁(y|x)
+    ref_logp: Tensor  # (N, K) ln π_ref(y|x)
+    scores: Tensor    # (1+m, N, K) r, g_1 … g_m
+    second: Tensor = None  # (1+m, N, K) by judges that label nothing, or the same
 
     @property
     def mean_g(self):
