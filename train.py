@@ -404,7 +404,7 @@ def update(c, label, policy, scored, samples, margin, found):
                   f"{numbers(1.96 * its_error)}")
         model = from_checkpoint(policy, c.device)
         steps, lr = (c.shot_steps, c.shot_lr) if shot else (c.steps, c.lr)
-        plan = recipe(c, label, steps, lr)._replace(key=f"{c.seed}/{stage}")  # all shots draw alike
+        plan = recipe(c, label, steps, lr, key=stage)  # all shots draw alike
         given = model, samples, found.lam, c.beta, c.group, plan
         if stage == "mocan":
             mocan.train_mocan(*given)
@@ -415,8 +415,8 @@ def update(c, label, policy, scored, samples, margin, found):
     return saved
 
 
-def recipe(c, stage, steps=0, lr=0.0):
-    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}",
+def recipe(c, stage, steps=0, lr=0.0, key=""):
+    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{key or stage}",
                         c.batch if steps else c.sample_batch, c.accumulate, c,
                         min(20, steps // 10))  # of warm-up
 
@@ -439,7 +439,7 @@ def evaluate(c, reference, policies, judges, confirmed, names, margin, split, to
         policy = from_checkpoint(saved, c.device)
         pool, logp = mocan.sample_pool(
             policy, tok, prompts, c.eval_responses,
-            recipe(c, "evaluate")._replace(stage=f"evaluate {name}"))  # the same noise for all
+            recipe(c, f"evaluate {name}", key="evaluate"))  # the same noise for all
         said = mocan.in_units(units, [
             mocan.score_pool(some, names, prompts, pool, tok, c.device) for some in judges])
         samples = mocan.Sample(pool, logp, mocan.map_pool(model, pool), said[0], said[-1])
