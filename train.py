@@ -511,10 +511,8 @@ def export_models(c, policies, judges, tokenizer, tok):
               if "weights" in saved]
     for saved in models if c.export else ():
         folder = f"{c.export}/{Path(saved['path']).stem}"
-        changes = {}
-        if saved["config"]["score_head"]:  # it is read at the last token that is no padding
-            changes["pad_token_id"] = (tok.next or tok.before)[-1]
-        export(from_checkpoint(saved), folder, tokenizer["files"], **changes)
+        export(from_checkpoint(saved), folder, tokenizer["files"],  # a score model is read
+               pad_token_id=(tok.next or tok.before)[-1])  # at the last token that is no padding
         print(f"exported {folder}")
     Path(f"{c.out}/checkpoint.pt").unlink(missing_ok=True)  # the end
 
