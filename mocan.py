@@ -97,9 +97,9 @@ def sample_pool(policy, tok, prompts, K, recipe):
         sampled = []
         if first + me < len(batches):  # one for each rank, while some are left
             n = batches[first + me]
-            chance = uniforms(recipe.key, n.tolist(), K, tok.response_limit)
             sampled = [x.cpu() for x in policy.generate(
-                [ids[i] for i in n], chance, eos=tok.ends)]
+                [ids[i] for i in n], uniforms(recipe.key, n.tolist(), K, tok.response_limit),
+                eos=tok.ends)]
         for batch in filter(len, gather(sampled)):
             progress.report(batch)
     tokens, response_mask, logp = [
@@ -281,8 +281,8 @@ class Progress:
         self.due = now + 10
         run = recipe.run
         if run:
-            states = {name: part.state_dict() for name, part in self.parts.items()}
-            save({"loop": [run.run, recipe.stage], "done": self.done, "best": self.best, **states},
+            save({"loop": [run.run, recipe.stage], "done": self.done, "best": self.best,
+                  **{name: part.state_dict() for name, part in self.parts.items()}},
                  f"{run.out}/checkpoint.pt")
             saved = time.monotonic()
             self.due = saved + max(run.checkpoint_every, 50 * (saved - now))
