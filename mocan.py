@@ -43,6 +43,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import dual
@@ -74,11 +75,11 @@ def preference_loss(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_reject
 # ---- 1. sample
 class Sample(NamedTuple):
     """K responses of a policy π₁ to each of N prompts; in the first shot π₁ is π_ref."""
-    pool: Pool              # (N, K, T)
-    logp: torch.Tensor      # (N, K) ln π₁(y|x)
-    ref_logp: torch.Tensor  # (N, K) ln π_ref(y|x)
-    scores: torch.Tensor    # (1+m, N, K) r, g_1 … g_m
-    second: torch.Tensor = None  # (1+m, N, K) by judges that label nothing, or the same
+    pool: Pool        # (N, K, T)
+    logp: Tensor      # (N, K) ln π₁(y|x)
+    ref_logp: Tensor  # (N, K) ln π_ref(y|x)
+    scores: Tensor    # (1+m, N, K) r, g_1 … g_m
+    second: Tensor = None  # (1+m, N, K) by judges that label nothing, or the same
 
     @property
     def mean_g(self):
@@ -96,9 +97,9 @@ def sample_pool(policy, tok, prompts, K, recipe):
         sampled = []
         if first + me < len(batches):  # one for each rank, while some are left
             n = batches[first + me]
-            chance = uniforms(recipe.key, n.tolist(), K, tok.response_limit)
-            rows = policy.generate([ids[i] for i in n], chance, eos=tok.ends)
-            sampled = [x.cpu() for x in rows]
+            sampled = [x.cpu() for x in policy.generate(
+                [ids[i] for i in n], uniforms(recipe.key, n.tolist(), K, tok.response_limit),
+                eos=tok.ends)]
         for batch in filter(len, gather(sampled)):
             progress.report(batch)
     tokens, response_mask, logp = [
@@ -165,8 +166,7 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
-    for lr, batches, _ in schedule(pool, group, recipe, progress):
-        optimizer.param_groups[0]["lr"] = lr
+    for batches, _ in progress.schedule(pool, group):  # sets the learning rate
         # (B,) prompts of this rank, (B, G) some of the K responses, (W,) prompts of all ranks
         for n, k, whole in batches:
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
@@ -212,34 +212,15 @@ def lr_at(step, recipe):
     return recipe.lr * warm * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
-def schedule(pool, group, recipe, progress):
-    """Yield (lr, batches, ends_epoch) for the steps that are left, or until two epochs have brought
-    nothing to a loop that considers it. batches: (n, k, whole) of each micro-batch, this rank's
-    prompts n (B,), groups k (B, G) of their responses, and the prompts of all ranks (W,); where
-    those are too few, a rank has none. ends_epoch: whether as many pairs have been seen as the pool
-    has (group 2), to within a step, or it is the last one."""
-    me, ranks = rank()
-    batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
-    epoch = max(1, len(pool.tokens) // (recipe.batch * recipe.accumulate))  # steps
-    for step in range(recipe.steps):
-        found = [next(batches) for _ in range(recipe.accumulate)]  # also for steps already done
-        if progress.best["worse"] == 2:
-            return
-        if step >= len(progress.done):  # none that a killed run has done
-            mine = [(n[me::ranks], k[me::ranks], n) for n, k in found if len(n) > me]
-            ends_epoch = (step + 1) % epoch == 0 or step + 1 == recipe.steps
-            yield lr_at(step, recipe), mine, ends_epoch
-
-
 class Progress:
-    """What a loop has done. Every so many seconds, more seldom where that takes over 2 % of the
-    time, it says so and writes a checkpoint, from which a run that is resumed goes on."""
+    """What a loop has done and has left to do. Every so many seconds, more seldom where that takes
+    over 2 % of the time, it says so and writes a checkpoint, from which a run that is resumed goes
+    on."""
 
     def __init__(self, recipe, **parts):  # the model and the optimizer of a training
         self.recipe = recipe
         self.parts = parts
         self.done = []  # the loss of each step, or the samples of each batch
-        self.before = 0  # of these, by a run that was killed
         self.best = {"loss": math.inf, "worse": 0}  # see `consider`
         self.loss = 0.0  # of the step's micro-batches so far
         self.began = self.due = time.monotonic()
@@ -248,11 +229,32 @@ class Progress:
             saved = load(f"{run.out}/checkpoint.pt", "remove it, which begins the last stage anew")
             if saved["loop"] == [run.run, recipe.stage]:
                 self.done = saved["done"]
-                self.before = len(self.done)
                 self.best = saved["best"]
                 for name, part in parts.items():
                     part.load_state_dict(saved[name])
                 print(f"  {recipe.stage}: goes on after {len(self.done)} of {recipe.steps}")
+        self.before = len(self.done)  # steps or batches of a run that was killed
+
+    def schedule(self, pool, group):
+        """Set the learning rate and yield (batches, ends_epoch) for the steps that are left, or
+        until two epochs have brought nothing to a loop that considers it. batches: (n, k, whole) of
+        each micro-batch, this rank's prompts n (B,), groups k (B, G) of their responses, and the
+        prompts of all ranks (W,); where those are too few, a rank has none. ends_epoch: whether as
+        many pairs have been seen as the pool has (group 2), to within a step, or it is the last
+        one."""
+        recipe = self.recipe
+        me, ranks = rank()
+        batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
+        epoch = max(1, len(pool.tokens) // (recipe.batch * recipe.accumulate))  # steps
+        for step in range(recipe.steps):
+            found = [next(batches) for _ in range(recipe.accumulate)]  # also for steps already done
+            if self.best["worse"] == 2:
+                return
+            if step >= len(self.done):  # none that a killed run has done
+                mine = [(n[me::ranks], k[me::ranks], n) for n, k in found if len(n) > me]
+                ends_epoch = (step + 1) % epoch == 0 or step + 1 == recipe.steps
+                self.parts["optimizer"].param_groups[0]["lr"] = lr_at(step, recipe)
+                yield mine, ends_epoch
 
     def add(self, loss):
         """A micro-batch's; it stays on the device until it is read."""
@@ -267,20 +269,21 @@ class Progress:
         """After every step or batch: the loss, or the samples."""
         self.done.append(result)
         step = len(self.done)
-        steps, run = self.recipe.steps, self.recipe.run
+        recipe = self.recipe
         now = time.monotonic()
-        if step < steps and now < self.due:
+        if step < recipe.steps and now < self.due:
             return
         loss = f"  loss {self.losses()[-1]:.4f}" if self.parts else ""
         seconds = now - self.began + 1e-9
         rate = (step - self.before) / seconds
-        print(f"  {self.recipe.stage} {step}/{steps}{loss}  {rate:.1f}/s  "
-              f"{seconds:.0f} s elapsed, {(steps - step) / rate:.0f} s left", flush=True)
+        print(f"  {recipe.stage} {step}/{recipe.steps}{loss}  {rate:.1f}/s  "
+              f"{seconds:.0f} s elapsed, {(recipe.steps - step) / rate:.0f} s left", flush=True)
         self.due = now + 10
+        run = recipe.run
         if run:
-            states = {name: part.state_dict() for name, part in self.parts.items()}
-            save({"loop": [run.run, self.recipe.stage], "done": self.done, "best": self.best,
-                  **states}, f"{run.out}/checkpoint.pt")
+            save({"loop": [run.run, recipe.stage], "done": self.done, "best": self.best,
+                  **{name: part.state_dict() for name, part in self.parts.items()}},
+                 f"{run.out}/checkpoint.pt")
             saved = time.monotonic()
             self.due = saved + max(run.checkpoint_every, 50 * (saved - now))
 
@@ -296,13 +299,12 @@ class Progress:
 
     def consider(self, loss):
         """Early stopping: keeps the weights with the least calibration loss; see `schedule`."""
+        weights = copy.deepcopy(self.parts["model"].state_dict())
+        self.best.setdefault("weights", weights)  # though no loss is ever finite
         self.best["worse"] += 1
-        better = loss < self.best["loss"]
-        if better:
+        if loss < self.best["loss"]:
             print(f"  calibration loss {loss:.4f}")
-            self.best |= {"loss": loss, "worse": 0}
-        if better or "weights" not in self.best:  # though no loss is ever finite
-            self.best["weights"] = copy.deepcopy(self.parts["model"].state_dict())
+            self.best |= {"loss": loss, "worse": 0, "weights": weights}
 
 
 SCORED = 64  # responses at once, in whole prompts; what more need does not stay in a CPU's cache
@@ -369,8 +371,7 @@ def train_reference(model, pool, calibration, recipe):
     -> the loss of every step."""
     optimizer = adamw(model)
     progress = Progress(recipe, model=model, optimizer=optimizer)
-    for lr, batches, ends_epoch in schedule(pool, 2, recipe, progress):
-        optimizer.param_groups[0]["lr"] = lr
+    for batches, ends_epoch in progress.schedule(pool, 2):  # sets the learning rate
         for n, k, whole in batches:  # (B,) pairs, (B, 2) both responses
             tokens, response_mask = take_text(pool, n, k, model.device)  # (B·2, T)
             logp = sequence_logprob(model, tokens, response_mask, 2)  # (B·2,)
@@ -416,13 +417,12 @@ def train_score(model, pool, calibration, recipe):
     epochs as help on the calibration pool -> the loss of every step."""
     optimizer = adamw(model)
     progress = Progress(recipe, model=model, optimizer=optimizer)
-    for lr, batches, ends_epoch in schedule(pool, 2, recipe, progress):
-        optimizer.param_groups[0]["lr"] = lr
+    for batches, ends_epoch in progress.schedule(pool, 2):  # sets the learning rate
         for n, k, whole in batches:  # (B,) pairs
             k = k.sort(1).values  # (B, 2) chosen, rejected
             tokens, response_mask = take_text(pool, n, k, model.device)  # (B·2, T)
             score = model.score(tokens, response_mask, 2).view(k.shape)  # (B, 2)
-            loss = score_loss(score[:, 0], score[:, 1]).sum() / len(whole)
+            loss = score_loss(*score.T).sum() / len(whole)
             (loss / recipe.accumulate).backward()
             progress.add(loss)
         add_up_gradients(model)
@@ -460,13 +460,13 @@ def ready_judges(specs, names, pairs, device):
     """Two {preference: what score_pool takes} of published score models, each of specs NAME=FOLDER,
     or NAME=-FOLDER of a cost: a name's first, and its second. Their scores stay in their own units;
     what the calibration pairs say of them is printed."""
-    judges = [{}, {}]
+    first, second = {}, {}
     for spec in specs:
         name, _, folder = spec.partition("=")
         sign = -1 if folder.startswith("-") else 1
         folder = folder.removeprefix("-")
-        free = [some for some in judges if name not in some]
-        if name not in names or not folder or not free:
+        judges = second if name in first else first
+        if name not in names or not folder or name in second:
             raise ValueError(f"--judge {spec}: expected NAME=FOLDER, or NAME=-FOLDER of a cost, "
                              f"one or two for each NAME of {', '.join(names)}")
         model = GPT.from_pretrained(folder).to(device)
@@ -487,11 +487,11 @@ def ready_judges(specs, names, pairs, device):
             say_agreement(f"{name} judge, calibration",
                           sign * map_pool(model, preferences(pairs, name, pool)))
         changed = max(file.stat().st_mtime for file in os.scandir(folder))
-        free[0][name] = {"run": f"{spec} {changed}", "folder": folder, "sign": sign, "tok": tok,
-                         "pairs": sign * map_pool(model, pool)}
-    if judges[1] and judges[1].keys() != judges[0].keys():
+        judges[name] = {"run": f"{spec} {changed}", "folder": folder, "sign": sign, "tok": tok,
+                        "pairs": sign * map_pool(model, pool)}
+    if second and second.keys() != first.keys():
         raise ValueError("--judge: a second one for each NAME that has a first, or for none")
-    return judges
+    return [first, second]
 
 
 # ---- confirmation: scores in units that another judge confirms
@@ -505,6 +505,15 @@ def regression(first, second):
     best linear guess of B."""
     a, b = within(first), within(second)
     return b @ a.T @ torch.linalg.pinv(a @ a.T, hermitian=True)
+
+
+def slopes(said, pairs):
+    """kept (1+m,) and M (1+m, 1+m) of `confirm`, from both judges' scores (2, 1+m, N, K) of
+    responses and (2, 1+m, P, 2) of calibration pairs."""
+    a, b = map(within, pairs)  # (1+m, 2P)
+    square = (a * a).sum(1)  # (1+m,)
+    kept = torch.where(square > 1e-9, (a * b).sum(1) / square, 1)  # 1 where no pair says
+    return kept, regression(*said) / kept[:, None]
 
 
 def confirm(said, judges, names):
@@ -528,22 +537,16 @@ def confirm(said, judges, names):
         if judges[0]:
             print("  nothing confirms these scores: no second judges")
         return unconfirmed(said, names)
-    pairs = [torch.stack([some[name]["pairs"] for name in names]) for some in judges]  # (1+m, P, 2)
-    N, P = said[0].size(1), pairs[0].size(1)
-
-    def slopes(n, p):
-        a, b = [within(x[:, p]) for x in pairs]
-        square = (a * a).sum(1)  # (1+m,)
-        kept = torch.where(square > 1e-9, (a * b).sum(1) / square, 1)  # 1 where no pair says
-        return kept, regression(*[x[:, n] for x in said]) / kept[:, None]
-
-    kept, M = slopes(torch.arange(N), torch.arange(P))
+    said = torch.stack(said)  # (2, 1+m, N, K)
+    pairs = torch.stack([
+        torch.stack([some[name]["pairs"] for name in names]) for some in judges])  # (2, 1+m, P, 2)
+    kept, M = slopes(said, pairs)
     generator = torch.Generator().manual_seed(0)
     draws = []
     for _ in range(100):  # the bootstrap over prompts and pairs
-        n = torch.randint(N, (N,), generator=generator)
-        p = torch.randint(P, (P,), generator=generator)
-        draws.append(slopes(n, p)[1])
+        drawn = [x[:, :, torch.randint(x.size(2), x.shape[2:3], generator=generator)]
+                 for x in (said, pairs)]
+        draws.append(slopes(*drawn)[1])
     draws = torch.stack(draws)
     error = draws.std(0)
     agree = F.cosine_similarity(*map(within, said))
@@ -599,7 +602,7 @@ def calibrate(chosen, rejected):
     tau = 0.0
     for _ in range(50):
         p = torch.sigmoid(-tau * lead)  # probability of the choice that was not made
-        slope = (p * lead).sum()
+        slope = p @ lead
         curvature = (p * (1 - p) * lead * lead).sum().clamp_min(1e-12)
         tau = (tau + slope / curvature).clamp(0, 100)
     return tau
@@ -607,8 +610,7 @@ def calibrate(chosen, rejected):
 
 def calibrated_loss(chosen, rejected):
     """Bradley–Terry loss at the best temperature: what the scores know, whatever their scale."""
-    tau = calibrate(chosen, rejected)
-    return -F.logsigmoid(tau * (chosen - rejected)).mean().item()
+    return -F.logsigmoid(calibrate(chosen, rejected) * (chosen - rejected)).mean().item()
 
 
 def temperature(name, score):
@@ -638,11 +640,10 @@ def compare(scores, log_ratio, weight, ref_scores):
     their 95 % intervals over prompts (taken as independent), as results.json has them."""
     gain = (weight * scores.double()).sum(2) - ref_scores.double().mean(2)  # (1+m, N)
     kl = (weight * log_ratio).sum(1)  # (N,)
-    found = torch.cat([gain, kl[None]])  # (2+m, N)
-    error = 1.96 * found.std(1) / math.sqrt(found.size(1))
-    found = found.mean(1)
-    reward_gain, *constraint_gain, kl = found.tolist()
-    reward_ci, *constraint_ci, kl_ci = torch.stack([found - error, found + error], dim=1).tolist()
+    mean, error = dual.clustered(torch.cat([gain, kl[None]]))  # (2+m,), (2+m,)
+    reward_gain, *constraint_gain, kl = mean.tolist()
+    reward_ci, *constraint_ci, kl_ci = torch.stack(
+        [mean - 1.96 * error, mean + 1.96 * error], dim=1).tolist()  # (2+m, 2)
     return {"reward_gain": reward_gain, "reward_gain_ci": reward_ci,
             "constraint_gain": constraint_gain, "constraint_gain_ci": constraint_ci,
             "kl": kl, "kl_ci": kl_ci}
@@ -655,24 +656,21 @@ def optima(sample, ref, logp, margin, beta):
     From a policy's Sample and the reference's as one of 2K responses of the even mixture of both:
     near the policy, and nowhere far below π_ref. logp (N, K): the policy's ln π of ref's.
     """
-    logp = torch.cat([sample.logp, logp], dim=1)  # (N, 2K)
-    ref_logp = torch.cat([sample.ref_logp, ref.ref_logp], dim=1)  # (N, 2K)
-    scores = torch.cat([sample.scores, ref.scores], dim=2)  # (1+m, N, 2K)
-    second = torch.cat([sample.second, ref.second], dim=2)
-    mixed = torch.logaddexp(logp, ref_logp) - math.log(2)  # (N, 2K)
-    both = Sample(None, mixed, ref_logp, scores)
+    parts = zip(sample[1:], ref._replace(logp=logp)[1:])  # all but the pools
+    both = Sample(None, *[torch.cat(part, dim=-1) for part in parts])  # (…, N, 2K)
+    mixed = torch.logaddexp(both.logp, both.ref_logp) - math.log(2)  # (N, 2K)
     try:
-        lam = solve_from(both, ref.mean_g, margin, beta).lam
+        lam = solve_from(both._replace(logp=mixed), ref.mean_g, margin, beta).lam
     except (dual.Infeasible, FloatingPointError) as error:
         print(f"  no optimum by these responses: {error}")
         return []
     rows = []
     for t in range(31):
         at = t / 15 * lam
-        tilt = total_score(scores.double(), at) / beta
-        log_weight = tilt - (mixed - ref_logp)  # (N, 2K) ln π_λ/π_mixed + ln Z
+        tilt = total_score(both.scores.double(), at) / beta
+        log_weight = tilt - (mixed - both.ref_logp)  # (N, 2K) ln π_λ/π_mixed + ln Z
         log_z = log_weight.logsumexp(1, keepdim=True) - math.log(log_weight.size(1))
         how = tilt - log_z, log_weight.softmax(1)
-        rows.append({"lam": at.tolist(), **compare(scores, *how, ref.scores),
-                     "second": compare(second, *how, ref.second)})
+        rows.append({"lam": at.tolist(), **compare(both.scores, *how, ref.scores),
+                     "second": compare(both.second, *how, ref.second)})
     return rows

@@ -594,8 +594,8 @@ def read_tensors(path):
 def export(model, folder, files={}, **changes):
     """Write a model so that `from_pretrained`, ours and Transformers', loads it, in float32, and
     files {name: text} with it, such as its tokenizer's. Of a GPT-2 config.json follows from the
-    model; of others a policy's must be among the files; changes: of its entries. Adapters are
-    merged, also in the model."""
+    model; of others a policy's must be among the files; changes: of a score model's entries.
+    Adapters are merged, also in the model."""
     open_export(folder, files)
     c = model.config
     config = json.loads(files.get("config.json", "{}"))
@@ -610,8 +610,8 @@ def export(model, folder, files={}, **changes):
         } | config | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # no dropout
     if c.score_head:
         kind = f"{c.family.title().replace('Gpt', 'GPT')}ForSequenceClassification"
-        config |= {"architectures": [kind], "num_labels": 1}
-    for name, text in {**files, "config.json": json.dumps(config | changes)}.items():
+        config |= {"architectures": [kind], "num_labels": 1, **changes}
+    for name, text in {**files, "config.json": json.dumps(config)}.items():
         replace_file(f"{folder}/{name}", lambda file: file.write(text.encode()))
     tensors = {}
     for name, tensor in merge(model).items():

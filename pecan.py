@@ -36,7 +36,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import take, take_text
 from mocan import (Progress, adamw, add_up_gradients, bradley_terry, calibrated_loss,
-                   map_pool, preference_loss, say_agreement, schedule, temperature)
+                   map_pool, preference_loss, say_agreement, temperature)
 from model import from_checkpoint, sequence_logprob
 
 
@@ -75,8 +75,7 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
-    for lr, batches, _ in schedule(pool, group, recipe, progress):
-        optimizer.param_groups[0]["lr"] = lr
+    for batches, _ in progress.schedule(pool, group):  # sets the learning rate
         for n, k, whole in batches:  # (B,) prompts, (B, G) some of the K responses to each
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
             logp = sequence_logprob(policy, tokens, response_mask, group).view(k.shape)  # (B, G)
@@ -110,8 +109,7 @@ def prealign(policy, pool, calibration, beta, recipe):
     calibration_ref = map_pool(policy, calibration)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
-    for lr, batches, ends_epoch in schedule(pool, 2, recipe, progress):
-        optimizer.param_groups[0]["lr"] = lr
+    for batches, ends_epoch in progress.schedule(pool, 2):  # sets the learning rate
         for n, k, whole in batches:  # (B,) pairs
             k = k.sort(1).values  # (B, 2) chosen, rejected
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·2, T)

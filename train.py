@@ -37,7 +37,6 @@ import json
 import math
 import os
 import re
-import secrets
 import sys
 import time
 import warnings
@@ -233,8 +232,8 @@ def enter(c):
 # ---- the stages: each returns its artifact, made now if it is not there
 def open_tokenizer(c, split):
     """The tokenizer, and its artifact."""
-    digest = hashlib.sha256(repr(split).encode()).hexdigest()
-    saved = artifact(c, "reference", "tokenizer.pt", data=digest)
+    saved = artifact(c, "reference", "tokenizer.pt",
+                     data=hashlib.sha256(repr(split).encode()).hexdigest())
     if "began" in saved:
         pieces = None  # GPT-2's own
         if c.tokenizer == "vocab":
@@ -262,7 +261,22 @@ def open_tokenizer(c, split):
 def train_reference(c, tok, tokenizer, pools):
     saved = artifact(c, "reference", "reference.pt", tokenizer=tokenizer)
     if "began" in saved:
-        model = first_model(c, tok)
+        torch.manual_seed(data.stream(c.seed, "reference").initial_seed())
+        config = GPTConfig(tok.known, c.block_size, c.n_layer, c.n_head, c.n_embd)
+        model = GPT.from_pretrained(c.init) if c.init else GPT(config)
+        sizes = model.config
+        if sizes.score_head:
+            raise ValueError(f"{c.init} is a score model, for --judge, not a policy")
+        spare = sizes.vocab_size - tok.known
+        if tok.encoding.name == "published":  # a model's own vocabulary may be rounded up
+            spare = min(spare, 0)
+        if spare or sizes.block_size < c.block_size:
+            raise ValueError(
+                f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; the "
+                f"tokenizer, {tok.encoding.name} (its own would be in tokenizer.json), has "
+                f"{tok.known} tokens, and --block_size is {c.block_size}")
+        model.config = replace(sizes, dtype=c.dtype, lora=c.lora,
+                               checkpoint_activations=c.checkpoint_activations)
         if c.lora and c.init:  # else there is nothing yet to adapt
             add_adapters(model)
         if c.sft_steps:
@@ -276,26 +290,6 @@ def train_reference(c, tok, tokenizer, pools):
         finish(saved, **to_checkpoint(model))
     saved.pop("frozen", None)  # from_checkpoint reads it, and keeps one copy
     return saved
-
-
-def first_model(c, tok):
-    torch.manual_seed(data.stream(c.seed, "reference").initial_seed())
-    config = GPTConfig(tok.known, c.block_size, c.n_layer, c.n_head, c.n_embd)
-    model = GPT.from_pretrained(c.init) if c.init else GPT(config)
-    sizes = model.config
-    if sizes.score_head:
-        raise ValueError(f"{c.init} is a score model, for --judge, not a policy")
-    spare = sizes.vocab_size - tok.known
-    if tok.encoding.name == "published":  # a model's own vocabulary may be rounded up
-        spare = min(spare, 0)
-    if spare or sizes.block_size < c.block_size:
-        raise ValueError(
-            f"{c.init} has {sizes.vocab_size} tokens and {sizes.block_size} positions; the "
-            f"tokenizer, {tok.encoding.name} (its own would be in tokenizer.json), has {tok.known} "
-            f"tokens, and --block_size is {c.block_size}")
-    model.config = replace(sizes, dtype=c.dtype, lora=c.lora,
-                           checkpoint_activations=c.checkpoint_activations)
-    return model
 
 
 def train_judges(c, reference, split, pools, names):
@@ -321,8 +315,8 @@ def train_judges(c, reference, split, pools, names):
                 model = from_checkpoint({**reference, **start}, c.device)  # all scores are 0
                 parts = [mocan.preferences(getattr(mine, part), name, pool)
                          for part, pool in pools.items()]
-                plan = recipe(c, label, c.score_steps, c.score_lr)
-                mocan.learn_score(model, label, *parts, plan, c.judge_runs)
+                mocan.learn_score(model, label, *parts,
+                                  recipe(c, label, c.score_steps, c.score_lr), c.judge_runs)
                 finish(saved, **to_checkpoint(model),
                        pairs=mocan.map_pool(model, pools["calibration"]))
     return judges
@@ -338,17 +332,16 @@ def prealign(c, reference, split, pools, names, judges):
     if judges[1:]:
         split = split._replace(train=mocan.half(split.train, 0))
     for name in names:
-        label = f"dpo-{name}"
-        dpo[name] = saved = artifact(c, "prealign", f"{label}.pt", reference=reference)
+        dpo[name] = saved = artifact(c, "prealign", f"dpo-{name}.pt", reference=reference)
         if "began" in saved:
             policy = from_checkpoint(reference, c.device)
             before = mocan.map_pool(policy, pools["calibration"])
             training, calibration = [mocan.preferences(getattr(split, part), name, pools[part])
                                      for part in ("train", "calibration")]
             _, tau = pecan.prealign(policy, training, calibration, c.beta,
-                                    recipe(c, label, c.prealign_steps, c.prealign_lr))
-            implicit = c.beta * tau * (mocan.map_pool(policy, pools["calibration"]) - before)
-            finish(saved, **to_checkpoint(policy), tau=tau, pairs=implicit)
+                                    recipe(c, f"dpo-{name}", c.prealign_steps, c.prealign_lr))
+            log_ratio = mocan.map_pool(policy, pools["calibration"]) - before  # (P, 2)
+            finish(saved, **to_checkpoint(policy), tau=tau, pairs=c.beta * tau * log_ratio)
     return dpo
 
 
@@ -356,8 +349,8 @@ def sample(c, name, K, policy, reference, tok, prompts):
     """Responses of a policy, at first of the reference, for MoCAN and PeCAN alike."""
     saved = artifact(c, name.split()[0], f"{name}.pt", policy=policy)
     if "began" in saved:
-        model = from_checkpoint(policy, c.device)
-        pool, logp = mocan.sample_pool(model, tok, prompts, K, recipe(c, name))
+        pool, logp = mocan.sample_pool(
+            from_checkpoint(policy, c.device), tok, prompts, K, recipe(c, name))
         ref_logp = logp
         if policy is not reference:
             ref_logp = mocan.map_pool(from_checkpoint(reference, c.device), pool)
@@ -413,19 +406,20 @@ def update(c, label, policy, scored, samples, margin, found):
                   f"{numbers(1.96 * its_error)}")
         model = from_checkpoint(policy, c.device)
         steps, lr = (c.shot_steps, c.shot_lr) if shot else (c.steps, c.lr)
-        plan = recipe(c, label, steps, lr)._replace(key=f"{c.seed}/{stage}")  # all shots draw alike
+        plan = recipe(c, label, steps, lr, key=stage)  # all shots draw alike
+        given = model, samples, found.lam, c.beta, c.group, plan
         if stage == "mocan":
-            mocan.train_mocan(model, samples, found.lam, c.beta, c.group, plan)
+            mocan.train_mocan(*given)
         else:
-            pecan.train_pecan(model, samples, found.lam, c.beta, c.group, plan)
-        predicted = {**found._asdict(), "gain": gain, "gain_se": error}
-        finish(saved, **to_checkpoint(model), lam=found.lam.tolist(), predicted=predicted)
+            pecan.train_pecan(*given)
+        finish(saved, **to_checkpoint(model), lam=found.lam.tolist(),
+               predicted={**found._asdict(), "gain": gain, "gain_se": error})
     return saved
 
 
-def recipe(c, stage, steps=0, lr=0.0):
-    batch = c.batch if steps else c.sample_batch
-    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{stage}", batch, c.accumulate, c,
+def recipe(c, stage, steps=0, lr=0.0, key=""):
+    return mocan.Recipe(stage, steps, lr, f"{c.seed}/{key or stage}",
+                        c.batch if steps else c.sample_batch, c.accumulate, c,
                         min(20, steps // 10))  # of warm-up
 
 
@@ -436,7 +430,7 @@ def evaluate(c, reference, policies, judges, confirmed, names, margin, split, to
     remember(c)
     if c.algo == "pecan":  # no judge labels: the second ones measure, in the units of its scores
         judges = judges[-1:]
-    confirmed = confirmed[c.algo.replace("all", "mocan")]
+    confirmed, *_ = confirmed.values()  # MoCAN's, where both ran
     units = confirmed["units"][-len(judges):]
     prompts = data.spread([pair.prompt for pair in split.evaluation], c.eval_prompts)
     print(f"\nevaluate: {c.eval_responses} fresh responses of each policy to each of "
@@ -447,9 +441,9 @@ def evaluate(c, reference, policies, judges, confirmed, names, margin, split, to
         policy = from_checkpoint(saved, c.device)
         pool, logp = mocan.sample_pool(
             policy, tok, prompts, c.eval_responses,
-            recipe(c, "evaluate")._replace(stage=f"evaluate {name}"))  # the same noise for all
-        said = [mocan.score_pool(some, names, prompts, pool, tok, c.device) for some in judges]
-        said = mocan.in_units(units, said)
+            recipe(c, f"evaluate {name}", key="evaluate"))  # the same noise for all
+        said = mocan.in_units(units, [
+            mocan.score_pool(some, names, prompts, pool, tok, c.device) for some in judges])
         samples = mocan.Sample(pool, logp, mocan.map_pool(model, pool), said[0], said[-1])
         if not rows:
             ref = samples
@@ -515,13 +509,12 @@ def holds(gain, ci, b):
 
 def export_models(c, policies, judges, tokenizer, tok):
     """The policies, and the score models that were learned here."""
-    learned = [saved for some in judges for saved in some.values() if "weights" in saved]
-    for saved in [*policies.values(), *learned] if c.export else ():
+    models = [saved for some in [policies, *judges] for saved in some.values()
+              if "weights" in saved]
+    for saved in models if c.export else ():
         folder = f"{c.export}/{Path(saved['path']).stem}"
-        changes = {}
-        if saved["config"]["score_head"]:  # it is read at the last token that is no padding
-            changes["pad_token_id"] = (tok.next or tok.before)[-1]
-        export(from_checkpoint(saved), folder, tokenizer["files"], **changes)
+        export(from_checkpoint(saved), folder, tokenizer["files"],  # a score model is read
+               pad_token_id=(tok.next or tok.before)[-1])  # at the last token that is no padding
         print(f"exported {folder}")
     Path(f"{c.out}/checkpoint.pt").unlink(missing_ok=True)  # the end
 
@@ -580,7 +573,7 @@ def finish(saved, **content):
 # ---- the command line
 def settings(argv):
     """Defaults, then the flags that --quick (else --data) and --init stand for, or those of the run
-    that --from continues, then the command line. Bad values exit with code 2."""
+    that --from or --resume continues, then the command line. Bad values exit with code 2."""
     parser = build_parser()
     given = vars(parser.parse_args(argv))
     flags = "--dtype float32 " if given.get("device") == "cpu" else ""
@@ -596,9 +589,19 @@ def settings(argv):
         if chat and given.get("template") != "plain":
             flags += "--sft_steps 0 "
     base = vars(parser.parse_args(flags.split()))
-    if "resume" in given or "start" in given:
-        base = continued(parser, given)
-    c = Config(**{"run": secrets.token_hex(8), **SETTINGS, **base, **given})
+    if "resume" in given or "start" in given:  # they continue a run
+        path = f"{given.get('out', Config.out)}/run.json"
+        try:  # the folder may have moved since
+            base = json.loads(Path(path).read_text())["config"] | {"out": Config.out}
+        except Exception:  # a damaged file raises half a dozen kinds
+            parser.error(f"--from and --resume continue a run, but {path} is missing or damaged; "
+                         "leave the flag out, which begins anew")
+        if "resume" not in given:
+            base.pop("run", None)
+        elif given.keys() - {"resume", "out", "device", "checkpoint_every"}:
+            parser.error("--resume keeps the run's settings; next to it only --out, --device and "
+                         "--checkpoint_every may stand; --from changes settings")
+    c = Config(**{"run": f"{time.time_ns()}", **SETTINGS, **base, **given})
     check(parser, c)
     return c
 
@@ -613,33 +616,15 @@ def build_parser():
     parser._negative_number_matcher = dual.NEGATIVE
     comments = dict(re.findall(r"^    (\w+) = .*  # (.*)$", inspect.getsource(Config), re.M))
     for name, default in SETTINGS.items():
-        text = f"{comments[name]} (default: {default})".replace("%", "%%")
         options = {"type": type(default), "choices": CHOICES.get(name)}
         if default is False:
             options = {"action": "store_true"}
         elif default == []:
             options = {"nargs": "+", "action": "extend"}
-        flag = "--from" if name == "start" else f"--{name}"
-        parser.add_argument(flag, dest=name, help=text, **options)
+        parser.add_argument(
+            "--from" if name == "start" else f"--{name}", dest=name, **options,
+            help=f"{comments[name]} (default: {default})".replace("%", "%%"))
     return parser
-
-
-def continued(parser, given):
-    """The settings of the run that --from or --resume continues."""
-    out = given.get("out", Config.out)
-    path = f"{out}/run.json"
-    try:
-        with open(path) as file:
-            kept = {**json.load(file)["config"], "out": out}
-    except Exception:  # a damaged file raises half a dozen kinds
-        parser.error(f"--from and --resume continue a run, but {path} is missing or damaged; "
-                     "leave the flag out, which begins anew")
-    if "resume" not in given:
-        kept.pop("run", None)
-    elif given.keys() - {"resume", "out", "device", "checkpoint_every"}:
-        parser.error("--resume keeps the run's settings; next to it only --out, --device and "
-                     "--checkpoint_every may stand; --from changes settings")
-    return kept
 
 
 def check(parser, c):
