@@ -166,7 +166,8 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
-    for batches, _ in progress.schedule(pool, group):  # sets the learning rate
+    for lr, batches, _ in progress.schedule(pool, group):
+        optimizer.param_groups[0]["lr"] = lr
         # (B,) prompts of this rank, (B, G) some of the K responses, (W,) prompts of all ranks
         for n, k, whole in batches:
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
@@ -236,12 +237,11 @@ class Progress:
         self.before = len(self.done)  # steps or batches of a run that was killed
 
     def schedule(self, pool, group):
-        """Set the learning rate and yield (batches, ends_epoch) for the steps that are left, or
-        until two epochs have brought nothing to a loop that considers it. batches: (n, k, whole) of
-        each micro-batch, this rank's prompts n (B,), groups k (B, G) of their responses, and the
-        prompts of all ranks (W,); where those are too few, a rank has none. ends_epoch: whether as
-        many pairs have been seen as the pool has (group 2), to within a step, or it is the last
-        one."""
+        """Yield (lr, batches, ends_epoch) for the steps that are left, or until two epochs have
+        brought nothing to a loop that considers it. batches: (n, k, whole) of each micro-batch,
+        this rank's prompts n (B,), groups k (B, G) of their responses, and the prompts of all ranks
+        (W,); where those are too few, a rank has none. ends_epoch: whether as many pairs have been
+        seen as the pool has (group 2), to within a step, or it is the last one."""
         recipe = self.recipe
         me, ranks = rank()
         batches = group_batches(pool.lengths, 2 * recipe.batch, group, recipe.key)
@@ -253,8 +253,7 @@ class Progress:
             if step >= len(self.done):  # none that a killed run has done
                 mine = [(n[me::ranks], k[me::ranks], n) for n, k in found if len(n) > me]
                 ends_epoch = (step + 1) % epoch == 0 or step + 1 == recipe.steps
-                self.parts["optimizer"].param_groups[0]["lr"] = lr_at(step, recipe)
-                yield mine, ends_epoch
+                yield lr_at(step, recipe), mine, ends_epoch
 
     def add(self, loss):
         """A micro-batch's; it stays on the device until it is read."""
@@ -371,7 +370,8 @@ def train_reference(model, pool, calibration, recipe):
     -> the loss of every step."""
     optimizer = adamw(model)
     progress = Progress(recipe, model=model, optimizer=optimizer)
-    for batches, ends_epoch in progress.schedule(pool, 2):  # sets the learning rate
+    for lr, batches, ends_epoch in progress.schedule(pool, 2):
+        optimizer.param_groups[0]["lr"] = lr
         for n, k, whole in batches:  # (B,) pairs, (B, 2) both responses
             tokens, response_mask = take_text(pool, n, k, model.device)  # (B·2, T)
             logp = sequence_logprob(model, tokens, response_mask, 2)  # (B·2,)
@@ -417,7 +417,8 @@ def train_score(model, pool, calibration, recipe):
     epochs as help on the calibration pool -> the loss of every step."""
     optimizer = adamw(model)
     progress = Progress(recipe, model=model, optimizer=optimizer)
-    for batches, ends_epoch in progress.schedule(pool, 2):  # sets the learning rate
+    for lr, batches, ends_epoch in progress.schedule(pool, 2):
+        optimizer.param_groups[0]["lr"] = lr
         for n, k, whole in batches:  # (B,) pairs
             k = k.sort(1).values  # (B, 2) chosen, rejected
             tokens, response_mask = take_text(pool, n, k, model.device)  # (B·2, T)

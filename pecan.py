@@ -75,7 +75,8 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
     j, i = torch.triu_indices(group, group, 1, device=policy.device)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
-    for batches, _ in progress.schedule(pool, group):  # sets the learning rate
+    for lr, batches, _ in progress.schedule(pool, group):
+        optimizer.param_groups[0]["lr"] = lr
         for n, k, whole in batches:  # (B,) prompts, (B, G) some of the K responses to each
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·G, T)
             logp = sequence_logprob(policy, tokens, response_mask, group).view(k.shape)  # (B, G)
@@ -109,7 +110,8 @@ def prealign(policy, pool, calibration, beta, recipe):
     calibration_ref = map_pool(policy, calibration)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
-    for batches, ends_epoch in progress.schedule(pool, 2):  # sets the learning rate
+    for lr, batches, ends_epoch in progress.schedule(pool, 2):
+        optimizer.param_groups[0]["lr"] = lr
         for n, k, whole in batches:  # (B,) pairs
             k = k.sort(1).values  # (B, 2) chosen, rejected
             tokens, response_mask = take_text(pool, n, k, policy.device)  # (B·2, T)
