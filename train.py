@@ -24,9 +24,7 @@ PeCAN's policies learn from the half of the first, and the second confirm their 
 With --lora reference.pt also holds all frozen weights, and the other files only adapters (and a
 score model's head), which are read with the reference.pt beside them.
 `main` is the story, MoCAN's and PeCAN's shots written out in it; below it stand the stages, the
-results, the run's folder and the command line. "Earlier" and "later" stages are those above and
-below in this list, though MoCAN is done before PeCAN's prealign begins. run.json keeps the
-settings.
+results, the run's folder and the command line. run.json keeps the settings.
 """
 
 import argparse
@@ -57,7 +55,7 @@ CUDA = torch.cuda.is_available()
 
 
 class Config(argparse.Namespace):  # a comment is what --help says of a setting
-    start = "reference"  # (--from) keep what earlier stages made, run from here
+    start = "reference"  # keep what earlier stages made, run from here
     out = "out"  # folder of all artifacts
     resume = False  # go on with the run in --out that was interrupted
     checkpoint_every = 10.0  # least seconds between two lines and checkpoints of a loop
@@ -161,22 +159,20 @@ def main():
         c.data, c.world_pairs, c.held_out, c.calibration, c.constraints,
         c.judge if c.algo == "mocan" and not c.sft_steps else ())  # then prompts alone will do
     dual.parse_margin(c.margin, torch.ones(len(names) - 1))  # a bad one costs no training
-    tok, tokenizer = open_tokenizer(c, split)
-    pools = {part: data.pair_pool(tok, getattr(split, part), f"{part} pairs")
-             for part in split._fields}
+    tok, tokenizer, pools = tokenize(c, split)
+    judges = mocan.ready_judges(c.judge, names, split.calibration, c.device)
     reference = train_reference(c, tok, tokenizer, pools)
     prompts = data.spread([pair.prompt for pair in split.train], c.prompts)
-    policies, confirmed = {}, {}
+    judges = train_judges(c, reference, split, pools, names, judges)
+    offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
+    dpo = prealign(c, reference, split, pools, names, judges)
+    policies = {f"dpo-{name}": policy for name, policy in dpo.items()}
+    confirmed = {}
     margin = None
 
-    # they label MoCAN's pairs; of PeCAN's scores the second ones alone are asked
-    scorers = judges = train_judges(c, reference, split, pools, names)
-    offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
     for algorithm in c.algo.replace("all", "mocan pecan").split():
-        if algorithm == "pecan":  # no judge: policies that DPO made from one preference each
-            dpo = prealign(c, reference, split, pools, names, judges)
-            policies = {f"dpo-{name}": dpo[name] for name in names} | policies
-            scorers = [dpo, *judges[1:]]
+        # the first label, the others confirm: of PeCAN policies, and the judges that only measure
+        scorers = [dpo, *judges[1:]] if algorithm == "pecan" else judges
         policy = reference
         for shot in range(1, c.shots + 1):
             label = f"{algorithm} shot {shot}".removesuffix(" shot 1")
@@ -230,8 +226,8 @@ def enter(c):
 
 
 # ---- the stages: each returns its artifact, made now if it is not there
-def open_tokenizer(c, split):
-    """The tokenizer, and its artifact."""
+def tokenize(c, split):
+    """The tokenizer, its artifact, and all pairs as {part of the split: Pool (P, 2, T)}."""
     saved = artifact(c, "reference", "tokenizer.pt",
                      data=hashlib.sha256(repr(split).encode()).hexdigest())
     if "began" in saved:
@@ -255,7 +251,9 @@ def open_tokenizer(c, split):
         for name in {c.algo.replace("all", "mocan"), *os.listdir(c.export)}:
             if re.match("mocan|pecan|dpo-|score_", name):
                 open_export(f"{c.export}/{name}", saved["files"])
-    return tok, saved
+    pools = {part: data.pair_pool(tok, pairs, f"{part} pairs")
+             for part, pairs in split._asdict().items()}
+    return tok, saved, pools
 
 
 def train_reference(c, tok, tokenizer, pools):
@@ -292,10 +290,9 @@ def train_reference(c, tok, tokenizer, pools):
     return saved
 
 
-def train_judges(c, reference, split, pools, names):
-    """[{preference: artifact of its score model, or a ready one}]: the judges that label, and those
-    that only measure; in the built-in world none, where the scores are exact."""
-    judges = mocan.ready_judges(c.judge, names, split.calibration, c.device)
+def train_judges(c, reference, split, pools, names, judges):
+    """[{preference: artifact of its score model, or a ready one of `judges`}]: those that label,
+    and those that only measure; in the built-in world none, where the scores are exact."""
     if not c.data or judges[0].keys() != judges[1].keys():
         judges.pop()
     for which, some in enumerate(judges):
@@ -323,9 +320,11 @@ def train_judges(c, reference, split, pools, names):
 
 
 def prealign(c, reference, split, pools, names, judges):
-    """PeCAN: {preference: artifact of a policy and of its τ}. Where there are second judges, from
-    the half of the conversations that these have not seen."""
+    """{preference: artifact of a policy and of its τ}, for PeCAN's scores. Where there are second
+    judges, from the half of the conversations that these have not seen."""
     dpo = {}
+    if c.algo == "mocan":
+        return dpo
     if c.judge:
         warnings.warn("PeCAN's scores are log-odds, those of --judge have their own units: one b "
                       "is not the same gain in both")
@@ -407,11 +406,10 @@ def update(c, label, policy, scored, samples, margin, found):
         model = from_checkpoint(policy, c.device)
         steps, lr = (c.shot_steps, c.shot_lr) if shot else (c.steps, c.lr)
         plan = recipe(c, label, steps, lr, key=stage)  # all shots draw alike
-        given = model, samples, found.lam, c.beta, c.group, plan
         if stage == "mocan":
-            mocan.train_mocan(*given)
+            mocan.train_mocan(model, samples, found.lam, c.beta, c.group, plan)
         else:
-            pecan.train_pecan(*given)
+            pecan.train_pecan(model, samples, found.lam, c.beta, c.group, plan)
         finish(saved, **to_checkpoint(model), lam=found.lam.tolist(),
                predicted={**found._asdict(), "gain": gain, "gain_se": error})
     return saved

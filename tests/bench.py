@@ -287,7 +287,7 @@ def bench_shots(argv):
         sys.exit("bench.py shots: needs a MoCAN run of the built-in world with one constraint")
     split, names = data.load_pairs(c.data, c.world_pairs, c.held_out, c.calibration,
                                    c.constraints)
-    tok, _ = train.open_tokenizer(c, split)
+    tok, *_ = train.tokenize(c, split)
     saved = {name: load(os.path.join(a.out, f"{name}.pt"), "make it with python train.py")
              for name in ("reference", "offline", "offline_scores")}
     reference, policy = (from_checkpoint(saved["reference"], c.device) for _ in range(2))
@@ -1075,10 +1075,9 @@ def bench_update(argv):
     c = train.Config(**{**train.SETTINGS, **kept, "out": args.out, "start": "evaluate"})
     with silent:
         split, names = data.load_pairs(c.data, c.world_pairs, c.held_out, c.calibration, c.constraints, c.judge)
-        tok, tokenizer = train.open_tokenizer(c, split)
-        pools = {part: data.pair_pool(tok, getattr(split, part), "") for part in split._fields}
+        tok, tokenizer, pools = train.tokenize(c, split)
         reference = train.train_reference(c, tok, tokenizer, pools)
-        judges = train.train_judges(c, reference, split, pools, names)
+        judges = train.train_judges(c, reference, split, pools, names, [{}, {}])
         prompts = data.spread([pair.prompt for pair in split.train], c.prompts)
         offline = train.sample(c, "offline", c.responses, reference, reference, tok, prompts)
         scored, sample = train.score(c, "mocan", offline, judges, names, prompts, tok, None)
@@ -1163,7 +1162,7 @@ def say_perplexity(args, names, rows):
     c = train.Config(**{**train.SETTINGS, **kept, "out": args.out, "start": "evaluate"})
     with silent:
         split, _ = data.load_pairs(c.data, c.world_pairs, c.held_out, c.calibration, c.constraints, c.judge)
-        tok, _ = train.open_tokenizer(c, split)
+        tok, *_ = train.tokenize(c, split)
         pool = data.pair_pool(tok, split.evaluation[::max(1, len(split.evaluation) // args.perplexity)], "")
     print(f"\nperplexity a token of {2 * len(pool.tokens)} responses of the evaluation pairs, and the share of own responses of full length")
     for name in names:

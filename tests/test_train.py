@@ -673,7 +673,7 @@ def test_the_reference_starts_from_the_folders_weights(small_gpt2, tmp_path):
     path = pku_file(tmp_path / "pairs.jsonl", 30)
     c = train.settings([*BRIEF, "--init", str(folder), "--data", str(path), "--sft_lr", "1e-30", "--out", str(tmp_path)])
     split, _ = data.load_pairs(c.data, c.world_pairs, c.held_out, c.calibration, c.constraints)
-    tok, tokenizer = train.open_tokenizer(c, split)
+    tok, tokenizer, _ = train.tokenize(c, split)
     pools = {part: data.pair_pool(tok, getattr(split, part), part) for part in split._fields}
     reference = train.train_reference(c, tok, tokenizer, pools)["weights"]
     for a, b in zip(reference.values(), start.state_dict().values(), strict=True):
@@ -955,6 +955,7 @@ def test_a_chat_job_that_cannot_be_is_one_line(tmp_path, flags, said):
     with pytest.raises(ValueError, match=said) as error:
         job(*CHAT, "--init", folder, "--data", pku_file(tmp_path / "pairs.jsonl"), "--out", tmp_path / "out", *flags)
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    assert not (tmp_path / "out" / "reference.pt").exists()  # it cost no training
 
 
 @pytest.mark.parametrize("spoil", [lambda text: text[:5000], lambda text: "{}", lambda text: "[]", lambda text: "",
@@ -1139,6 +1140,7 @@ CONTRADICTIONS = {
     "seed": (["--seed", "5"], "tokenizer.pt: made with seed 0, not 5; make it with --from reference"),
     "n_embd": (["--n_embd", "64"], "tokenizer.pt: made with n_embd 32, not 64; make it with --from reference"),
     "responses": (["--responses", "9"], "offline.pt: made with responses 8, not 9; make it with --from offline"),
+    "beta": (["--beta", "0.5"], "dpo-helpful.pt: made with beta 1.0, not 0.5; make it with --from prealign"),  # before MoCAN is trained
 }
 
 
