@@ -94,10 +94,10 @@ def stream(*key):
     return torch.Generator().manual_seed(seed)
 
 
-def uniforms(key, prompts, K, T):
-    """Numbers in [0, 1), (n, K, T), for the prompts of these n indices, that depend on the key, the
-    index, k and T alone, not on what else is sampled with them."""
-    return torch.stack([torch.rand(K, T, generator=stream(key, n)) for n in prompts])
+def uniforms(key, indices, K, T):
+    """Numbers in [0, 1), (n, K, T), for the prompts of these n indices; those of a prompt's k-th
+    response depend on the key, the index, k and T alone, not on what else is sampled with them."""
+    return torch.stack([torch.rand(K, T, generator=stream(key, n)) for n in indices])
 
 
 def group_batches(lengths, responses, group, key):
@@ -593,7 +593,7 @@ def _pair(row, name, judged):
         if len(talk) == 1 and not prompt:
             raise ValueError(f"field 'prompt' is missing, and {side} is no transcript; one of them "
                              "must say what is replied to")
-        if talk[0] == ("Human", str(row.get("prompt")).strip()):  # whatever it looks like
+        if talk[0] == ("Human", str(row.get("prompt")).strip()):  # though it reads as a transcript
             prompt = talk[:1]
         if talk[:len(prompt)] != prompt:
             raise ValueError(f"{side} does not begin with the prompt; drop one of the two")

@@ -20,16 +20,17 @@ the units of r and g, with r → β·ln π_r/π_ref, g → β·ln π_g/π_ref.
     mean_y f, for f = r and g_j   mean                  (1+m, N), the score's row first
     ψ_x = E_π_λ[g|x] − mean_y g   gain                  (m, N)
 
-Convergence. In units of r, x = λ·unit, the step e is to the minimum of the quadratic model of D
-plus damp·‖e‖²/2, cut off at λ = 0, with damp = v/radius and v the norm of the violation of KKT:
-without the cut a lower model means ‖e‖ ≤ 2·radius. A step that lowers D by too little of its slope
-is refused, and shrinks radius, which ends in short steps down the projected gradient; any other
-doubles it. Near λ* v vanishes, and convergence is quadratic where ∇²D is regular. What has not
-converged raises.
+Convergence. With u_j the natural unit of h_j, λ_j moves by e_j/u_j, e in units of r, to the minimum
+of D's quadratic model plus damp·‖e‖²/2, cut off at λ = 0. damp = v/radius, v the norm of the
+violation of KKT: without the cut, a step that lowers the model has ‖e‖ ≤ 2·radius. One that lowers
+D by too little of its slope is refused, and shrinks radius, which ends in short steps down the
+projected gradient; any other doubles it. Near λ* v vanishes, and convergence is quadratic where ∇²D
+is regular. What has not converged raises.
 
 Infeasible margins let D fall for ever. With the recession function R(d) = mean_x max_y ⟨d,h⟩,
-D(λ) ≥ R(λ) + mean_x min_y r − β ln K. A λ where D is below the last two terms has R(λ) < 0: the
-proof that no policy on these samples meets the margins.
+D(λ) ≥ R(λ) + mean_x min_y r − β ln K. A λ where D is below the last two terms, or E_ref[r] −
+mean_x (max_y r − min_y r) − β ln K, which is less, has R(λ) < 0: the proof that no policy on these
+samples meets the margins.
 
 Error bars are clustered by prompt: ψ_x = E_π_λ[g|x] − mean_y g contains the estimate of E_ref[g].
 Those of the gains, sd(ψ_x)/√N, answer "what will the policy trained with this λ get on new
@@ -125,7 +126,8 @@ def minimise(problem, lam, limit):
     beta, unit = problem.beta, problem.unit
     radius = AMPLE * (problem.spread + beta)  # of a step, in units of r
     point = evaluate(problem, lam)
-    least = -problem.spread - beta * math.log(problem.parts[0].size(2))  # D(λ) ≥ R(λ) + least
+    # D(λ) − E_ref[r] ≥ R(λ) + least
+    least = -problem.spread - beta * math.log(problem.parts[0].size(2))
     for evaluations in range(1, limit + 1):
         # rounding r + ⟨λ,h⟩ by `noise` moves π_λ by a share noise/β, and ∇D by that much of h
         noise = ROUNDING * (problem.spread + beta + point.lam @ unit)
@@ -181,9 +183,9 @@ MOST_NOISE = 1e-8  # in addition, where rounding explains it
 LIMIT = 40  # most evaluations; ten times as many for each β on the way
 AMPLE = 8  # first radius / (spread of the scores + β)
 GROW = 2  # of radius, after a step that is taken
-SHRINK = 5  # length of a refused step / largest next radius
+SHRINK = 5  # length of a refused step / the largest next radius
 ACCEPT = 1e-3  # least drop of D / slope
-CHUNK = 2 ** 17  # responses at a time, about; what more need does not stay in a CPU's cache
+CHUNK = 2 ** 17  # responses at a time, about: more would not fit a CPU's cache
 
 # ---- 2. the input
 

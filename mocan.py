@@ -8,7 +8,7 @@ The problem, for a reward r, safety measures g_j and a reference policy π_ref:
 1. Sample K responses per prompt from π_ref.                             (sample_pool)
 2. Score them: r(x,y), g_1(x,y) … g_m(x,y).                              (score_pool)
    Scores of learned judges become what other judges confirm of them.    (confirm)
-3. Find λ* ≥ 0 by Newton on those scores: D is closed form and convex.   (solve_from)
+3. Find λ* ≥ 0 by Newton: the dual is convex, and closed form on them.   (solve_from)
 4. One policy update: DPO with pairs labelled by s = r + ⟨λ*,g⟩.         (train_mocan)
 
 A second shot does the same from the policy that the first one made: see `solve_from`.
@@ -16,18 +16,19 @@ A second shot does the same from the policy that the first one made: see `solve_
 Step 4 is all of the training, since π* ∝ π_ref·exp(s/β) is what DPO converges to when
 P(y ≻ y') = σ(s(y) − s(y')): the constants E_ref[g_j] and b_j of the dual cancel in the difference.
 
-    symbol   variable    shape        symbol          variable        shape
-    r        score       (N, K)       ln π(y|x)       logp            (B, G); of a Sample (N, K)
-    g_j      constraint  (m, N, K)    ln π_ref(y|x)   ref_logp, ref   (N, K), (B, G)
-    λ        lam         (m,)         P(y_i ≻ y_j)    p_i             (B, G(G-1)/2)
+    symbol        variable  shape           symbol         variable       shape
+    r, g_1 … g_m  scores    (1+m, N, K)     ln π(y|x)      logp           (B, G); a Sample's (N, K)
+    s             s, s_k    (N, K), (B, G)  ln π_ref(y|x)  ref_logp, ref  (N, K), (B, G)
+    λ             lam       (m,)            P(y_i ≻ y_j)   p_i            (B, G(G-1)/2)
 
-N prompts, K responses to each, G of them in a group, B prompts of a batch, T tokens; m constraints.
+N prompts, K responses to each, G of them in a group, B prompts of a batch, W of it on all ranks
+together, T tokens; m constraints.
 
-Left out: a value model, sampling inside the loop, a λ that moves in training, the reference's
-forward pass in the loop. Different from the paper: labels are the exact P, not one Bernoulli draw
-of it (the same minimiser, less noise), and pairs are those of the K samples, all G(G−1)/2 of a
-fresh group of G, which cost nothing once each response's log-probability is there; the paper takes
-the data set's own two responses.
+What constrained alignment often has, and this has not: a value model, sampling inside the loop, a λ
+that moves in training, the reference's forward pass in the loop. Different from the paper: labels
+are the exact P, not one Bernoulli draw of it (the same minimiser, less noise), and pairs are those
+of the K samples, all G(G−1)/2 of a fresh group of G, which cost nothing once each response's
+log-probability is there; the paper takes the data set's own two responses.
 
 Read next: dual.py, how λ* is found; then pecan.py, the same without score models.
 """
@@ -133,14 +134,16 @@ def score_pool(judges, names, prompts, pool, tok, device):
     return torch.stack(scores)
 
 
-# ---- 3. the dual, asked from any policy
+# ---- 3. the dual, relative to any policy
 def solve_from(sample, ref_mean, margin, beta):
-    """dual.Dual of the problem, asked from π₁; margin (m,), a tensor; ref_mean (m,) is E_ref[g].
+    """dual.Dual of the problem, written relative to π₁; margin (m,), a tensor; ref_mean (m,) is
+    E_ref[g].
 
     For any π₁:  E_π[r] − β·KL(π‖π_ref) = E_π[r − β·ln(π₁/π_ref)] − β·KL(π‖π₁), so it is the same
     dual with r → r − β·ln(π₁/π_ref) and b → b less what π₁ has gained; in the first shot both
     differences are 0. Where π₁ is near π_λ*, its weights are nearly flat and few responses serve:
-    λ* loses the bias of a finite K, which one shot has at a small β.
+    λ* loses the bias of a finite K, which one shot has at a small β. The Dual's kl, ref and gains
+    are then those over π₁, its score_gain that of the tilted r; `gains` has r's own.
     """
     score = sample.scores[0] - beta * (sample.logp - sample.ref_logp)  # (N, K)
     gained = sample.mean_g - ref_mean  # (m,)
@@ -162,8 +165,8 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
     pool = sample.pool
     s = total_score(sample.scores, lam)  # (N, K) r + ⟨λ*,g⟩
     group = min(group, s.size(1))
-    # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
-    j, i = torch.triu_indices(group, group, 1, device=policy.device)
+    # every pair of a group once, i < j
+    i, j = torch.triu_indices(group, group, 1, device=policy.device)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
     for lr, batches, _ in progress.schedule(pool, group):
@@ -178,7 +181,7 @@ def train_mocan(policy, sample, lam, beta, group, recipe):
             loss = preference_loss(
                 logp[:, i], logp[:, j],
                 ref[:, i], ref[:, j],
-                beta, p_i).sum() / (len(whole) * len(i))  # of (B, G(G-1)/2)
+                beta, p_i).sum() / (len(whole) * len(i))  # the mean over all ranks' pairs
             (loss / recipe.accumulate).backward()
             progress.add(loss)
         add_up_gradients(policy)  # of all ranks
@@ -237,8 +240,8 @@ class Progress:
         self.before = len(self.done)  # steps or batches of a run that was killed
 
     def schedule(self, pool, group):
-        """Yield (lr, batches, ends_epoch) for the steps that are left, or until two epochs have
-        brought nothing to a loop that considers it. batches: (n, k, whole) of each micro-batch,
+        """Yield (lr, batches, ends_epoch) for the steps that are left; it ends early when two
+        epochs have brought `consider` no better loss. batches: (n, k, whole) of each micro-batch,
         this rank's prompts n (B,), groups k (B, G) of their responses, and the prompts of all ranks
         (W,); where those are too few, a rank has none. ends_epoch: whether as many pairs have been
         seen as the pool has (group 2), to within a step, or it is the last one."""
@@ -306,7 +309,7 @@ class Progress:
             self.best |= {"loss": loss, "worse": 0, "weights": weights}
 
 
-SCORED = 64  # responses at once, in whole prompts; what more need does not stay in a CPU's cache
+SCORED = 64  # responses at once, in whole prompts: more would not fit a CPU's cache
 
 
 @torch.no_grad()
@@ -366,8 +369,8 @@ def add_up_gradients(model):
 # ---- before MoCAN: the reference policy and the score models
 def train_reference(model, pool, calibration, recipe):
     """Supervised fine-tuning on both responses of every pair: raise their tokens' mean
-    log-probability, for as many epochs as those of the calibration pool rise too. Pools (P, 2, T)
-    -> the loss of every step."""
+    log-probability, for as many epochs as those of the calibration pool's responses rise too. Pools
+    (P, 2, T) -> the loss of every step, a token's (the calibration loss is a response's)."""
     optimizer = adamw(model)
     progress = Progress(recipe, model=model, optimizer=optimizer)
     for lr, batches, ends_epoch in progress.schedule(pool, 2):
@@ -474,8 +477,8 @@ def ready_judges(specs, names, pairs, device):
         if not model.config.score_head:
             raise ValueError(f"--judge {spec}: no ...ForSequenceClassification of one label")
         files = published_files(folder)
-        half = model.config.block_size // 2
-        tok = read_tokenizer(folder, files, "auto", "", half, half)
+        limit = model.config.block_size // 2
+        tok = read_tokenizer(folder, files, "auto", "", limit, limit)
         if tok.known > model.config.vocab_size:
             raise ValueError(f"{folder} has {model.config.vocab_size} tokens, its tokenizer more")
         padding = json.loads(files["config.json"]).get("pad_token_id")
@@ -522,16 +525,17 @@ def confirm(said, judges, names):
     judges, B, who learned the same preferences from other conversations.
 
     A judge's errors look like preferences to whoever maximises its scores; A and B differ in them.
-    On the responses Cov(B,A)·Cov(A)⁻¹·A is the best linear guess of B, and of the truth T once the
-    calibration of B is undone: on the calibration pairs, where E[T_j|A_j] = A_j, B_j rises with A_j
-    by the share of T_j that B_j has `kept`. So M·A is the guess of T, M = U·Cov(B,A)·Cov(A)⁻¹, and
-    U·B what the second say in the same units, U = 1/kept, diagonal. What both judges have from the
-    same kind of text stays. Where two of them do not agree at all, M = U = 1, with a warning; where
-    the data has prompts alone, U = 1.
+    1. The best linear guess of B, on the responses and within prompts, is Cov(B,A)·Cov(A)⁻¹·A.
+    2. B is itself too flat a guess of the truth T: on the calibration pairs, where A is calibrated,
+       E[T_j|A_j] = A_j, B_j rises by `kept` where T_j rises by 1.
+    3. So with U = 1/kept, diagonal, M·A is the guess of T, M = U·Cov(B,A)·Cov(A)⁻¹, and U·B what
+       the second say in the same units.
+    What both judges have from the same kind of text stays. Where two of them do not agree at all,
+    M = U = 1, with a warning; where the data has prompts alone, U = 1.
 
     said: A, B (1+m, N, K) of some responses; judges: [{preference: with "pairs", its scores (P, 2)
     of calibration pairs}]. Without a second judge [1]: nothing confirms what the first say.
-    -> "units" M, U (1+m, 1+m); "draws" of M (D, 1+m, 1+m), with other prompts and pairs, and their
+    -> "units" M, U (1+m, 1+m); "draws" of M (100, 1+m, 1+m), of other prompts and pairs, and their
     standard deviation, "error"; "agree" (1+m,), the correlation of A and B within prompts.
     """
     if len(said) == 1:
@@ -558,7 +562,7 @@ def confirm(said, judges, names):
         warnings.warn("two judges do not agree: all scores stay as they are, unconfirmed, and what "
                       "they promise need not come; more pairs or more --score_steps are needed")
         return unconfirmed(said, names)
-    if M.det() < 2 * draws.det().std():
+    if M.det() < 2 * draws.det().std():  # M may be singular: some mix of the scores is noise
         warnings.warn("what the judges say is confirmed within its error only")
     return {"units": [M.float(), (1 / kept).diag().float()], "draws": draws.float(),
             "error": error, "agree": agree}

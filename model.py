@@ -10,14 +10,15 @@ qwen2's. `from_pretrained` loads published weights, `export` writes them. Three 
                         generate           y ~ π(·|x), and ln π(y|x) for free
     reward, safety      score              a scalar read off at the response's last token
 
-Shapes, here and in every file: B batch, T tokens, C channels, H heads of D channels, H' of them of
-keys and values, V vocabulary, R response tokens of a batch, M of its positions that are computed, A
-rows that are still being sampled, S their tokens in the cache; N prompts, K responses to each, G of
-them in a group, P preference pairs, m constraints.
+Shapes, here: B rows of a batch (elsewhere its prompts, with G responses each), T tokens, C
+channels, H heads of D channels, H' of them of keys and values, V vocabulary, R response tokens of a
+batch, M of its positions that are computed, A rows that are still being sampled, S their tokens in
+the cache; N prompts, K responses to each. An adapter's A (R, in) and B (out, R) are of its rank R.
 
 A batch of text is always the pair (tokens, response_mask), both (B, T): prompt, response, then
-padding on the right; the mask stays on the CPU. Right padding needs no attention mask, since a
-causal model never looks right; the response mask says which tokens the policy is answerable for.
+padding on the right; the mask of what is scored stays on the CPU. Right padding needs no attention
+mask, since a causal model never looks right; the response mask says which tokens the policy is
+answerable for.
 
 In this file: the model, adapters, scoring text, its memory and speed, sampling, files.
 Read next: data.py, what the text is.
@@ -211,8 +212,9 @@ class GPT(nn.Module):
     def mixed_precision(self):
         """Of the blocks only: a log-ratio is a small difference of long sums, and bfloat16 rounds
         logits from 8 to 16 to 1/16. The outermost one rounds each weight once."""
-        dtype = getattr(torch, self.config.dtype)
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        dtype = self.config.dtype
+        return torch.autocast(
+            self.device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
     def forward(self, tokens, packing=None, position=None, cache=None, visible=None):
         """Hidden states (B, T, C), float32, of text (B, T) that is whole; raises ValueError where
@@ -361,15 +363,15 @@ def pack(response_mask, asked, group):
     kept (M,): their indices in the flattened batch (B·T)
     where (B, T): which of the M holds a position's state; 0 where none is needed
 
-    Prompt p q, group 2, asked where a next token is predicted:
-        p q c d      kept: p q c of the first row, d of neither, e f of the second row: 5 of 10
-        p q e f g    where: 0 1 2 0 0 and 0 1 3 4 0
+    Prompt p q, group 2, asked where a next token is predicted, so not at d and g:
+        tokens  p q c d     kept  p q c      where  0 1 2 0 0
+                p q e f g         e f: 5            0 1 3 4 0
     """
     here = torch.arange(asked.numel()).view_as(asked)  # (B, T)
     in_lead = here[::group].repeat_interleave(group, dim=0)  # the same, in the group's first row
     place = torch.where(response_mask.cumsum(1) > 0, here, in_lead)
     needed = asked.flip(1).cumsum(1).flip(1) > 0  # up to the last one asked
-    # all others become position 0, which no needed one looks at there: they come later
+    # the others, behind the last one asked, become position 0: a causal model never looks there
     return torch.unique(place * needed, return_inverse=True)
 
 
@@ -491,7 +493,8 @@ COVERED = {  # where config.json has these, nothing else
     "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
     "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
     "use_sliding_window": [False], "quantization_config": [None], "is_causal": [True],
-    "model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"]}
+    "model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
+    "tie_word_embeddings": [True, False]}
 NAMES = {  # theirs: ours
     "embed_tokens": "wte", "layers": "h", "input_layernorm": "ln_1", "self_attn": "attn",
     "o_proj": "c_proj", "post_attention_layernorm": "ln_2", "norm": "ln_f", "score": "score_head"}
@@ -510,10 +513,13 @@ def read_config(theirs):
             raise ValueError(f"{what} is {found}; covered: {covered}")
     sizes = {ours: theirs[name] for name, ours in SIZES.items() if theirs.get(name) is not None}
     if theirs["model_type"] != "gpt2":
-        rope.setdefault("rope_theta", theirs.get("rope_theta", 1e4))
+        if rope.setdefault("rope_theta", theirs.get("rope_theta", 1e4)) <= 0:
+            raise ValueError("rope_theta is not above 0")
         sizes = {"tied": False, "norm_eps": 1e-6, "n_head": 32, "rope": rope, **sizes}
     if "ForSequenceClassification" in str(theirs.get("architectures")):
         sizes |= {"score_head": True, "tied": True}  # it has no other output layer
+    if sizes.get("n_layer", 1) > 1000:
+        raise ValueError("more than 1000 layers")
     return GPTConfig(**sizes)
 
 
@@ -618,7 +624,7 @@ def export(model, folder, files={}, **changes):
         theirs = ("" if "head" in name else prefix) + renamed(name, names)
         if theirs.endswith(TRANSPOSED):
             tensor = tensor.t()
-        tensors[theirs] = tensor.contiguous()
+        tensors[theirs] = tensor.float().contiguous()
     replace_file(f"{folder}/model.safetensors", lambda file: write_tensors(tensors, file))
 
 

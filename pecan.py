@@ -68,11 +68,12 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
     """
     pool = sample.pool
     ref_logp = sample.ref_logp
-    aligned = ref_logp + sample.scores / beta  # (1+m, N, K) calibrated ln π_r, ln π_g_1 …
+    # back to log-probabilities, for the label as the paper writes it: ln π_r, ln π_g_1 …
+    aligned = ref_logp + sample.scores / beta  # (1+m, N, K)
     s = implicit_score(aligned[0], aligned[1:], ref_logp, lam, beta)  # (N, K)
     group = min(group, s.size(1))
-    # every pair of a group once; (j, i) or (i, j) is all one, the loss is symmetric
-    j, i = torch.triu_indices(group, group, 1, device=policy.device)
+    # every pair of a group once, i < j
+    i, j = torch.triu_indices(group, group, 1, device=policy.device)
     optimizer = adamw(policy)
     progress = Progress(recipe, model=policy, optimizer=optimizer)
     for lr, batches, _ in progress.schedule(pool, group):
@@ -86,7 +87,7 @@ def train_pecan(policy, sample, lam, beta, group, recipe):
             loss = preference_loss(
                 logp[:, i], logp[:, j],
                 ref[:, i], ref[:, j],
-                beta, p_i).sum() / (len(whole) * len(i))  # of (B, G(G-1)/2)
+                beta, p_i).sum() / (len(whole) * len(i))  # the mean over all ranks' pairs
             (loss / recipe.accumulate).backward()
             progress.add(loss)
         add_up_gradients(policy)  # of all ranks

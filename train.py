@@ -358,9 +358,9 @@ def sample(c, name, K, policy, reference, tok, prompts):
 
 
 def score(c, label, sampled, scorers, names, prompts, tok, confirmed):
-    """Their scores, by [{preference: artifact}] of MoCAN's judges or of PeCAN's policies, then of
-    the second judges, in the units of what mocan.confirm says, which is asked in the first shot ->
-    the artifact, and all of it as a mocan.Sample."""
+    """The scores of a sample: by scorers[0], MoCAN's judges or PeCAN's policies, which label, and
+    by the second judges, if there are; {preference: artifact} each. In the units of mocan.confirm,
+    which is asked in the first shot -> the artifact, and all of it as a mocan.Sample."""
     pool = data.Pool(sampled["tokens"], sampled["response_mask"])  # (N, K, T)
     name = {"mocan": "offline", "pecan": "prealign"}.get(label, label)  # the first shots'
     saved = artifact(c, name.split()[0], f"{name}_scores.pt", samples=sampled,

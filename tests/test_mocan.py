@@ -430,7 +430,7 @@ def test_the_first_labels_are_bradley_terry_on_r_plus_lambda_g(monkeypatch, lam,
     logp_i, logp_j, ref_i, ref_j, p_i = (seen[0][place].flatten() for place in (0, 1, 2, 3, 5))
     pairs = pairs_seen(run, group)
     assert len(p_i) == len(pairs) and seen[0][4] == 0.3
-    for at, (n, y_j, y_i) in enumerate(pairs):
+    for at, (n, y_i, y_j) in enumerate(pairs):
         assert p_i[at].item() == pytest.approx(1 / (1 + math.exp(s[n, y_j] - s[n, y_i])), abs=1e-6)
         assert [ref_i[at], ref_j[at]] == [run.ref_logp[n, y_i], run.ref_logp[n, y_j]]
     assert torch.allclose(logp_i, ref_i, atol=1e-4) and torch.allclose(logp_j, ref_j, atol=1e-4)  # not trained yet

@@ -1382,6 +1382,7 @@ GOLDEN = [-35.38618436496685, -35.79690920088278]
 
 REFUSED = {
     "experts": dict(model_type="mixtral"), "sliding": dict(use_sliding_window=True), "quantised": dict(quantization_config={"bits": 4}),
+    "tied by a word": dict(tie_word_embeddings="false"),
     "activation": dict(hidden_act="gelu"), "rope": dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
     "older rope": dict(rope_scaling={"type": "linear", "factor": 4.0}), "new rope": dict(rope_parameters={"rope_type": "dynamic"}),
     "looks ahead": dict(is_causal=False), "biases": dict(attention_bias=True), "biases of the MLP": dict(mlp_bias=True),
@@ -1389,6 +1390,7 @@ REFUSED = {
 
 
 WITHOUT_SENSE = {
+    "no turns": dict(rope_theta=0), "layers that no memory holds": dict(num_hidden_layers=10**9),
     "negative epsilon": dict(rms_norm_eps=-9), "epsilon is text": dict(rms_norm_eps="1e-5"),
     "positions are text": dict(max_position_embeddings="64"), "positions are none": dict(max_position_embeddings=0),
     "rope lacks its factor": dict(rope_scaling={"rope_type": "llama3"})}
