@@ -317,8 +317,8 @@ def predict(problem, point, evaluations):
 
 def clustered(psi):
     """Mean over prompts of each row of ψ (k, N), and its standard error: (k,), (k,)."""
-    sd, mean = torch.std_mean(psi, dim=1, correction=0)
-    return mean, sd / (psi.size(1) - 1) ** 0.5  # NaN for one prompt
+    error = psi.std(1, correction=0) / math.sqrt(psi.size(1) - 1)  # NaN for one prompt
+    return psi.mean(1), error
 
 
 # ---- here the part to paste ends

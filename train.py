@@ -24,7 +24,9 @@ PeCAN's policies learn from the half of the first, and the second confirm their 
 With --lora reference.pt also holds all frozen weights, and the other files only adapters (and a
 score model's head), which are read with the reference.pt beside them.
 `main` is the story, MoCAN's and PeCAN's shots written out in it; below it stand the stages, the
-results, the run's folder and the command line. run.json keeps the settings.
+results, the run's folder and the command line. run.json keeps the settings. "Earlier" and "later"
+stages are those above and below in this list; prealign begins when MoCAN is done, whose dual is
+the first to say that a margin is out of reach.
 """
 
 import argparse
@@ -165,14 +167,15 @@ def main():
     prompts = data.spread([pair.prompt for pair in split.train], c.prompts)
     judges = train_judges(c, reference, split, pools, names, judges)
     offline = sample(c, "offline", c.responses, reference, reference, tok, prompts)
-    dpo = prealign(c, reference, split, pools, names, judges)
-    policies = {f"dpo-{name}": policy for name, policy in dpo.items()}
-    confirmed = {}
+    policies, confirmed = {}, {}
     margin = None
 
     for algorithm in c.algo.replace("all", "mocan pecan").split():
-        # the first label, the others confirm: of PeCAN policies, and the judges that only measure
-        scorers = [dpo, *judges[1:]] if algorithm == "pecan" else judges
+        scorers = judges  # the first label, the others confirm and measure
+        if algorithm == "pecan":  # policies that DPO made from one preference each label here
+            dpo = prealign(c, reference, split, pools, names, judges)
+            policies = {f"dpo-{name}": dpo[name] for name in names} | policies
+            scorers = [dpo, *judges[1:]]
         policy = reference
         for shot in range(1, c.shots + 1):
             label = f"{algorithm} shot {shot}".removesuffix(" shot 1")
@@ -323,8 +326,6 @@ def prealign(c, reference, split, pools, names, judges):
     """{preference: artifact of a policy and of its τ}, for PeCAN's scores. Where there are second
     judges, from the half of the conversations that these have not seen."""
     dpo = {}
-    if c.algo == "mocan":
-        return dpo
     if c.judge:
         warnings.warn("PeCAN's scores are log-odds, those of --judge have their own units: one b "
                       "is not the same gain in both")

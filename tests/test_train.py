@@ -1140,7 +1140,6 @@ CONTRADICTIONS = {
     "seed": (["--seed", "5"], "tokenizer.pt: made with seed 0, not 5; make it with --from reference"),
     "n_embd": (["--n_embd", "64"], "tokenizer.pt: made with n_embd 32, not 64; make it with --from reference"),
     "responses": (["--responses", "9"], "offline.pt: made with responses 8, not 9; make it with --from offline"),
-    "beta": (["--beta", "0.5"], "dpo-helpful.pt: made with beta 1.0, not 0.5; make it with --from prealign"),  # before MoCAN is trained
 }
 
 
