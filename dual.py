@@ -88,14 +88,14 @@ class Point(NamedTuple):
     grad: Array  # (m,) ∇D(λ)
     hessian: Array  # (m, m) ∇²D(λ)
     gains: Tensor  # (1+m, N) E_π_λ[f|x] − mean_y f, for f = r and g_j: from its second row on ψ
-    squares: Tensor  # (N,) Σ_y π_λ(y|x)²
+    norms: Tensor  # (N,) the root of Σ_y π_λ(y|x)²
 
 
 def evaluate(problem, lam):
     """The three equations at λ (m,), in one pass over the responses. As the scores are centred,
     E_ref[r] = 0 and h = g − b here."""
     beta = problem.beta
-    log_sums, gains, squares = [], [], []
+    log_sums, gains, norms = [], [], []
     second = 0
     slopes = problem.mean.new_tensor([1, *lam]) / beta  # (1+m,)
     for part in problem.parts:
@@ -103,11 +103,11 @@ def evaluate(problem, lam):
         top = z.amax(1, keepdim=True)  # (n, 1)
         p = z.sub_(top).exp_()  # in place: fresh memory takes longer than a softmax
         total = p.sum(1, keepdim=True)  # (n, 1)
-        p.div_(total)  # π_λ(y|x)
+        p.mul_(1 / total)  # π_λ(y|x)
         weighted = part * p  # (1+m, n, K)
         log_sums.append(top + total.log())  # (n, 1) ln Σ_y exp((r + ⟨λ,g⟩)/β)
         gains.append(weighted.sum(2))  # (1+m, n)
-        squares.append(p.square_().sum(1))  # (n,)
+        norms.append(p.norm(dim=1))  # (n,)
         second += weighted[1:].flatten(1) @ part[1:].flatten(1).T  # Σ_x E_π_λ[g·gᵀ]
     gains = torch.cat(gains, dim=1)
     gain = gains[1:]  # (m, N)
@@ -115,7 +115,7 @@ def evaluate(problem, lam):
     log_mean = torch.cat(log_sums).mean().item() - math.log(p.size(1))
     value = beta * log_mean - lam @ problem.margin  # D(λ) − E_ref[r]
     grad = gain.mean(1).cpu().numpy() - problem.margin  # ∇D(λ) = E_π_λ[h]
-    return Point(lam, value, grad, hessian.cpu().numpy(), gains, torch.cat(squares))
+    return Point(lam, value, grad, hessian.cpu().numpy(), gains, torch.cat(norms))
 
 
 def minimise(problem, lam, limit):
@@ -275,7 +275,7 @@ def predict(problem, point, evaluations):
     """The Dual at the minimum; warns where K is too small for it."""
     gain, gain_se = clustered(point.gains)  # (1+m,)
     ref, ref_se = clustered(problem.mean)  # (1+m,) likewise
-    ess = 1 / point.squares  # (N,)
+    ess = point.norms ** -2  # (N,)
     few, K = ess.mean().item(), problem.parts[0].size(2)
     if few < FEW < K:  # which no error bar shows
         warnings.warn(
