@@ -512,8 +512,9 @@ def export_models(c, policies, judges, tokenizer, tok):
               if "weights" in saved]
     for saved in models if c.export else ():
         folder = f"{c.export}/{Path(saved['path']).stem}"
-        export(from_checkpoint(saved), folder, tokenizer["files"],  # a score model is read
-               pad_token_id=(tok.next or tok.before)[-1])  # at the last token that is no padding
+        # a score model's score is read at the last token that is no padding
+        export(from_checkpoint(saved), folder, tokenizer["files"],
+               pad_token_id=(tok.next or tok.before)[-1])
         print(f"exported {folder}")
     Path(f"{c.out}/checkpoint.pt").unlink(missing_ok=True)  # the end
 
@@ -600,7 +601,7 @@ def settings(argv):
         elif given.keys() - {"resume", "out", "device", "checkpoint_every"}:
             parser.error("--resume keeps the run's settings; next to it only --out, --device and "
                          "--checkpoint_every may stand; --from changes settings")
-    c = Config(**{"run": f"{time.time_ns()}", **SETTINGS, **base, **given})
+    c = Config(**{"run": str(time.time_ns()), **SETTINGS, **base, **given})
     check(parser, c)
     return c
 
